@@ -1,0 +1,65 @@
+"""The collector as a process: starts the threads, watches them, and drains them at the end."""
+
+import signal
+import threading
+import time
+
+import structlog
+
+from . import __version__
+from .flow import Flow
+from .health import Health
+from .link import Link
+from .metrics import Metrics
+from .server import Server
+from .settings import Settings
+from .writer import Writer
+
+log = structlog.get_logger(__name__)
+
+
+def run(settings: Settings) -> int:
+    """Collect until SIGTERM or SIGINT; return the exit status.
+
+    Status 0 after a signal; 1 when a thread died, which is a bug: a restart is the cure.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+    # Twice the window, so that with QoS 1 the broker's window closes before the buffer fills.
+    flow = Flow(max_rows=2 * settings.mqtt_max_inflight, max_bytes=settings.buffer_bytes)
+    metrics = Metrics(flow)
+    link = Link(settings, flow, metrics)
+    writer = Writer(settings, flow, metrics, link.acknowledge)
+    server = Server(settings, Health(settings, flow, link, writer), metrics)
+    for thread in (server, writer, link):
+        thread.start()
+    log.info(
+        "collector started",
+        version=__version__,
+        broker=str(settings.broker),
+        topics=settings.mqtt_topics,
+        http=f"http://{settings.http_host}:{settings.http_port}",
+    )
+    while not stop.wait(1.0):
+        for thread in (link, writer):
+            if not thread.is_alive():
+                log.critical("a thread died; exiting to be restarted", thread=thread.name)
+                return 1
+    log.info("draining", in_flight=flow.account().in_flight)
+    _drain(settings.drain_seconds, flow, link, writer)
+    account = flow.account()
+    log.info("stopped", received=account.received, stored=account.inserted)
+    return 0
+
+
+def _drain(seconds: float, flow: Flow, link: Link, writer: Writer) -> None:
+    """Store and acknowledge what has been received; what cannot be stays with the broker."""
+    until = time.monotonic() + seconds
+    link.drain()
+    flow.close()
+    writer.join(seconds)
+    writer.abandon()
+    link.stop()
+    link.join(max(0.0, until - time.monotonic()) + 6)

@@ -1,0 +1,122 @@
+"""The writer thread: takes batches, stores them, and only then has them acknowledged."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import psycopg2
+import structlog
+import tenacity
+
+from .flow import Chunk, Flow
+from .metrics import Metrics
+from .settings import Settings
+from .store import Store, kind_of
+
+log = structlog.get_logger(__name__)
+
+# How often an idle writer asks the database for a sign of life, so that /health tells the truth.
+_PING_SECONDS = 5.0
+
+
+class Writer(threading.Thread):
+    """The only user of the database connection."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        flow: Flow,
+        metrics: Metrics,
+        acknowledge: Callable[[Chunk], None],
+    ) -> None:
+        super().__init__(name="writer", daemon=True)
+        self._acknowledge = acknowledge
+        self._settings = settings
+        self._flow = flow
+        self._metrics = metrics
+        self._store = Store(settings)
+        # Writing at half the window keeps the broker sending meanwhile.
+        self._batch_rows = min(settings.batch_rows, max(1, settings.mqtt_max_inflight // 2))
+        self._abandon = threading.Event()
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(psycopg2.Error),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
+            sleep=tenacity.sleep_using_event(self._abandon),
+            stop=tenacity.stop_when_event_set(self._abandon),
+            before_sleep=self._failed,
+        )
+        self.error: str | None = "not connected yet"  # why the database is not usable, or None
+        self.beat = time.monotonic()  # when the thread last made a step
+        self.in_database = False  # waiting for the database, which may take what it takes
+
+    def run(self) -> None:
+        """Write batches until the flow is closed and empty."""
+        try:
+            self._ping()
+            while (batch := self._next_batch()) is not None:
+                if batch:
+                    self._write(batch)
+                else:
+                    self._ping()
+        except tenacity.RetryError:
+            log.warning("drain time is over; the broker keeps and sends again what is not stored")
+        finally:
+            self._store.close()
+
+    def abandon(self) -> None:
+        """Stop retrying; called from another thread when the drain time is over."""
+        self._abandon.set()
+
+    def _next_batch(self) -> list[Chunk] | None:
+        self.beat = time.monotonic()
+        self.in_database = False
+        batch = self._flow.take(
+            rows=self._batch_rows,
+            size=self._settings.batch_bytes,
+            linger=self._settings.batch_linger_ms / 1000,
+            patience=_PING_SECONDS,
+        )
+        self.in_database = True
+        return batch
+
+    def _write(self, batch: list[Chunk]) -> None:
+        rows = [row for chunk in batch for row in chunk.rows]
+        started = time.monotonic()
+        stored = self._retrying(self._store.write, rows, batch[0].timestamp, batch[-1].timestamp)
+        self._succeeded()
+        now = time.monotonic()
+        self._flow.settle(
+            inserted=stored.inserted,
+            duplicates=stored.duplicates,
+            dead_letters=stored.dead_letters,
+        )
+        self._metrics.batch_rows.observe(len(rows))
+        self._metrics.flush_seconds.observe(now - started)
+        for chunk in batch:
+            self._metrics.message_delay.observe(now - chunk.at, len(chunk.rows))
+            self._acknowledge(chunk)
+
+    def _ping(self) -> None:
+        try:
+            self._store.ping()
+            self._succeeded()
+        except psycopg2.Error as error:
+            self._note(error)
+
+    def _succeeded(self) -> None:
+        if self.error is not None:
+            log.info("database is usable")
+            self.error = None
+
+    def _failed(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, psycopg2.Error):
+            self._note(error)
+
+    def _note(self, error: psycopg2.Error) -> None:
+        kind = kind_of(error)
+        self._store.close()
+        self._metrics.db_errors.labels(kind).inc()
+        self.error = f"{kind}: {' '.join(str(error).split())}"
+        hint = "run `iot-collector migrate`" if kind == "schema" else None
+        log.warning("database is not usable, will retry", kind=kind, error=self.error, hint=hint)
