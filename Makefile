@@ -1,0 +1,116 @@
+# `make up` on a fresh Debian 12 is all it takes; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# Ansible insists on UTF-8, and a minimal system has no other UTF-8 locale.
+export LC_ALL := C.UTF-8
+
+PYTHON ?= python3
+VENV := .venv
+ROOT := $(filter 0,$(shell id -u))
+
+# Where everything is kept, see roles/common/defaults/main.yml. STATE=/elsewhere has to be given every time.
+STATE ?= $(if $(ROOT),/var/lib/iot-system,$(HOME)/.local/state/iot-system)
+PLAYBOOK = $(VENV)/bin/ansible-playbook $(if $(filter-out file,$(origin STATE)),-e common_state_dir=$(STATE))
+
+# More options for ansible-playbook: make up EXTRA='-e postgres_port=15432'
+EXTRA ?=
+
+# What the roles install on this machine (tests/test_makefile.py compares). Only to know whether sudo is needed.
+PACKAGES := python3-venv mosquitto mosquitto-clients postgresql prometheus
+SUDO := $(if $(ROOT),,sudo)
+# Asks for the sudo password only if a package is missing and sudo wants a password.
+ASK_BECOME = $(if $(ROOT),,$(shell dpkg-query --show $(PACKAGES) >/dev/null 2>&1 || sudo -n true 2>/dev/null || ! command -v sudo >/dev/null || echo --ask-become-pass))
+
+.PHONY: help
+help: ## Show this list
+	@echo 'make <target>, where <target> is one of'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@echo "Options: EXTRA='-e postgres_port=15432'   any option of ansible-playbook, for up, test, down and clean"
+	@echo "         STATE=$(STATE)   where everything is kept"
+
+.PHONY: up
+up: $(VENV)/.deploy ## Install what is missing, start everything, send some messages, show what runs where
+	@$(PLAYBOOK) playbooks/host.yml $(ASK_BECOME) $(EXTRA)
+	@if [ -z "$$($(STATE)/bin/psql -Atc 'SELECT 1 FROM messages LIMIT 1')" ]; then \
+	  echo 'Five simulated devices send their first messages:'; \
+	  $(STATE)/bin/iot-collector simulate --devices 5 --rate 50 --count 100; \
+	  sleep 1; \
+	else \
+	  echo 'The table has messages already, so none are made up; make simulate sends some.'; \
+	fi
+	@echo
+	@$(STATE)/bin/iot-status --next
+
+.PHONY: simulate
+simulate: ## Let five simulated devices publish 500 messages in 10 seconds
+	@$(STATE)/bin/iot-collector simulate --devices 5 --rate 50 --count 500
+
+.PHONY: status
+status: ## Show what runs where and how many messages went through
+	@if [ -x $(STATE)/bin/iot-status ]; then $(STATE)/bin/iot-status --next; else \
+	  echo 'Nothing is installed in $(STATE). `make up` installs and starts everything.'; fi
+
+.PHONY: down
+down: $(VENV)/.deploy ## Stop everything and keep the data
+	@$(PLAYBOOK) playbooks/teardown.yml $(EXTRA)
+
+.PHONY: clean
+clean: $(VENV)/.deploy ## Stop everything and delete the data (asks first; YES=1 does not)
+	@$(PLAYBOOK) playbooks/teardown.yml -e remove_data=true $(if $(filter 1 yes,$(YES)),-e confirm=true) $(EXTRA)
+
+.PHONY: verify
+verify: $(VENV)/.deploy ## Follow one message from the broker to the table and to Prometheus
+	@$(PLAYBOOK) playbooks/verify.yml $(EXTRA)
+
+.PHONY: test
+test: lint molecule pytest ## Run every check (installs what the checks need)
+
+.PHONY: lint
+lint: $(VENV)/.dev ## Check style and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/yamllint --strict .
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH ansible-lint
+
+.PHONY: molecule
+molecule: $(VENV)/.dev packages ## Deploy to a place and ports of its own, twice, verify, and take it down
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH molecule test
+
+.PHONY: pytest
+pytest: $(VENV)/.dev packages ## Run the tests in Python
+	$(VENV)/bin/python -m pytest
+
+.PHONY: packages
+packages: $(VENV)/.deploy
+	@$(PLAYBOOK) playbooks/host.yml --tags packages $(ASK_BECOME) $(EXTRA)
+
+# --- the virtual environment -------------------------------------------------------------------------------------
+# The stamp is newer than pyproject.toml when its dependencies are installed. Without bytecode: compiling all of
+# Ansible's collections takes longer than the rest of the installation.
+PIP = $(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
+
+$(VENV)/.deploy: pyproject.toml | $(VENV)/bin/pip
+	@echo 'Installing Ansible into $(VENV) (once, about a minute)'
+	@$(PIP) -e '.[deploy]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
+	@echo 'Installing the test tools into $(VENV) (once, about a minute)'
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.deploy
+
+# A fresh Debian has Python without what it takes to make an environment.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo '$(PYTHON) is missing or older than 3.11. Choose another: make up PYTHON=/path/to/python3.11'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo 'Installing python3-venv, which makes virtual environments'; \
+	  { $(SUDO) apt-get -qq update && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+	      apt-get -qq install --no-install-recommends python3-venv >/dev/null; } \
+	  || { echo 'That did not work. Have somebody run as root: apt-get install python3-venv'; exit 1; }; }
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
