@@ -18,18 +18,34 @@ from dataclasses import dataclass, field
 class Chunk:
     """The messages of one read from the broker, in order.
 
-    ``rows`` are COPY tuples (see rows.py). ``tags`` has for each row the first byte of its
-    PUBLISH packet, shifted left by 16, and its packet id (0 at QoS 0). ``at`` is when they were
+    ``rows`` are COPY tuples (see rows.py) without the ``head`` that all share. ``tags`` has for
+    each message the first byte of its PUBLISH packet, shifted left by 16, and its packet id (0 at
+    QoS 0). ``at`` is when they were
     read, by ``time.monotonic()``; ``timestamp`` the same moment in Unix time. ``source`` is the
     connection they came from, the only one where their packet ids mean them.
     """
 
     source: object
+    head: bytes
     rows: list[bytes]
     tags: list[int]
     at: float
     timestamp: float
     size: int
+
+
+@dataclass(slots=True, eq=False)
+class Greeting:
+    """The start of a connection, in its place among the messages: none of them is before it.
+
+    ``session_present`` is the broker's word whether it kept the session, with what it has sent
+    and was not acknowledged. The writer answers with the ``stale`` filters, which the session is
+    subscribed to and the settings do not name any more.
+    """
+
+    source: object
+    session_present: bool
+    stale: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -55,7 +71,7 @@ class Flow:
         self._max_rows = max_rows
         self._max_bytes = max_bytes
         self._changed = threading.Condition()
-        self._queue: deque[Chunk] = deque()
+        self._queue: deque[Chunk | Greeting] = deque()
         self._queued_rows = 0
         self._queued_bytes = 0
         self._written: list[Chunk] = []  # taken by the writer, not settled
@@ -63,14 +79,15 @@ class Flow:
         self._closed = False
         self.on_room: Callable[[], None] = lambda: None
 
-    def put(self, chunk: Chunk) -> None:
+    def put(self, item: Chunk | Greeting) -> None:
         """Add a chunk. Never blocks and never refuses; the reader asks `full` before it reads."""
         with self._changed:
-            self._account.received += len(chunk.rows)
-            self._account.in_flight += len(chunk.rows)
-            self._queue.append(chunk)
-            self._queued_rows += len(chunk.rows)
-            self._queued_bytes += chunk.size
+            if isinstance(item, Chunk):
+                self._account.received += len(item.tags)
+                self._account.in_flight += len(item.tags)
+                self._queued_rows += len(item.tags)
+                self._queued_bytes += item.size
+            self._queue.append(item)
             self._changed.notify()
 
     @property
@@ -78,8 +95,10 @@ class Flow:
         """Whether the reader must stop reading until `on_room` is called."""
         return self._queued_rows >= self._max_rows or self._queued_bytes >= self._max_bytes
 
-    def take(self, *, rows: int, size: int, linger: float, patience: float) -> list[Chunk] | None:
-        """Return the next batch of chunks: [] after ``patience`` seconds, None at the end.
+    def take(
+        self, *, rows: int, size: int, linger: float, patience: float
+    ) -> list[Chunk] | Greeting | None:
+        """Return what is next: a batch, a greeting, [] after ``patience`` seconds, None at the end.
 
         A batch is ready when its first message has waited ``linger`` seconds, or ``rows`` rows or
         ``size`` bytes are there, or the queue is closed.
@@ -88,7 +107,11 @@ class Flow:
             self._changed.wait_for(lambda: self._queue or self._closed, patience)
             if not self._queue:
                 return None if self._closed else []
-            due = self._queue[0].at + linger
+            first = self._queue[0]
+            if isinstance(first, Greeting):
+                self._queue.popleft()
+                return first
+            due = first.at + linger
             while (
                 self._queued_rows < rows
                 and self._queued_bytes < size
@@ -97,27 +120,29 @@ class Flow:
             ):
                 self._changed.wait(left)
             was_full = self.full
-            batch = [self._pop()]
-            taken_rows, taken_bytes = len(batch[0].rows), batch[0].size
-            while self._queue and taken_rows < rows and taken_bytes < size:
-                batch.append(self._pop())
-                taken_rows += len(batch[-1].rows)
-                taken_bytes += batch[-1].size
-            self._written = batch
+            self._written = batch = self._pop(rows, size)
         if was_full:
             self.on_room()
         return batch
 
-    def _pop(self) -> Chunk:
-        chunk = self._queue.popleft()
-        self._queued_rows -= len(chunk.rows)
-        self._queued_bytes -= chunk.size
-        return chunk
+    def _pop(self, rows: int, size: int) -> list[Chunk]:
+        batch: list[Chunk] = []
+        while rows > 0 and size > 0 and self._queue:
+            item = self._queue[0]
+            if isinstance(item, Greeting):
+                break
+            self._queue.popleft()
+            batch.append(item)
+            rows -= len(item.tags)
+            size -= item.size
+        self._queued_rows -= sum(len(chunk.tags) for chunk in batch)
+        self._queued_bytes -= sum(chunk.size for chunk in batch)
+        return batch
 
     def settle(self, *, inserted: int, duplicates: int, dead_letters: Counter[str]) -> None:
         """Book the batch last taken as committed."""
         with self._changed:
-            self._account.in_flight -= sum(len(chunk.rows) for chunk in self._written)
+            self._account.in_flight -= sum(len(chunk.tags) for chunk in self._written)
             self._account.inserted += inserted
             self._account.duplicates += duplicates
             self._account.dead_letters.update(dead_letters)
@@ -140,5 +165,6 @@ class Flow:
     def oldest_age(self) -> float:
         """Return how long the oldest message that is not committed has waited, in seconds."""
         with self._changed:
-            oldest = self._written or self._queue
-            return time.monotonic() - oldest[0].at if oldest else 0.0
+            waiting = self._written or (item for item in self._queue if isinstance(item, Chunk))
+            oldest = next(iter(waiting), None)
+            return time.monotonic() - oldest.at if oldest else 0.0

@@ -22,9 +22,10 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from .flow import Chunk, Flow
+from .flow import Chunk, Flow, Greeting
 from .metrics import Metrics
 from .reader import Inbox, make_client
+from .rows import head
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -32,6 +33,7 @@ log = structlog.get_logger(__name__)
 _MAX_WAIT = 30.0  # seconds between attempts to connect, at most; each is random below its limit
 _SETTLED = 10.0  # a connection that lasted this long was a good one
 _RESUBSCRIBE = 15.0  # seconds until a refused subscription is asked for again
+_GREETING = 2.0  # seconds that the database gets to note a new session before it is used
 _FINISH = 5.0  # seconds to wait for the broker to have read the last acknowledgements
 _SESSION_TAKEN_OVER = 0x8E  # MQTT 5 §3.14.2.1
 
@@ -49,10 +51,12 @@ class Connection:
         self.client.on_disconnect = self._on_disconnect
         self.accepted = False
         self.session_present = False
+        self.greeting: Greeting | None = None  # to be put before the first messages
         self.refused: dict[str, str] = {}  # topic filter -> why the broker refused it
         self.subscribed = False
         self.end: str | None = None  # why the connection ended
         self._filters: list[str] = []  # in the order of the SUBSCRIBE that is under way
+        self._subscribe_at: float | None = None
         self._resubscribe_at = 0.0
 
     def open(self) -> None:
@@ -75,7 +79,11 @@ class Connection:
 
     def tend(self) -> None:
         """Do what is due; called at least once a second."""
-        if self.refused and time.monotonic() >= self._resubscribe_at:
+        now = time.monotonic()
+        if self._subscribe_at is not None and now >= self._subscribe_at:
+            self._subscribe_at = None
+            self._subscribe(self._settings.mqtt_topics)
+        if self.refused and now >= self._resubscribe_at:
             self._subscribe(list(self.refused))
 
     def _subscribe(self, filters: list[str]) -> None:
@@ -104,8 +112,24 @@ class Connection:
             return
         self.accepted = True
         self.session_present = flags.session_present
+        self.greeting = Greeting(self, flags.session_present)
         log.info("connected to broker", session_present=flags.session_present)
-        self._subscribe(self._settings.mqtt_topics)
+        if flags.session_present:
+            self._subscribe(self._settings.mqtt_topics)
+        else:
+            # A session that is new makes the ledger void. That is to be noted before the first
+            # message can be sent, so that no process can take it for one of the old session;
+            # but a database that is away shall not cost messages.
+            self._subscribe_at = time.monotonic() + _GREETING
+
+    def session_noted(self, stale: list[str]) -> None:
+        """Go on: the database knows about the session, and of ``stale`` filters in it."""
+        if self._subscribe_at is not None:
+            self._subscribe_at = None
+            self._subscribe(self._settings.mqtt_topics)
+        if stale:
+            log.info("unsubscribing from topics that are no longer set", filters=stale)
+            self.client.unsubscribe(stale)
 
     def _on_subscribe(
         self,
@@ -156,7 +180,7 @@ class Link(threading.Thread):
         self._settings = settings
         self._flow = flow
         self._metrics = metrics
-        self._acks: deque[Chunk] = deque()
+        self._acks: deque[Chunk | Greeting] = deque()
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
@@ -174,9 +198,9 @@ class Link(threading.Thread):
         """Whether the broker sends us what we are here to collect."""
         return self.connection is not None and self.connection.subscribed
 
-    def acknowledge(self, chunk: Chunk) -> None:
-        """Queue a stored chunk for acknowledgement; any thread."""
-        self._acks.append(chunk)
+    def acknowledge(self, item: Chunk | Greeting) -> None:
+        """Queue what the writer has dealt with for acknowledgement; any thread."""
+        self._acks.append(item)
         self._wake()
 
     def drain(self) -> None:
@@ -268,21 +292,26 @@ class Link(threading.Thread):
         connection.tend()
 
     def _read(self, connection: Connection) -> None:
-        inbox = connection.inbox
         timestamp, at = time.time(), time.monotonic()
-        inbox.encoder.start(timestamp)
         connection.client.read()
-        rows, tags = inbox.empty()
+        if connection.greeting is not None:
+            self._flow.put(connection.greeting)
+            connection.greeting = None
+        rows, tags = connection.inbox.empty()
         if rows:
             size = sum(map(len, rows))
-            self._flow.put(Chunk(connection, rows, tags, at, timestamp, size))
+            self._flow.put(Chunk(connection, head(timestamp), rows, tags, at, timestamp, size))
 
     def _send_acks(self, connection: Connection) -> None:
         tags: list[int] = []
         while self._acks:
-            chunk = self._acks.popleft()
-            if chunk.source is connection:
-                tags += chunk.tags
+            item = self._acks.popleft()
+            if item.source is not connection:
+                continue
+            if isinstance(item, Greeting):
+                connection.session_noted(item.stale)
+            else:
+                tags += item.tags
         if tags:
             connection.client.acknowledge(tags)
 

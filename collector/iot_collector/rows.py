@@ -39,21 +39,21 @@ class Message(NamedTuple):
     payload: bytes
 
 
+def head(timestamp: float) -> bytes:
+    """Return the beginning of the tuples of all messages received at a time in Unix seconds."""
+    return _head(_COLUMN_COUNT, 8, round((timestamp - _EPOCH) * 1_000_000))
+
+
 class RowEncoder:
-    """Encodes messages; what repeats (time of the read, topic) is encoded once."""
+    """Encodes messages; what repeats from message to message is encoded once."""
 
     def __init__(self) -> None:
-        self._head = b""
         self._prefixes: list[dict[bytes, bytes]] = [{} for _ in range(8)]
-
-    def start(self, timestamp: float) -> None:
-        """Set when the messages that follow were received, in Unix seconds."""
-        self._head = _head(_COLUMN_COUNT, 8, int((timestamp - _EPOCH) * 1_000_000))
 
     def row(
         self, header: int, topic: bytes, payload: bytes, properties: bytes | None = None
     ) -> bytes:
-        """Return the tuple of a message.
+        """Return the tuple of a message, without its head.
 
         :param header: first byte of its PUBLISH packet (MQTT 5 §3.3.1: DUP, QoS, RETAIN).
         :param properties: JSON object of its MQTT 5 properties, if it has any.
@@ -68,9 +68,9 @@ class RowEncoder:
         fields = fields_of(payload)
         size = _length(len(payload))
         if fields is None:
-            return b"".join((self._head, prefix, _NULL, size, payload))
+            return b"".join((prefix, _NULL, size, payload))
         fields_size = _jsonb_length(len(fields) + 1, 1)
-        return b"".join((self._head, prefix, fields_size, fields, size, payload))
+        return b"".join((prefix, fields_size, fields, size, payload))
 
     def _prefix(self, header: int, topic: bytes) -> bytes:
         if b"\0" in topic:
@@ -86,7 +86,7 @@ class RowEncoder:
 
 
 def decode(row: bytes) -> Message:
-    """Return the message that a tuple was made of."""
+    """Return the message that a tuple, with its head, was made of."""
     values: list[bytes | None] = []
     at = 2
     for _ in range(_COLUMN_COUNT):

@@ -5,6 +5,7 @@ every other error is the caller's to retry, with nothing stored.
 """
 
 import io
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +18,13 @@ import psycopg2.extensions
 import structlog
 
 from . import rows as copy
+from .flow import Chunk
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
 
 MONTHS_AHEAD = 3
+_PRUNE_EVERY = 64  # batches: what the ledger does not need any more costs little until then
 
 # SQLSTATE -> kind of error, by the longest prefix that fits
 # (https://www.postgresql.org/docs/current/errcodes-appendix.html).
@@ -48,6 +51,8 @@ _KINDS = {
 
 def kind_of(error: psycopg2.Error) -> str:
     """Return the kind of an error, one of a small fixed set."""
+    if isinstance(error, Contested):
+        return "conflict"
     if isinstance(error, psycopg2.InterfaceError) or not error.pgcode:
         return "authentication" if "authentication failed" in str(error) else "connection"
     for size in (5, 2):
@@ -91,13 +96,22 @@ def connect(settings: Settings) -> psycopg2.extensions.connection:
     return connection
 
 
+class Contested(psycopg2.OperationalError):
+    """Another process writes batches under our client id."""
+
+
 class Store:
     """Writes batches. Used by one thread; connects when it has to."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._client_id = settings.mqtt_client_id
+        self._writer = str(uuid.uuid4())
         self._connection: psycopg2.extensions.connection | None = None
         self._partitioned_days: set[int] = set()
+        self._seq: int | None = None  # of the last batch in the ledger; None: not known
+        # What a transaction did whose COMMIT got no answer.
+        self._unsure: Stored | None = None
 
     def ping(self) -> None:
         """Ask the database for a sign of life.
@@ -107,28 +121,109 @@ class Store:
         with self._transaction() as cursor:
             cursor.execute("SELECT 1 FROM messages LIMIT 0")
 
-    def write(self, rows: list[bytes], first: float, last: float) -> Stored:
-        """Store COPY tuples in one transaction and return what became of them after COMMIT.
+    def begin_session(self, *, present: bool, filters: list[str]) -> tuple[list[str], list[bytes]]:
+        """Note that the broker has a session for us, subscribed to ``filters``.
 
-        :param first: Unix time of the oldest row; ``last`` that of the newest.
-        :raises psycopg2.Error: nothing was stored, or, where the connection broke at COMMIT,
-            perhaps all of it; never of the kind "data".
+        :param present: whether it is the one that it had before; if not, the ledger means nothing.
+        :returns: the filters it was subscribed to before and is not now, and the ledger's batches.
+        :raises psycopg2.Error: nothing was noted.
         """
-        self._ensure_partitions(first, last)
-        stored = Stored()
+        client = (self._client_id,)
+        with self._transaction() as cursor:
+            stale: list[str] = []
+            if present:
+                cursor.execute("SELECT filters FROM sessions WHERE client_id = %s", client)
+                stale = [f for (old,) in cursor.fetchall() for f in old if f not in filters]
+            else:
+                cursor.execute("DELETE FROM ledger WHERE client_id = %s", client)
+            cursor.execute(
+                "INSERT INTO sessions (client_id, filters) VALUES (%s, %s)"
+                " ON CONFLICT (client_id) DO UPDATE SET filters = excluded.filters",
+                (self._client_id, filters),
+            )
+            cursor.execute("SELECT packets FROM ledger WHERE client_id = %s ORDER BY seq", client)
+            batches = [bytes(packets) for (packets,) in cursor.fetchall()]
+        return stale, batches
+
+    def write(self, chunks: list[Chunk], packets: bytes, keep: int) -> Stored:
+        """Store a batch in one transaction; return what became of its rows, after COMMIT.
+
+        :param packets: what the ledger says of it; ``keep`` is how many of the last batches'
+            the ledger needs, this one included.
+        :raises psycopg2.Error: nothing was stored as far as is known. To be called again with the
+            same batch, which then looks whether it was. Never of the kind "data".
+        """
+        if self._unsure is not None and (stored := self._find_unsure()) is not None:
+            return stored
+        self._ensure_partitions(chunks)
         try:
-            with self._transaction() as cursor:
-                stored.inserted = _copy(cursor, rows)
+            with self._booking(packets, keep) as (cursor, stored):
+                stored.inserted = _copy(cursor, b"".join(_tuples(chunks)))
         except psycopg2.Error as error:
             if kind_of(error) != "data":
                 raise
-            log.warning("row refused, searching the batch for it", rows=len(rows), error=str(error))
-            with self._transaction() as cursor:
+            log.warning("a row was refused, searching the batch for it", error=one_line(error))
+            rows = [chunk.head + row for chunk in chunks for row in chunk.rows]
+            with self._booking(packets, keep) as (cursor, stored):
                 # What is checked only at COMMIT could not be found by bisection.
                 cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
-                stored = Stored()
                 _bisect(cursor, rows, stored)
         return stored
+
+    @contextmanager
+    def _booking(
+        self, packets: bytes, keep: int
+    ) -> Iterator[tuple[psycopg2.extensions.cursor, Stored]]:
+        """Run a transaction that enters its batch in the ledger."""
+        self._unsure = None
+        if self._seq is None:
+            self._seq = self._last_seq()
+        seq = self._seq + 1
+        stored = Stored()
+        with self._transaction() as cursor:
+            cursor.execute(
+                "INSERT INTO ledger (client_id, seq, writer, packets) VALUES (%s, %s, %s, %s)"
+                " ON CONFLICT DO NOTHING",
+                (self._client_id, seq, self._writer, packets),
+            )
+            if cursor.rowcount != 1:
+                self._seq = None
+                raise Contested(
+                    f"another collector runs with the client id {self._client_id!r}; "
+                    "give each its own IOT_MQTT_CLIENT_ID"
+                )
+            if seq % _PRUNE_EVERY == 0:
+                cursor.execute(
+                    "DELETE FROM ledger WHERE client_id = %s AND seq <= %s",
+                    (self._client_id, seq - keep),
+                )
+            yield cursor, stored
+            self._unsure = stored
+        self._unsure = None
+        self._seq = seq
+
+    def _find_unsure(self) -> Stored | None:
+        """Return what the transaction did whose COMMIT got no answer, or None if it did nothing."""
+        seq = (self._seq or 0) + 1
+        with self._transaction() as cursor:
+            cursor.execute(
+                "SELECT 1 FROM ledger WHERE client_id = %s AND seq = %s AND writer = %s",
+                (self._client_id, seq, self._writer),
+            )
+            found = cursor.fetchone() is not None
+        stored, self._unsure = self._unsure, None
+        if not found:
+            return None
+        self._seq = seq
+        return stored
+
+    def _last_seq(self) -> int:
+        with self._transaction() as cursor:
+            cursor.execute(
+                "SELECT coalesce(max(seq), 0) FROM ledger WHERE client_id = %s", (self._client_id,)
+            )
+            (seq,) = cursor.fetchone() or (0,)
+        return int(seq)
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -154,9 +249,9 @@ class Store:
                     "messages; set it to on for this role or database"
                 )
 
-    def _ensure_partitions(self, first: float, last: float) -> None:
+    def _ensure_partitions(self, chunks: list[Chunk]) -> None:
         # Asked with the first batch of each day: partitions are made months ahead of use.
-        days = {int(moment // 86400) for moment in (first, last)}
+        days = {int(chunk.timestamp // 86400) for chunk in chunks}
         if not days <= self._partitioned_days:
             with self._transaction() as cursor:
                 for day in days:
@@ -165,10 +260,22 @@ class Store:
             self._partitioned_days = days
 
 
-def _copy(cursor: psycopg2.extensions.cursor, rows: list[bytes]) -> int:
-    data = io.BytesIO(b"".join((copy.HEADER, *rows, copy.TRAILER)))
+def _tuples(chunks: list[Chunk]) -> Iterator[bytes]:
+    for chunk in chunks:
+        if chunk.rows:
+            yield chunk.head
+            yield chunk.head.join(chunk.rows)
+
+
+def _copy(cursor: psycopg2.extensions.cursor, tuples: bytes) -> int:
+    data = io.BytesIO(b"".join((copy.HEADER, tuples, copy.TRAILER)))
     cursor.copy_expert(f"COPY messages ({copy.COLUMNS}) FROM STDIN BINARY", data, size=1 << 18)
     return cursor.rowcount
+
+
+def one_line(error: psycopg2.Error) -> str:
+    """Return the text of an error without line breaks."""
+    return " ".join(str(error).split())
 
 
 def _bisect(cursor: psycopg2.extensions.cursor, rows: list[bytes], stored: Stored) -> None:
@@ -194,7 +301,7 @@ def _try_copy(
     """Store the rows and return None, or store none and return why the data was refused."""
     cursor.execute("SAVEPOINT part")
     try:
-        stored.inserted += _copy(cursor, rows)
+        stored.inserted += _copy(cursor, b"".join(rows))
     except psycopg2.Error as error:
         if kind_of(error) != "data":
             raise

@@ -8,10 +8,11 @@ import psycopg2
 import structlog
 import tenacity
 
-from .flow import Chunk, Flow
+from .flow import Chunk, Flow, Greeting
+from .ledger import Ledger
 from .metrics import Metrics
 from .settings import Settings
-from .store import Store, kind_of
+from .store import Store, Stored, kind_of, one_line
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +28,7 @@ class Writer(threading.Thread):
         settings: Settings,
         flow: Flow,
         metrics: Metrics,
-        acknowledge: Callable[[Chunk], None],
+        acknowledge: Callable[[Chunk | Greeting], None],
     ) -> None:
         super().__init__(name="writer", daemon=True)
         self._acknowledge = acknowledge
@@ -35,6 +36,7 @@ class Writer(threading.Thread):
         self._flow = flow
         self._metrics = metrics
         self._store = Store(settings)
+        self._ledger = Ledger(settings.mqtt_max_inflight)
         # Writing at half the window keeps the broker sending meanwhile.
         self._batch_rows = min(settings.batch_rows, max(1, settings.mqtt_max_inflight // 2))
         self._abandon = threading.Event()
@@ -53,9 +55,11 @@ class Writer(threading.Thread):
         """Write batches until the flow is closed and empty."""
         try:
             self._ping()
-            while (batch := self._next_batch()) is not None:
-                if batch:
-                    self._write(batch)
+            while (item := self._next()) is not None:
+                if isinstance(item, Greeting):
+                    self._greet(item)
+                elif item:
+                    self._write(item)
                 else:
                     self._ping()
         except tenacity.RetryError:
@@ -67,33 +71,47 @@ class Writer(threading.Thread):
         """Stop retrying; called from another thread when the drain time is over."""
         self._abandon.set()
 
-    def _next_batch(self) -> list[Chunk] | None:
+    def _next(self) -> list[Chunk] | Greeting | None:
         self.beat = time.monotonic()
         self.in_database = False
-        batch = self._flow.take(
+        item = self._flow.take(
             rows=self._batch_rows,
             size=self._settings.batch_bytes,
             linger=self._settings.batch_linger_ms / 1000,
             patience=_PING_SECONDS,
         )
         self.in_database = True
-        return batch
+        return item
+
+    def _greet(self, greeting: Greeting) -> None:
+        greeting.stale, batches = self._retrying(
+            self._store.begin_session,
+            present=greeting.session_present,
+            filters=self._settings.mqtt_topics,
+        )
+        self._succeeded()
+        self._ledger.reset(batches)
+        self._acknowledge(greeting)
 
     def _write(self, batch: list[Chunk]) -> None:
-        rows = [row for chunk in batch for row in chunk.rows]
         started = time.monotonic()
-        stored = self._retrying(self._store.write, rows, batch[0].timestamp, batch[-1].timestamp)
-        self._succeeded()
+        packets = self._ledger.record(batch)
+        rows = sum(len(chunk.rows) for chunk in batch)
+        stored = Stored()
+        if rows:
+            stored = self._retrying(self._store.write, batch, packets, self._ledger.forget())
+            self._succeeded()
         now = time.monotonic()
+        duplicates = sum(len(chunk.tags) for chunk in batch) - rows
         self._flow.settle(
             inserted=stored.inserted,
-            duplicates=stored.duplicates,
+            duplicates=duplicates,
             dead_letters=stored.dead_letters,
         )
-        self._metrics.batch_rows.observe(len(rows))
+        self._metrics.batch_rows.observe(rows)
         self._metrics.flush_seconds.observe(now - started)
         for chunk in batch:
-            self._metrics.message_delay.observe(now - chunk.at, len(chunk.rows))
+            self._metrics.message_delay.observe(now - chunk.at, len(chunk.tags))
             self._acknowledge(chunk)
 
     def _ping(self) -> None:
@@ -117,6 +135,6 @@ class Writer(threading.Thread):
         kind = kind_of(error)
         self._store.close()
         self._metrics.db_errors.labels(kind).inc()
-        self.error = f"{kind}: {' '.join(str(error).split())}"
+        self.error = f"{kind}: {one_line(error)}"
         hint = "run `iot-collector migrate`" if kind == "schema" else None
         log.warning("database is not usable, will retry", kind=kind, error=self.error, hint=hint)
