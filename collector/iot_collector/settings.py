@@ -7,6 +7,7 @@ connection attempt, so a rotated password needs no restart.
 
 import difflib
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,17 +38,26 @@ SCHEMES: Mapping[str, tuple[Literal["tcp", "websockets"], bool, int]] = {
 }
 
 
+_QUOTING = "in user name and password, / ? # [ ] @ are written as %2F %3F %23 %5B %5D %40"
+
+
 class SettingsError(Exception):
     """A setting stops the start. The text has a line for each fault: name, fault, example."""
 
 
 def _valid_url(url: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # is checked only when it is asked for
+    except ValueError:
+        # urllib quotes what it could not read, and that may be a part of the password.
+        raise ValueError(f"host or port cannot be read; {_QUOTING}") from None
     if parts.scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {parts.scheme!r}; known are {', '.join(SCHEMES)}")
     if not parts.hostname:
         raise ValueError("it names no host")
-    _ = parts.port  # raises ValueError when it is no port number
+    if parts.query or parts.fragment or "@" in parts.path:
+        raise ValueError(f"there is more after the path; {_QUOTING}")
     return url
 
 
@@ -134,7 +144,7 @@ class Settings(BaseSettings):
     ] = Field(["iot/data"], examples=["iot/data,plant/+/telemetry"])
     # The highest quality of service to ask for. At 1 the broker sends what was published at 2 as
     # well, with a round trip less; 0 is not offered, because it loses messages.
-    mqtt_qos: Literal[1, 2] = Field(1, examples=[1])
+    mqtt_qos: int = Field(1, ge=1, le=2, examples=[1])
     mqtt_client_id: str = Field(
         default_factory=lambda: f"iot-collector-{socket.gethostname()}",
         min_length=1,
@@ -147,6 +157,12 @@ class Settings(BaseSettings):
     mqtt_max_inflight: int = Field(10_000, ge=1, le=20_000, examples=[10_000])
     # How long the broker keeps the session, and what it queues, while no collector is there.
     mqtt_session_expiry_seconds: int = Field(7 * 86400, ge=60, le=0xFFFFFFFF, examples=[7 * 86400])
+
+    # Whether the broker sends again under the same packet id (MQTT 5 §4.4; AWS IoT Core does not).
+    # If so, what is sent again is stored once.
+    packet_ledger: bool = Field(True, examples=["true"])
+    # A JSON key or MQTT 5 user property with which devices name each message: stored once.
+    message_id_key: str | None = Field(None, min_length=1, examples=["message_id"])
 
     # Empty: libpq's own variables (PGHOST, PGSERVICE, PGPASSFILE, …).
     database_url: Annotated[str, AfterValidator(_valid_conninfo)] = Field(
@@ -250,7 +266,7 @@ def _explain(fault: Any) -> str:
     if not fault["loc"]:  # from _consistent, which names the setting itself
         name, _, message = message.partition(": ")
         for other in Settings.model_fields:
-            message = message.replace(f"{other} ", f"{PREFIX}{other.upper()} ")
+            message = re.sub(rf"\b{other}\b", f"{PREFIX}{other.upper()}", message)
         return f"{PREFIX}{name.upper()}: {message}"
     name = str(fault["loc"][0])
     example = Settings.model_fields[name].examples
