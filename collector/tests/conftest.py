@@ -1,0 +1,112 @@
+"""Fixtures: one PostgreSQL server for all tests, and for each test what it asks for."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from services import Collector, Database, Mosquitto, Postgres, run_command
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("IOT_", "PG")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def _initialised() -> Iterator[Postgres]:
+    """A data directory with a migrated database ``migrated``; its server is stopped."""
+    with Postgres.directory() as folder:
+        server = Postgres(folder).create().start()
+        try:
+            server.query("CREATE DATABASE migrated")
+            done = run_command("migrate", **Database(server, "migrated").environment())
+            assert done.returncode == 0, done.stderr
+            server.stop()
+        finally:
+            server.close()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres(_initialised: Postgres) -> Iterator[Postgres]:
+    """The server that tests share; none of them may stop it."""
+    with Postgres.directory() as folder:
+        server = _initialised.copy(folder).start()
+        yield server
+        server.close()
+
+
+@pytest.fixture
+def own_postgres(_initialised: Postgres) -> Iterator[Postgres]:
+    """A server of the test's own, to be stopped and killed."""
+    with Postgres.directory() as folder:
+        server = _initialised.copy(folder).start()
+        yield server
+        server.close()
+
+
+@pytest.fixture
+def empty_database(postgres: Postgres) -> Database:
+    """A database without our schema."""
+    return postgres.database()
+
+
+@pytest.fixture
+def database(postgres: Postgres) -> Database:
+    """A migrated database."""
+    return postgres.database(template="migrated")
+
+
+@pytest.fixture
+def own_database(own_postgres: Postgres) -> Database:
+    """A migrated database on a server of the test's own."""
+    return own_postgres.database(template="migrated")
+
+
+@pytest.fixture
+def make_broker(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
+    """Make brokers (see `Mosquitto`), not started; they end with the test."""
+    made: list[Mosquitto] = []
+
+    def make(*settings: str, **options: object) -> Mosquitto:
+        folder = tmp_path / f"broker-{len(made)}"
+        folder.mkdir()
+        made.append(Mosquitto(folder, *settings, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for broker in made:
+        broker.close()
+
+
+@pytest.fixture
+def broker(make_broker: Callable[..., Mosquitto]) -> Mosquitto:
+    """A running broker that lets anyone in."""
+    return make_broker().start()
+
+
+@pytest.fixture
+def make_collector(tmp_path: Path) -> Iterator[Callable[..., Collector]]:
+    """Make collectors (see `Collector`), not started; they end with the test."""
+    made: list[Collector] = []
+
+    def make(*parts: Mosquitto | Database, **settings: str) -> Collector:
+        folder = tmp_path / f"collector-{len(made)}"
+        folder.mkdir()
+        made.append(Collector(folder, *parts, **settings))
+        return made[-1]
+
+    yield make
+    for collector in made:
+        collector.close()
+
+
+@pytest.fixture
+def collector(
+    make_collector: Callable[..., Collector], broker: Mosquitto, database: Database
+) -> Collector:
+    """A collector that is ready, between ``broker`` and ``database``."""
+    return make_collector(broker, database).start()

@@ -1,0 +1,189 @@
+"""What becomes of a payload's content: the table of the README, and anything at all."""
+
+import json
+import math
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from iot_collector.fields import fields_of
+
+READABLE = [
+    (b"temperature:23", {"temperature": 23}),
+    (b"temperature:-23.50", {"temperature": -23.5}),
+    (b"temperature:1e3", {"temperature": 1000.0}),
+    (b"temperature: 23 ", {"temperature": 23}),
+    (b"  temperature : 23\r\n", {"temperature": 23}),
+    (b"state:on", {"state": "on"}),
+    (b"state:23 C", {"state": "23 C"}),
+    (b"room.1-a b:x", {"room.1-a b": "x"}),
+    (b"url:http://x:80/", {"url": "http://x:80/"}),
+    (b'say:"hi\\', {"say": '"hi\\'}),
+    ("ort:Köln".encode(), {"ort": "Köln"}),
+    (b"lines:a\nb", {"lines": "a\nb"}),
+    # What looks like a number and is none for JSON stays text.
+    (b"temperature:+5", {"temperature": "+5"}),
+    (b"temperature:05", {"temperature": "05"}),
+    (b"temperature:.5", {"temperature": ".5"}),
+    (b"temperature:5.", {"temperature": "5."}),
+    (b"temperature:0x10", {"temperature": "0x10"}),
+    (b"temperature:1_000", {"temperature": "1_000"}),
+    (b"temperature:NaN", {"temperature": "NaN"}),
+    (b"temperature:Infinity", {"temperature": "Infinity"}),
+    (b"temperature:-Infinity", {"temperature": "-Infinity"}),
+    (b"temperature:1e400", {"temperature": "1e400"}),
+    (b"true:true", {"true": "true"}),
+    (b'{"temperature":23,"ok":true,"no":null,"s":"x"}', None),
+    (b"{}", None),
+    (b'{ "a" : 1 }\n', None),
+    (b'{"a":"{[}"}', None),
+    (b'{"a":1,"a":2}', {"a": 2}),
+    (b'{"a":{"b":1},"a":2}', {"a": 2}),
+    ('{"ä":"€"}'.encode(), None),
+    (b'{"n":123456789012345678901234567890}', None),
+    (b'{"n":0.1234567890123456789012345678901234567890}', None),
+]
+
+SILENT = [
+    b"",
+    b" ",
+    b"hello",
+    b"23",
+    b"temperature:",
+    b"temperature: ",
+    b":5",
+    b" : ",
+    b"1st:5",
+    b"a/b:5",
+    b"a" * 129 + b":5",
+    b"temperature:2\x003",
+    b"temp\x00erature:23",
+    b"temperature:\xff\xfe",
+    b"temp\xe9rature:23",
+    b"\xef\xbb\xbftemperature:23",
+    b"\x00",
+    b"\xff\xfe\x00",
+    b"null",
+    b"NaN",
+    b'"text"',
+    b"[1,2]",
+    b'{"a":',
+    b'{"a":NaN}',
+    b'{"a":Infinity}',
+    b'{"a":1e400}',
+    b'{"a":01}',
+    b'{"a":1}x',
+    b'{"a":1}{"a":2}',
+    b"{'a':1}",
+    b'{"a":"\\u0000"}',
+    b'{"a\\u0000":1}',
+    b'{"a":"\x00"}',
+    b'{"a":"\xff"}',
+    b'{"a":"\\ud800"}',
+    b'{"a":"\\udc00\\ud800"}',
+    b'{"a":{"b":1}}',
+    b'{"a":[]}',
+    b'{"a":[1]}',
+    b'{"a":' * 100_000,
+    b"[" * 100_000,
+    b'{"a":' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+]
+
+
+@pytest.mark.parametrize(("payload", "expected"), READABLE, ids=repr)
+def test_readable(payload: bytes, expected: dict[str, object] | None) -> None:
+    found = fields_of(payload)
+    assert found is not None
+    if expected is None:
+        assert found == payload, "a flat object stays as it came, with every digit"
+    else:
+        assert json.loads(found) == expected
+
+
+@pytest.mark.parametrize("payload", SILENT, ids=lambda payload: repr(payload[:24]))
+def test_silent(payload: bytes) -> None:
+    assert fields_of(payload) is None
+
+
+def test_large_payloads() -> None:
+    """128 KiB is what IoT Core carries at most, and nothing special here."""
+    text = b"x" * (128 << 10)
+    assert json.loads(fields_of(b"a:" + text) or b"") == {"a": text.decode()}
+    document = json.dumps({f"key{i}": i for i in range(10_000)}).encode()
+    assert fields_of(document) == document
+    digits = b"9" * (128 << 10)
+    assert fields_of(b"a:" + digits) is not None
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"a:x" + b" " * (128 << 10) + b"x",
+        b"a" + b" " * (128 << 10),
+        b" " * (128 << 10) + b"!",
+        b"a:" + b" x" * (64 << 10),
+        b"a" + b" " * 100 + b":" + b"\n" * (128 << 10),
+        b"a:" + b"1" * (128 << 10) + b"x",
+    ],
+    ids=["gap in value", "gap in name", "gap before", "many gaps", "no value", "digits"],
+)
+@pytest.mark.timeout(10)  # quadratic time would take a minute
+def test_no_payload_takes_long(payload: bytes) -> None:
+    """One message must not hold up the others, nor the keepalive: the cost is linear."""
+    fields_of(payload)
+
+
+# Bytes with the characters that the formats are made of, which plain random bytes rarely have.
+_pieces = st.one_of(
+    st.binary(max_size=4),
+    st.text(max_size=4).map(lambda text: text.encode("utf-8", "surrogatepass")),
+    st.sampled_from([bytes([c]) for c in b'{}[]:,"\\ \n-+.eE019untrfls']),
+    st.sampled_from([b"\\u0000", b"\\ud800", b'"a"', b"null", b"true", b"1e999", b'"a":', b"a:"]),
+)
+payloads = st.one_of(
+    st.binary(max_size=64),
+    st.lists(_pieces, max_size=12).map(b"".join),
+    st.lists(_pieces, max_size=8).map(lambda parts: b'{"a":' + b"".join(parts) + b"}"),
+    st.lists(_pieces, max_size=8).map(lambda parts: b"a:" + b"".join(parts)),
+)
+
+
+def _no_constant(name: str) -> object:
+    raise AssertionError(f"{name} is not JSON")
+
+
+@given(payloads)
+def test_anything_gives_scalars_or_nothing(payload: bytes) -> None:
+    found = fields_of(payload)
+    if found is None:
+        return
+    document = json.loads(found.decode(), parse_constant=_no_constant)
+    assert type(document) is dict
+    for name, value in document.items():
+        assert value is None or type(value) in {str, int, float, bool}
+        assert not (isinstance(value, float) and math.isinf(value))
+        assert "\0" not in name
+        assert not isinstance(value, str) or "\0" not in value
+
+
+_names = st.text(string.ascii_letters + "_", min_size=1, max_size=128)
+_numbers = st.one_of(
+    st.integers(), st.floats(allow_nan=False, allow_infinity=False).map(lambda x: x or 0.0)
+)
+
+
+@given(_names, _numbers)
+def test_every_number_arrives(name: str, number: float) -> None:
+    assert json.loads(fields_of(f"{name}:{number!r}".encode()) or b"") == {name: number}
+
+
+_texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+
+
+@given(st.dictionaries(_texts, st.one_of(_numbers, _texts, st.booleans(), st.none())))
+def test_every_flat_object_arrives(document: dict[str, object]) -> None:
+    payload = json.dumps(document, ensure_ascii=False).encode()
+    # The test for \u0000 looks at the bytes, so it also refuses an escaped backslash before u0000.
+    expected = None if b"\\u0000" in payload else payload
+    assert fields_of(payload) == expected

@@ -1,0 +1,299 @@
+"""Settings: every fault is named with the variable, what is wrong, and an example."""
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from iot_collector.settings import Settings, SettingsError, load
+
+
+def faults(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> list[str]:
+    """Return the lines of the error that these settings give."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load()
+    return str(caught.value).splitlines()
+
+
+def test_defaults() -> None:
+    found = load()
+    assert str(found.broker) == "127.0.0.1:1883"
+    assert (found.broker.tls, found.broker.transport) == (False, "tcp")
+    assert found.mqtt_topics == ["iot/data"]
+    assert found.mqtt_client_id == f"iot-collector-{socket.gethostname()}"
+    assert found.mqtt_qos == 1
+    assert found.mqtt_secret is None
+    assert found.database_secret is None
+    assert found.database_url == ""
+
+
+# Every setting at a value that is not its default, as a shell gives it: text.
+FULL = {
+    "IOT_MQTT_URL": ("wss://broker.example:9443/iot", "wss://broker.example:9443/iot"),
+    "IOT_MQTT_USERNAME": ("me", "me"),
+    "IOT_MQTT_TOPICS": ("a/+/b , $share/g/c/#,é", ["a/+/b", "$share/g/c/#", "é"]),
+    "IOT_MQTT_QOS": ("2", 2),
+    "IOT_MQTT_CLIENT_ID": ("c-0", "c-0"),
+    "IOT_MQTT_VERSION": ("3.1.1", "3.1.1"),
+    "IOT_MQTT_KEEPALIVE_SECONDS": ("60", 60),
+    "IOT_MQTT_MAX_INFLIGHT": ("100", 100),
+    "IOT_MQTT_SESSION_EXPIRY_SECONDS": ("3600", 3600),
+    "IOT_DATABASE_URL": ("host=db dbname=iot", "host=db dbname=iot"),
+    "IOT_BATCH_LINGER_MS": ("2.5", 2.5),
+    "IOT_BATCH_ROWS": ("100", 100),
+    "IOT_BATCH_BYTES": ("100000", 100_000),
+    "IOT_BUFFER_BYTES": ("2000000", 2_000_000),
+    "IOT_HTTP_HOST": ("0.0.0.0", "0.0.0.0"),
+    "IOT_HTTP_PORT": ("3100", 3100),
+    "IOT_UNHEALTHY_AFTER_SECONDS": ("5", 5.0),
+    "IOT_DRAIN_SECONDS": ("0", 0.0),
+    "IOT_LOG_FORMAT": ("json", "json"),
+    "IOT_LOG_LEVEL": ("debug", "debug"),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_each_setting_is_read_from_its_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, expected = FULL[name]
+    monkeypatch.setenv(name, text)
+    assert getattr(load(), name.removeprefix("IOT_").lower()) == expected
+
+
+def test_each_setting_is_tried_above() -> None:
+    files = {f"IOT_MQTT_{what}_FILE" for what in ("CA", "CERT", "KEY")}
+    secrets = {f"IOT_{w}_PASSWORD{f}" for w in ("MQTT", "DATABASE") for f in ("", "_FILE")}
+    fields = {f"IOT_{name.upper()}" for name in Settings.model_fields}
+    assert fields - files - secrets == set(FULL)
+
+
+@pytest.mark.parametrize(("qos", "expected"), [("1", 1), ("2", 2)])
+def test_qos(qos: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOT_MQTT_QOS", qos)
+    assert load().mqtt_qos == expected
+
+
+# Variable, wrong value, a piece of what must be said about it.
+WRONG = [
+    ("IOT_MQTT_URL", "broker.example", "scheme"),
+    ("IOT_MQTT_URL", "http://broker.example", "mqtt, mqtts, ws, wss"),
+    ("IOT_MQTT_URL", "mqtt://", "host"),
+    ("IOT_MQTT_URL", "mqtt://broker:port", "port cannot be read"),
+    ("IOT_MQTT_URL", "mqtt://broker:70000", "port cannot be read"),
+    ("IOT_MQTT_URL", "mqtt://[::1", "host or port cannot be read"),
+    ("IOT_MQTT_URL", "mqtt://u:12/34@h", "%2F"),
+    ("IOT_MQTT_PASSWORD_FILE", "/no/such/file", "/no/such/file cannot be read (No such file"),
+    ("IOT_MQTT_CA_FILE", "/", "/ cannot be read (Is a directory"),
+    ("IOT_MQTT_CERT_FILE", "/no/such/file", "cannot be read"),
+    ("IOT_MQTT_KEY_FILE", "/no/such/file", "cannot be read"),
+    ("IOT_DATABASE_PASSWORD_FILE", "/no/such/file", "cannot be read"),
+    ("IOT_MQTT_TOPICS", "a,,b", "1 to 65535 bytes"),
+    ("IOT_MQTT_TOPICS", "a/#/b", "# must stand alone and last"),
+    ("IOT_MQTT_TOPICS", "a#", "# must stand alone and last"),
+    ("IOT_MQTT_TOPICS", "a/b+", "+ must stand alone"),
+    ("IOT_MQTT_TOPICS", "$share/group", "$share/<group>/<filter>"),
+    ("IOT_MQTT_TOPICS", "$share//a", "$share/<group>/<filter>"),
+    ("IOT_MQTT_TOPICS", "$share/g+/a", "$share/<group>/<filter>"),
+    ("IOT_MQTT_TOPICS", "a" * 65_536, "1 to 65535 bytes"),
+    ("IOT_MQTT_QOS", "0", "greater than or equal to 1"),
+    ("IOT_MQTT_QOS", "3", "less than or equal to 2"),
+    ("IOT_MQTT_VERSION", "4", "'5' or '3.1.1'"),
+    ("IOT_MQTT_KEEPALIVE_SECONDS", "0", "greater than or equal to 5"),
+    ("IOT_MQTT_MAX_INFLIGHT", "0", "greater than or equal to 1"),
+    ("IOT_MQTT_MAX_INFLIGHT", "65535", "less than or equal to 20000"),
+    ("IOT_MQTT_MAX_INFLIGHT", "many", "integer"),
+    ("IOT_MQTT_SESSION_EXPIRY_SECONDS", "1", "greater than or equal to 60"),
+    ("IOT_DATABASE_URL", "postgresql://[", "URI"),
+    ("IOT_DATABASE_URL", "nonsense", "URI"),
+    ("IOT_DATABASE_URL", "postgresql://h/db?no_such_option=1", "URI"),
+    ("IOT_BATCH_LINGER_MS", "-1", "greater than or equal to 0"),
+    ("IOT_BATCH_LINGER_MS", "nan", "less than or equal to 10000"),
+    ("IOT_BATCH_ROWS", "1.5", "integer"),
+    ("IOT_BATCH_BYTES", "1", "greater than or equal to 1024"),
+    ("IOT_BUFFER_BYTES", "64MB", "integer"),
+    ("IOT_HTTP_PORT", "0", "greater than or equal to 1"),
+    ("IOT_HTTP_PORT", "65536", "less than or equal to 65535"),
+    ("IOT_UNHEALTHY_AFTER_SECONDS", "0", "greater than 0"),
+    ("IOT_DRAIN_SECONDS", "-1", "greater than or equal to 0"),
+    ("IOT_LOG_FORMAT", "xml", "'json' or 'console'"),
+    ("IOT_LOG_LEVEL", "loud", "'debug', 'info', 'warning' or 'error'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fault"), WRONG, ids=[f"{name}={value[:20]}" for name, value, _ in WRONG]
+)
+def test_every_fault_is_named(
+    name: str, value: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = faults(monkeypatch, {name: value})
+    assert line.startswith(f"{name}: ")
+    assert fault in line
+    example = line.partition("; for example ")[2]
+    assert example, line
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in WRONG}))
+def test_every_example_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example, *_) = Settings.model_fields[name.removeprefix("IOT_").lower()].examples or []
+    if name.endswith("_FILE"):
+        assert str(example).startswith("/")
+        return
+    monkeypatch.setenv(name, str(example))
+    load()
+
+
+def test_all_faults_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {name: value for name, value, _ in WRONG} | {"IOT_BATCHROWS": "5"}
+    lines = faults(monkeypatch, wrong)
+    assert {line.partition(":")[0] for line in lines} == set(wrong)
+
+
+def test_each_wrong_topic_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = faults(monkeypatch, {"IOT_MQTT_TOPICS": "a#,good,b+"})
+    assert len(lines) == 2
+    assert "'a#'" in lines[0]
+    assert "'b+'" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("IOT_MQTT_TOPIC", "IOT_MQTT_TOPICS"),
+        ("IOT_MQTT_PASSWORDFILE", "IOT_MQTT_PASSWORD_FILE"),
+        ("IOT_HTTPPORT", "IOT_HTTP_PORT"),
+    ],
+)
+def test_unknown_setting(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = faults(monkeypatch, {name: "x"})
+    assert line == f"{name}: there is no such setting; did you mean {meant}?"
+
+
+def test_unknown_setting_like_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = faults(monkeypatch, {"IOT_XYZZY": "x"})
+    assert line == "IOT_XYZZY: there is no such setting"
+
+
+def test_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = load()
+    for name in FULL:
+        monkeypatch.setenv(name, "")
+    for kind in ("MQTT", "DATABASE"):
+        monkeypatch.setenv(f"IOT_{kind}_PASSWORD", "")
+        monkeypatch.setenv(f"IOT_{kind}_PASSWORD_FILE", "")
+    assert load() == defaults
+
+
+@pytest.mark.parametrize("kind", ["MQTT", "DATABASE"])
+def test_secret_file_is_read_anew(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "password"
+    file.write_text("old\n")
+    monkeypatch.setenv(f"IOT_{kind}_PASSWORD_FILE", str(file))
+    monkeypatch.setenv("IOT_MQTT_USERNAME", "me")
+    found = load()
+    assert getattr(found, f"{kind.lower()}_secret") == "old"
+    file.write_text("  né w \r\n")
+    assert getattr(found, f"{kind.lower()}_secret") == "  né w "
+
+
+@pytest.mark.parametrize("kind", ["MQTT", "DATABASE"])
+def test_two_forms_of_a_secret(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "password"
+    file.write_text("one")
+    (line,) = faults(
+        monkeypatch,
+        {
+            "IOT_MQTT_USERNAME": "me",
+            f"IOT_{kind}_PASSWORD": "two",
+            f"IOT_{kind}_PASSWORD_FILE": str(file),
+        },
+    )
+    assert line == f"IOT_{kind}_PASSWORD: set it or IOT_{kind}_PASSWORD_FILE, not both"
+
+
+def test_password_without_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = faults(monkeypatch, {"IOT_MQTT_PASSWORD": "two"})
+    assert line.startswith("IOT_MQTT_USERNAME: ")
+
+
+@pytest.mark.parametrize("which", ["CERT", "KEY"])
+def test_half_a_client_certificate(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    variables = {"IOT_MQTT_URL": "mqtts://b", f"IOT_MQTT_{which}_FILE": str(file)}
+    (line,) = faults(monkeypatch, variables)
+    assert "IOT_MQTT_CERT_FILE" in line
+    assert "IOT_MQTT_KEY_FILE" in line
+
+
+def test_ca_file_without_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    (line,) = faults(monkeypatch, {"IOT_MQTT_URL": "mqtt://broker", "IOT_MQTT_CA_FILE": str(file)})
+    assert line.startswith("IOT_MQTT_CA_FILE: ")
+    assert "IOT_MQTT_URL" in line
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("mqtt://h", ("tcp", False, "h", 1883, None)),
+        ("mqtts://h", ("tcp", True, "h", 8883, None)),
+        ("ws://h", ("websockets", False, "h", 80, None)),
+        ("wss://h", ("websockets", True, "h", 443, None)),
+        ("mqtt://[::1]:1884", ("tcp", False, "::1", 1884, None)),
+        ("mqtt://us%40er:pw@h", ("tcp", False, "h", 1883, "us@er")),
+    ],
+)
+def test_url(url: str, expected: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOT_MQTT_URL", url)
+    broker = load().broker
+    assert (broker.transport, broker.tls, broker.host, broker.port, broker.username) == expected
+
+
+_passwords = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"]), min_size=6, max_size=20
+).filter(lambda text: text == text.strip() and not text.isascii())
+
+
+@given(_passwords)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_secret_shows(password: str) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("IOT_MQTT_URL", f"mqtt://user:{quote(password, safe='')}@host")
+        monkeypatch.setenv("IOT_DATABASE_URL", f"postgresql://u:{quote(password, safe='')}@h/db")
+        monkeypatch.setenv("IOT_DATABASE_PASSWORD", password)
+        found = load()
+        assert found.mqtt_secret == password
+        assert found.database_secret == password
+        monkeypatch.setenv("IOT_MQTT_PASSWORD", password)
+        again = load()
+        assert again.mqtt_secret == password
+        for shown in (repr(again), str(again), str(again.broker), repr(again.broker)):
+            assert password not in shown
+            assert quote(password, safe="") not in shown
+
+
+# What people put into URLs without quoting it.
+@pytest.mark.parametrize(
+    "password",
+    ["hunter2#x", "hunter2/x", "hunter2?x", "hun[ter2]", "hunter2[", "hunter2\u2100", "a:hunter2#"],
+)
+@pytest.mark.parametrize("where", ["mqtt://user:{}@host", "mqtt://{}@host", "user:{}@host"])
+def test_no_secret_in_an_error(password: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOT_MQTT_URL", where.format(password))
+    monkeypatch.setenv("IOT_DATABASE_URL", f"postgresql://user:{password}%@[host/db")
+    monkeypatch.setenv("IOT_HTTP_PORT", "wrong")  # one more fault, for a text of many lines
+    with pytest.raises(SettingsError) as caught:
+        load()
+    shown = f"{caught.value}{caught.value!r}{caught.value.__cause__}"
+    assert "hun" not in shown
+    assert "ter2" not in shown
