@@ -19,6 +19,7 @@ import structlog
 
 from . import rows as copy
 from .flow import Chunk
+from .message_ids import drop_known, forget_old
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -108,7 +109,7 @@ class Store:
         self._client_id = settings.mqtt_client_id
         self._writer = str(uuid.uuid4())
         self._connection: psycopg2.extensions.connection | None = None
-        self._partitioned_days: set[int] = set()
+        self._days_done: set[int] = set()
         self._seq: int | None = None  # of the last batch in the ledger; None: not known
         # What a transaction did whose COMMIT got no answer.
         self._unsure: Stored | None = None
@@ -155,20 +156,29 @@ class Store:
         """
         if self._unsure is not None and (stored := self._find_unsure()) is not None:
             return stored
-        self._ensure_partitions(chunks)
+        self._do_daily(chunks)
         try:
             with self._booking(packets, keep) as (cursor, stored):
-                stored.inserted = _copy(cursor, b"".join(_tuples(chunks)))
+                new = self._drop_known(cursor, chunks, stored)
+                stored.inserted = _copy(cursor, b"".join(_tuples(new)))
         except psycopg2.Error as error:
             if kind_of(error) != "data":
                 raise
             log.warning("a row was refused, searching the batch for it", error=one_line(error))
-            rows = [chunk.head + row for chunk in chunks for row in chunk.rows]
             with self._booking(packets, keep) as (cursor, stored):
+                new = self._drop_known(cursor, chunks, stored)
                 # What is checked only at COMMIT could not be found by bisection.
                 cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
-                _bisect(cursor, rows, stored)
+                _bisect(cursor, [c.head + row for c in new for row in c.rows], stored)
         return stored
+
+    def _drop_known(
+        self, cursor: psycopg2.extensions.cursor, chunks: list[Chunk], stored: Stored
+    ) -> list[Chunk]:
+        if self._settings.message_id_key is None:
+            return chunks
+        new, stored.duplicates = drop_known(cursor, chunks, self._settings.message_id_key)
+        return new
 
     @contextmanager
     def _booking(
@@ -249,15 +259,16 @@ class Store:
                     "messages; set it to on for this role or database"
                 )
 
-    def _ensure_partitions(self, chunks: list[Chunk]) -> None:
-        # Asked with the first batch of each day: partitions are made months ahead of use.
+    def _do_daily(self, chunks: list[Chunk]) -> None:
+        # With the first batch of each day: partitions are made months ahead of use.
         days = {int(chunk.timestamp // 86400) for chunk in chunks}
-        if not days <= self._partitioned_days:
+        if not days <= self._days_done:
             with self._transaction() as cursor:
                 for day in days:
                     start = datetime.fromtimestamp(day * 86400, UTC)
                     cursor.execute("SELECT ensure_partitions(%s, %s)", (start, MONTHS_AHEAD))
-            self._partitioned_days = days
+                forget_old(cursor)
+            self._days_done = days
 
 
 def _tuples(chunks: list[Chunk]) -> Iterator[bytes]:

@@ -36,7 +36,7 @@ class Writer(threading.Thread):
         self._flow = flow
         self._metrics = metrics
         self._store = Store(settings)
-        self._ledger = Ledger(settings.mqtt_max_inflight)
+        self._ledger = Ledger(settings.mqtt_max_inflight if settings.packet_ledger else 0)
         # Writing at half the window keeps the broker sending meanwhile.
         self._batch_rows = min(settings.batch_rows, max(1, settings.mqtt_max_inflight // 2))
         self._abandon = threading.Event()
@@ -105,7 +105,7 @@ class Writer(threading.Thread):
         duplicates = sum(len(chunk.tags) for chunk in batch) - rows
         self._flow.settle(
             inserted=stored.inserted,
-            duplicates=duplicates,
+            duplicates=duplicates + stored.duplicates,
             dead_letters=stored.dead_letters,
         )
         self._metrics.batch_rows.observe(rows)

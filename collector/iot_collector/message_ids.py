@@ -1,0 +1,72 @@
+"""De-duplication by an id that the device puts into its messages.
+
+For brokers that send again under another packet id, as AWS IoT Core does, and for devices that
+publish again themselves. The id is a JSON key of the payload or an MQTT 5 user property.
+"""
+
+from dataclasses import replace
+
+import orjson
+import psycopg2.extensions
+
+from .flow import Chunk
+from .rows import decode
+
+# How long ids are remembered; nothing is sent again after its session has expired.
+REMEMBER = "8 days"
+_MAX_LENGTH = 255
+
+
+def drop_known(
+    cursor: psycopg2.extensions.cursor, chunks: list[Chunk], key: str
+) -> tuple[list[Chunk], int]:
+    """Enter the ids of a batch; return it without the rows whose ids were known, and their number.
+
+    A row without an id is always kept.
+    """
+    ids = [[message_id(chunk.head + row, key) for row in chunk.rows] for chunk in chunks]
+    # In one order, so that two collectors with ids in common cannot lock each other out.
+    wanted = sorted({i for chunk_ids in ids for i in chunk_ids if i is not None})
+    cursor.execute(
+        "INSERT INTO message_ids (id) SELECT unnest(%s::text[])"
+        " ON CONFLICT DO NOTHING RETURNING id",
+        (wanted,),
+    )
+    new = {i for (i,) in cursor.fetchall()}
+    kept = []
+    dropped = 0
+    for chunk, chunk_ids in zip(chunks, ids, strict=True):
+        rows = []
+        for row, i in zip(chunk.rows, chunk_ids, strict=True):
+            if i is None or i in new:
+                new.discard(i or "")
+                rows.append(row)
+        dropped += len(chunk.rows) - len(rows)
+        kept.append(replace(chunk, rows=rows))
+    return kept, dropped
+
+
+def forget_old(cursor: psycopg2.extensions.cursor) -> None:
+    """Forget ids that are older than any message that can still be sent again."""
+    cursor.execute("DELETE FROM message_ids WHERE stored_at < now() - %s::interval", (REMEMBER,))
+
+
+def message_id(row: bytes, key: str) -> str | None:
+    """Return the id of a tuple: a string or number under ``key``, or None."""
+    message = decode(row)
+    if message.properties is not None:
+        values = orjson.loads(message.properties).get("user", {}).get(key)
+        if values:
+            return _valid(values[0])
+    if message.payload[:1] != b"{":
+        return None
+    try:
+        document = orjson.loads(message.payload)
+    except orjson.JSONDecodeError:
+        return None
+    value = document.get(key)
+    return _valid(str(value)) if type(value) in (str, int) else None
+
+
+def _valid(text: str) -> str | None:
+    return text if 0 < len(text) <= _MAX_LENGTH and "\0" not in text else None
