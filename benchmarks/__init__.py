@@ -1,0 +1,1 @@
+"""Measures the collector side by side with others; see README.md."""

@@ -1,0 +1,214 @@
+"""The command: ``python -m benchmarks``."""
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from . import processes, report, services, trial, wire
+from .competitors import ALL, BY_NAME, Competitor, Place, migrate
+from .processes import StartError
+from .trial import Result
+
+_HERE = Path(__file__).parent
+_QUICK = "collector,stock,naive,sub,limit"
+_MODES = ("drain", "live", "fixed", "idle", "memory")
+
+
+def _list_of(
+    known: list[str],
+) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    def parse(_context: click.Context, _parameter: click.Parameter, value: str) -> list[str]:
+        names = list(BY_NAME) if value == "all" and known == list(BY_NAME) else value.split(",")
+        for name in names:
+            if name not in known:
+                raise click.BadParameter(f"{name!r}; known are {', '.join(known)}")
+        return names
+
+    return parse
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--competitors", default=_QUICK, callback=_list_of(list(BY_NAME)), help="or: all")
+@click.option("--modes", default="drain,live", callback=_list_of(list(_MODES)))
+@click.option("--count", default=150_000, help="Messages of a backlog, for the fast ones.")
+@click.option("--seconds", default=5.0, help="Length of a live or fixed run.")
+@click.option("--rates", default="1000,10000,20000", help="Messages per second of fixed runs.")
+@click.option("--memory-count", default=1_000_000, help="Messages of the backlog in mode memory.")
+@click.option("--idle-seconds", default=30.0)
+@click.option("--repetitions", default=1)
+@click.option("--full", is_flag=True, help="All competitors and modes, three times, longer runs.")
+@click.option("--profile", is_flag=True, help="Record live and fixed runs of ours with py-spy.")
+@click.option("--mosquitto", default="mosquitto", help="The broker to start.")
+@click.option("--port", default=31_001, help="The first of three ports on 127.0.0.1.")
+@click.option("--work", type=click.Path(path_type=Path), default=_HERE / ".work")
+@click.option("--output", type=click.Path(path_type=Path), help="Where to write the report.")
+def main(
+    competitors: list[str],
+    modes: list[str],
+    count: int,
+    seconds: float,
+    rates: str,
+    memory_count: int,
+    idle_seconds: float,
+    repetitions: int,
+    full: bool,
+    profile: bool,
+    mosquitto: str,
+    port: int,
+    work: Path,
+    output: Path | None,
+) -> None:
+    """Run the collector and others side by side against a fresh Mosquitto and PostgreSQL.
+
+    The report goes to benchmarks/RESULTS.md with --full, else to benchmarks/.work/RESULTS.md.
+    """
+    if full:
+        competitors, modes = list(BY_NAME), list(_MODES)
+        count, seconds, repetitions = max(count, 300_000), max(seconds, 8.0), max(repetitions, 3)
+    output = output or (_HERE if full else work) / "RESULTS.md"
+    work = work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    place = Place(work, port, port + 2, f"postgresql://bench@{wire.HOST}:{port + 1}/postgres")
+    try:
+        versions, chosen = _prepare(competitors, place, mosquitto)
+        with services.database(port + 1, work / "postgresql") as database:
+            versions["PostgreSQL"] = database.query("SHOW server_version")[0][0]
+            migrate(place)
+            stage = trial.Stage(place, database, mosquitto, profile)
+            plan = _plan(
+                modes,
+                count,
+                seconds,
+                [float(r) for r in rates.split(",")],
+                memory_count,
+                idle_seconds,
+            )
+            results = _run(stage, chosen, plan, repetitions)
+    except StartError as error:
+        raise click.ClickException(str(error)) from error
+    text = report.tables(results)
+    click.echo("\n" + text)
+    output.write_text(_header(versions, repetitions) + text)
+    click.echo(f"written to {output}")
+    for result in results:
+        if result.profile:
+            path = work / f"profile-{result.competitor}-{result.mode.replace('/', '-')}.txt"
+            path.write_text("\n".join(result.profile))
+            click.echo(f"profile (collapsed stacks) in {path}")
+
+
+def _prepare(
+    names: list[str], place: Place, mosquitto: str
+) -> tuple[dict[str, str], list[Competitor]]:
+    versions = {"Mosquitto": services.version_of_broker(mosquitto)}
+    chosen = []
+    for competitor in ALL:
+        if competitor.name not in names:
+            continue
+        try:
+            versions[competitor.name] = competitor.prepare(place)
+            chosen.append(competitor)
+        except StartError as error:
+            versions[competitor.name] = f"skipped: {error}"
+            click.echo(f"{competitor.name} skipped: {error}", err=True)
+    return versions, chosen
+
+
+@dataclass(frozen=True)
+class Step:
+    """One mode with its figures."""
+
+    name: str
+    run: Callable[[trial.Stage, Competitor], Result]
+    fits: Callable[[Competitor], bool] = lambda _: True
+
+
+def _plan(
+    modes: list[str],
+    count: int,
+    seconds: float,
+    rates: list[float],
+    memory_count: int,
+    idle_seconds: float,
+) -> list[Step]:
+    def fixed(rate: float) -> Step:
+        return Step(
+            f"{rate:.0f}/s",
+            lambda stage, c: trial.live(stage, c, seconds, rate),
+            lambda c: c.stores and c.speed > rate,
+        )
+
+    steps = {
+        # A backlog of at most ten seconds for the slow ones.
+        "drain": [Step("drain", lambda s, c: trial.drain(s, c, min(count, c.speed * 10)))],
+        "live": [Step("live", lambda stage, c: trial.live(stage, c, seconds))],
+        "fixed": [fixed(rate) for rate in rates],
+        "idle": [Step("idle", lambda s, c: trial.idle(s, c, idle_seconds), lambda c: c.stores)],
+        "memory": [
+            Step(
+                "memory",
+                lambda stage, c: trial.drain(stage, c, memory_count, mode="memory"),
+                lambda c: c.metrics or c.name == "go",
+            )
+        ],
+    }
+    return [step for mode in modes for step in steps[mode]]
+
+
+def _run(
+    stage: trial.Stage, competitors: list[Competitor], plan: list[Step], repetitions: int
+) -> list[Result]:
+    """Run everything; competitors take turns, so that what changes in time hits all alike."""
+    results = []
+    for step in plan:
+        for repetition in range(repetitions if step.name not in ("idle", "memory") else 1):
+            for competitor in filter(step.fits, competitors):
+                label = f"{step.name} {repetition + 1}: {competitor.name}"
+                try:
+                    result = step.run(stage, competitor)
+                except StartError as error:
+                    click.echo(f"{label}: failed: {error}", err=True)
+                    continue
+                results.append(result)
+                click.echo(f"{label}: {report.line(result)}")
+    return results
+
+
+def _header(versions: dict[str, str], repetitions: int) -> str:
+    """Describe the machine, the versions and the command."""
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) / (1 << 20)
+    try:
+        commit = processes.run(["git", "-C", str(_HERE), "describe", "--always", "--dirty"]).strip()
+    except StartError:
+        commit = "unknown"
+    names = "\n".join(f"- {name}: {version}" for name, version in versions.items())
+    return f"""# Results
+
+Written by `python -m benchmarks {shlex.join(sys.argv[1:])}`
+on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {commit}. How it is measured: [README](README.md).
+
+{os.cpu_count()} cores ({cpu}), {memory:.0f} GB, {platform.system()} {platform.release()}; \
+{repetitions} repetitions; ranges are from minimum to maximum.
+
+{names}
+
+"""
+
+
+if __name__ == "__main__":
+    main()

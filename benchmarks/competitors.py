@@ -1,0 +1,226 @@
+"""Who is measured, and how each is built and started."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import processes, wire
+from .processes import StartError
+
+PEERS = Path(__file__).parent / "peers"
+CLIENT_ID = "benchmark-collector"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens."""
+
+    work: Path
+    broker_port: int
+    http_port: int
+    database_url: str
+
+    @property
+    def count_file(self) -> Path:
+        """Where a subscriber that stores nothing leaves a trace of what it received."""
+        return self.work / "count"
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One way to get messages from broker to database."""
+
+    name: str
+    title: str
+    command: Callable[[Place], list[str]]
+    prepare: Callable[[Place], str]  # returns versions; raises StartError when it cannot run here
+    speed: int  # a rough guess of messages per second, to keep the slow ones' runs short
+    environment: Callable[[Place], dict[str, str]]
+    counted: Callable[[Place], int] | None = None  # set for those that store nothing
+    metrics: bool = False
+
+    @property
+    def stores(self) -> bool:
+        """Whether it writes to the database."""
+        return self.counted is None
+
+
+def _ours(place: Place) -> dict[str, str]:
+    return {
+        "IOT_MQTT_URL": f"mqtt://{wire.HOST}:{place.broker_port}",
+        "IOT_MQTT_CLIENT_ID": CLIENT_ID,
+        "IOT_MQTT_TOPICS": wire.TOPIC.decode(),
+        "IOT_DATABASE_URL": place.database_url,
+        "IOT_HTTP_PORT": str(place.http_port),
+    }
+
+
+def _peer(place: Place) -> dict[str, str]:
+    return {
+        "PEER_HOST": wire.HOST,
+        "PEER_PORT": str(place.broker_port),
+        "PEER_CLIENT": CLIENT_ID,
+        "PEER_TOPIC": wire.TOPIC.decode(),
+        "PEER_DATABASE": place.database_url,
+        "PEER_COUNT": str(place.count_file),
+    }
+
+
+def _collector(*arguments: str) -> list[str]:
+    """Return a command line of the collector that is installed beside this Python."""
+    return [str(Path(sys.executable).with_name("iot-collector")), *arguments]
+
+
+def migrate(place: Place) -> None:
+    """Make the schema: the same for every competitor."""
+    processes.run(_collector("migrate"), env=os.environ | _ours(place))
+
+
+def _python_versions(_place: Place) -> str:
+    from importlib.metadata import version
+
+    packages = ("iot-collector", "paho-mqtt", "psycopg2-binary")
+    python = f"Python {sys.version.split()[0]}"
+    return ", ".join([python, *(f"{name} {version(name)}" for name in packages)])
+
+
+def _build_node(place: Place) -> str:
+    folder = place.work / "node"
+    shutil.copytree(PEERS / "node", folder, dirs_exist_ok=True)
+    processes.run(
+        ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--silent"], cwd=folder
+    )
+    node = processes.run(["node", "--version"]).strip()
+    versions = [f"Node {node}"]
+    for package in ("mqtt", "pg"):
+        text = (folder / "node_modules" / package / "package.json").read_text()
+        versions.append(f"{package} {json.loads(text)['version']}")
+    return ", ".join(versions)
+
+
+# Where Debian's golang-*-dev packages put their sources.
+_GO_PATH = "/usr/share/gocode"
+_GO_PACKAGES = {
+    "golang-github-eclipse-paho.mqtt.golang-dev": "github.com/eclipse/paho.mqtt.golang",
+    "golang-github-jackc-pgx-v4-dev": "github.com/jackc/pgx/v4",
+}
+
+
+def _build_go(place: Place) -> str:
+    for package, path in _GO_PACKAGES.items():
+        if not (Path(_GO_PATH) / "src" / path).exists():
+            raise StartError(f"apt-get install golang-go {' '.join(_GO_PACKAGES)} ({package})")
+    folder = place.work / "go"
+    folder.mkdir(exist_ok=True)
+    # Without modules: the sources are Debian's packages, nothing is downloaded.
+    go = {
+        "GO111MODULE": "off",
+        "GOPATH": _GO_PATH,
+        "GOCACHE": str(folder / "cache"),
+        "GOFLAGS": "",
+    }
+    processes.run(
+        ["go", "build", "-o", str(folder / "peer"), str(PEERS / "go" / "main.go")],
+        env=os.environ | go,
+    )
+    versions = [processes.run(["go", "version"]).split()[2]]
+    versions += [f"{package} {_debian_version(package)}" for package in _GO_PACKAGES]
+    return ", ".join(versions)
+
+
+def _debian_version(package: str) -> str:
+    return processes.run(["dpkg-query", "-W", "-f", "${Version}", package])
+
+
+def _build_limit(place: Place) -> str:
+    processes.run(["cc", "-O2", "-Wall", "-o", str(place.work / "limit"), str(PEERS / "limit.c")])
+    return processes.run(["cc", "--version"]).split("\n", 1)[0]
+
+
+def _find_mosquitto_sub(_place: Place) -> str:
+    if not shutil.which("mosquitto_sub"):
+        raise StartError("apt-get install mosquitto-clients")
+    return f"mosquitto-clients {_debian_version('mosquitto-clients')}"
+
+
+def _count_of_limit(place: Place) -> int:
+    return int.from_bytes(place.count_file.read_bytes() or b"\0", sys.byteorder)
+
+
+def _mosquitto_sub(place: Place) -> list[str]:
+    command = ["mosquitto_sub", "-h", wire.HOST, "-p", str(place.broker_port), "-i", CLIENT_ID]
+    command += ["-c", "-q", "1", "-t", wire.TOPIC.decode()]
+    return ["sh", "-c", 'exec "$@" > "$PEER_COUNT"', "sh", *command]
+
+
+def _count_of_mosquitto_sub(place: Place) -> int:
+    return place.count_file.stat().st_size // (wire.PAYLOAD_SIZE + 1)
+
+
+ALL = [
+    Competitor(
+        name="collector",
+        title="**this collector**",
+        command=lambda _: _collector("run"),
+        prepare=_python_versions,
+        speed=60_000,
+        environment=_ours,
+        metrics=True,
+    ),
+    Competitor(
+        name="stock",
+        title="this collector, paho's own reader",
+        command=lambda _: [sys.executable, str(PEERS / "stock.py"), "run"],
+        prepare=_python_versions,
+        speed=20_000,
+        environment=_ours,
+        metrics=True,
+    ),
+    Competitor(
+        name="naive",
+        title="Python, paho, INSERT + COMMIT per message",
+        command=lambda _: [sys.executable, str(PEERS / "naive.py")],
+        prepare=_python_versions,
+        speed=1_200,
+        environment=_peer,
+    ),
+    Competitor(
+        name="node",
+        title="Node, mqtt.js + pg, INSERT per message, early ack",
+        command=lambda place: ["node", str(place.work / "node" / "peer.js")],
+        prepare=_build_node,
+        speed=6_000,
+        environment=_peer,
+    ),
+    Competitor(
+        name="go",
+        title="Go, paho + pgx COPY in batches, early ack",
+        command=lambda place: [str(place.work / "go" / "peer")],
+        prepare=_build_go,
+        speed=40_000,
+        environment=_peer,
+    ),
+    Competitor(
+        name="sub",
+        title="mosquitto_sub into a file, stores no rows",
+        command=_mosquitto_sub,
+        prepare=_find_mosquitto_sub,
+        speed=60_000,
+        environment=_peer,
+        counted=_count_of_mosquitto_sub,
+    ),
+    Competitor(
+        name="limit",
+        title="C, bulk reads, stores nothing: the limit",
+        command=lambda place: [str(place.work / "limit")],
+        prepare=_build_limit,
+        speed=60_000,
+        environment=_peer,
+        counted=_count_of_limit,
+    ),
+]
+BY_NAME = {competitor.name: competitor for competitor in ALL}
