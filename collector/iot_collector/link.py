@@ -48,12 +48,15 @@ class Connection:
         self.client = make_client(settings, self.inbox, keep_session=keep_session)
         self.client.on_connect = self._on_connect
         self.client.on_subscribe = self._on_subscribe
+        self.client.on_unsubscribe = self._on_unsubscribe
         self.client.on_disconnect = self._on_disconnect
         self.accepted = False
         self.session_present = False
         self.greeting: Greeting | None = None  # to be put before the first messages
         self.refused: dict[str, str] = {}  # topic filter -> why the broker refused it
         self.subscribed = False
+        self.unsubscribing = self.unsubscribed = False  # for good, to leave
+        self.quiet_at: int | None = None  # messages received when the broker was last asked
         self.end: str | None = None  # why the connection ended
         self._filters: list[str] = []  # in the order of the SUBSCRIBE that is under way
         self._subscribe_at: float | None = None
@@ -156,6 +159,16 @@ class Connection:
                 )
         self.subscribed = not self.refused
 
+    def _on_unsubscribe(
+        self,
+        _client: Client,
+        _userdata: object,
+        _mid: int,
+        _reasons: list[ReasonCode],
+        _properties: Properties | None,
+    ) -> None:
+        self.unsubscribed = self.unsubscribing
+
     def _on_disconnect(
         self,
         _client: Client,
@@ -185,6 +198,8 @@ class Link(threading.Thread):
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._draining = False
+        self._leaving = False
+        self.left = threading.Event()
         self._stopping = threading.Event()
         self._connected_before = False
         self.connection: Connection | None = None
@@ -206,6 +221,11 @@ class Link(threading.Thread):
     def drain(self) -> None:
         """Stop taking messages; acknowledgements go on."""
         self._draining = True
+        self._wake()
+
+    def leave(self) -> None:
+        """Unsubscribe and go on until the broker has nothing left for us; sets `left` then."""
+        self._leaving = True
         self._wake()
 
     def stop(self) -> None:
@@ -251,7 +271,7 @@ class Link(threading.Thread):
             if connection.accepted and self.error is not None:
                 self._count_connection()
             if self._stopping.is_set() and not self._acks:
-                connection.client.finish(_FINISH)
+                connection.client.finish(_FINISH, end_session=self.left.is_set())
                 log.info("disconnected from broker")
                 return
         connection.subscribed = False
@@ -289,7 +309,24 @@ class Link(threading.Thread):
         if not reading:
             client.excuse_ping()
         client.loop_misc()
-        connection.tend()
+        if self._leaving:
+            self._see_off(connection)
+        else:
+            connection.tend()
+
+    def _see_off(self, connection: Connection) -> None:
+        """Take a step towards leaving: unsubscribe, empty the session, and be sure that it is."""
+        if not connection.unsubscribing:
+            connection.unsubscribing = True
+            connection.client.unsubscribe(self._settings.mqtt_topics)
+        account = self._flow.account()
+        if self._acks or account.in_flight or not connection.unsubscribed:
+            connection.quiet_at = None
+        elif connection.quiet_at != account.received:
+            connection.quiet_at = account.received
+            connection.client.ping()
+        elif connection.client.answered:
+            self.left.set()
 
     def _read(self, connection: Connection) -> None:
         timestamp, at = time.time(), time.monotonic()

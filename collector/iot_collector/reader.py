@@ -100,20 +100,35 @@ class StockClient(Client):
         """Forget an outstanding PINGREQ: its answer may be behind what we do not read for now."""
         self._ping_t = 0.0
 
-    def finish(self, seconds: float) -> None:
+    def ping(self) -> None:
+        """Ask the broker for a sign that it has read everything sent before; see `answered`."""
+        self._send_pingreq()
+
+    @property
+    def answered(self) -> bool:
+        """Whether every ping has been answered."""
+        return self._ping_t == 0
+
+    def finish(self, seconds: float, *, end_session: bool = False) -> None:
         """Disconnect when the broker has read all that was sent to it, or after ``seconds``.
 
         Closing a socket with unread input resets the connection, and a reset discards what the
         peer has not read yet: the last acknowledgements. A PINGRESP says it has read them.
         """
         until = time.monotonic() + seconds
-        self._send_pingreq()
-        while (sock := self.socket()) is not None and self._ping_t and time.monotonic() < until:
+        self.ping()
+        while (sock := self.socket()) is not None and not self.answered:
+            if time.monotonic() > until:
+                break
             select.select([sock], [sock] if self.want_write() else [], [], 0.1)
             self.loop_write()
             self.read()
             self.inbox.empty()
-        self.disconnect()
+        properties = None
+        if end_session and self._protocol == MQTTProtocolVersion.MQTTv5:
+            properties = Properties(PacketTypes.DISCONNECT)  # type: ignore[no-untyped-call]
+            properties.SessionExpiryInterval = 0
+        self.disconnect(properties=properties)
 
     def _take(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
         header = _PUBLISH | message.dup << 3 | message.qos << 1 | message.retain

@@ -48,18 +48,22 @@ def run(settings: Settings) -> int:
                 log.critical("a thread died; exiting to be restarted", thread=thread.name)
                 return 1
     log.info("draining", in_flight=flow.account().in_flight)
-    _drain(settings.drain_seconds, flow, link, writer)
+    until = time.monotonic() + settings.drain_seconds
+    if settings.session_on_stop == "leave":
+        link.leave()
+        if not link.left.wait(settings.drain_seconds):
+            log.warning("session kept: the broker has messages that this process did not get done")
+    _drain(until, flow, link, writer)
     account = flow.account()
     log.info("stopped", received=account.received, stored=account.inserted)
     return 0
 
 
-def _drain(seconds: float, flow: Flow, link: Link, writer: Writer) -> None:
+def _drain(until: float, flow: Flow, link: Link, writer: Writer) -> None:
     """Store and acknowledge what has been received; what cannot be stays with the broker."""
-    until = time.monotonic() + seconds
     link.drain()
     flow.close()
-    writer.join(seconds)
+    writer.join(max(0.0, until - time.monotonic()))
     writer.abandon()
     link.stop()
     link.join(max(0.0, until - time.monotonic()) + 6)

@@ -164,6 +164,10 @@ class Settings(BaseSettings):
     # A JSON key or MQTT 5 user property with which devices name each message: stored once.
     message_id_key: str | None = Field(None, min_length=1, examples=["message_id"])
 
+    # At the end of the process: keep the session, so that the broker queues for the next start, or
+    # leave it, so that the other members of a shared subscription get what would wait for us.
+    session_on_stop: Literal["keep", "leave"] = Field("keep", examples=["keep"])
+
     # Empty: libpq's own variables (PGHOST, PGSERVICE, PGPASSFILE, …).
     database_url: Annotated[str, AfterValidator(_valid_conninfo)] = Field(
         "", repr=False, examples=["postgresql://collector@db.example:5432/iot?sslmode=verify-full"]
