@@ -1,0 +1,49 @@
+"""What the Makefile repeats of the roles, it repeats correctly."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def tasks(value: object) -> list[dict]:
+    """Every mapping in a task file, blocks included."""
+    if isinstance(value, dict):
+        return [value, *(found for inner in value.values() for found in tasks(inner))]
+    if isinstance(value, list):
+        return [found for inner in value for found in tasks(inner)]
+    return []
+
+
+def test_packages_are_the_roles_packages() -> None:
+    installed = set()
+    for path in ROOT.glob("roles/*/tasks/*.yml"):
+        for task in tasks(yaml.safe_load(path.read_text())):
+            packages = task.get("common_packages", [])
+            if isinstance(packages, list):
+                installed.update(packages)
+    (listed,) = re.findall(r"^PACKAGES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(listed.split()) == installed
+
+
+def test_help_lists_the_targets() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("up", "status", "down", "clean", "test"):
+        assert re.search(rf"^  {target} ", shown, re.MULTILINE), target
+
+
+def test_failing_checks_fail_the_pipeline() -> None:
+    """.ci/run hands on the exit status of make."""
+    done = subprocess.run(
+        [ROOT / ".ci/run"],
+        env={"PATH": "/usr/bin:/bin", "MAKEFLAGS": "--eval=test:;false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
