@@ -1,4 +1,4 @@
-"""Every role's argument_specs.yml says the same as its defaults: names, values, and types that fit."""
+"""A role's argument_specs.yml and its defaults agree: names, values, and types that fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROLES = sorted(path.parent.parent for path in Path(__file__).parent.parent.glob("roles/*/defaults/main.yml"))
+ROLES = sorted(
+    path.parent.parent for path in Path(__file__).parent.parent.glob("roles/*/defaults/main.yml")
+)
 PYTHON_TYPES = {
     "str": str,
     "path": str,

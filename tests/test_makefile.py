@@ -32,7 +32,9 @@ def test_packages_are_the_roles_packages() -> None:
 
 
 def test_help_lists_the_targets() -> None:
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for target in ("up", "status", "down", "clean", "test"):
         assert re.search(rf"^  {target} ", shown, re.MULTILINE), target
 

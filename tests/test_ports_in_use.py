@@ -64,8 +64,13 @@ def test_our_own_process_is_no_conflict(tmp_path: Path) -> None:
     """A process below the supervisor of the state directory, which is known by its command line."""
     pidfile = tmp_path / "run/supervisord.pid"
     pidfile.parent.mkdir()
-    child = "import socket,sys; s=socket.create_server(('127.0.0.1',0)); print(s.getsockname()[1],flush=True); sys.stdin.read()"
-    supervisor = "import subprocess,sys; sys.exit(subprocess.call([sys.executable,'-c',sys.argv[2]]))"
+    child = (
+        "import socket, sys; server = socket.create_server(('127.0.0.1', 0));"
+        "print(server.getsockname()[1], flush=True); sys.stdin.read()"
+    )
+    supervisor = (
+        "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', sys.argv[2]]))"
+    )
     config = str(tmp_path / "etc/supervisord.conf")
     with subprocess.Popen(
         [sys.executable, "-c", supervisor, config, child],

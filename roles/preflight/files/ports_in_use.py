@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import pwd
 import socket
 import sys
@@ -35,13 +34,15 @@ def listeners() -> list[tuple[int, str, int, str]]:
             # Words of 32 bits, each in the byte order of the machine.
             words = [hex_address[i : i + 8] for i in range(0, len(hex_address), 8)]
             raw = b"".join(int(word, 16).to_bytes(4, sys.byteorder) for word in words)
-            found.append((int(hex_port, 16), socket.inet_ntop(family, raw), int(field[7]), field[9]))
+            found.append(
+                (int(hex_port, 16), socket.inet_ntop(family, raw), int(field[7]), field[9])
+            )
     return found
 
 
 def overlap(ours: str, theirs: str) -> bool:
     """Whether a socket on `theirs` keeps us from listening on `ours`."""
-    any_address = {"0.0.0.0", "::", "*"}
+    any_address = {"0.0.0.0", "::", "*"}  # noqa: S104 -- compared with, not bound to
     if ours in any_address or theirs in any_address:
         return True
     mine = "127.0.0.1" if ours == "localhost" else ours
@@ -57,7 +58,7 @@ def process_of(inode: str) -> int | None:
             continue
         try:
             for fd in (entry / "fd").iterdir():
-                if os.readlink(fd) == f"socket:[{inode}]":
+                if str(fd.readlink()) == f"socket:[{inode}]":
                     return int(entry.name)
         except OSError:  # gone meanwhile, or another user's
             continue
@@ -78,7 +79,7 @@ def ancestors(pid: int) -> list[int]:
 
 
 def supervisor(pidfile: Path) -> int | None:
-    """Our supervisor, if the process in the file is still that and not a successor with its number."""
+    """Our supervisor, unless another program has its process number by now."""
     try:
         pid = int(pidfile.read_text())
         command = (PROC / str(pid) / "cmdline").read_text()
