@@ -95,13 +95,11 @@ class Flow:
         """Whether the reader must stop reading until `on_room` is called."""
         return self._queued_rows >= self._max_rows or self._queued_bytes >= self._max_bytes
 
-    def take(
-        self, *, rows: int, size: int, linger: float, patience: float
-    ) -> list[Chunk] | Greeting | None:
+    def take(self, *, rows: int, size: int, patience: float) -> list[Chunk] | Greeting | None:
         """Return what is next: a batch, a greeting, [] after ``patience`` seconds, None at the end.
 
-        A batch is ready when its first message has waited ``linger`` seconds, or ``rows`` rows or
-        ``size`` bytes are there, or the queue is closed.
+        A batch is what is there, up to about ``rows`` rows or ``size`` bytes: what comes while it
+        is written makes the next one.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed, patience)
@@ -111,14 +109,6 @@ class Flow:
             if isinstance(first, Greeting):
                 self._queue.popleft()
                 return first
-            due = first.at + linger
-            while (
-                self._queued_rows < rows
-                and self._queued_bytes < size
-                and not self._closed
-                and (left := due - time.monotonic()) > 0
-            ):
-                self._changed.wait(left)
             was_full = self.full
             self._written = batch = self._pop(rows, size)
         if was_full:
@@ -149,7 +139,7 @@ class Flow:
             self._written = []
 
     def close(self) -> None:
-        """Let `take` return what is queued, without lingering, and then None."""
+        """Let `take` return what is queued, and then None."""
         with self._changed:
             self._closed = True
             self._changed.notify()

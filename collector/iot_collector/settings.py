@@ -179,9 +179,9 @@ class Settings(BaseSettings):
         None, examples=["/run/secrets/database_password"]
     )
 
-    # A batch is written when its first message has waited this long, or it has this many rows
-    # or bytes, or half the window is waiting.
+    # After a read that brought little, the next one waits so long, for more to come with it.
     batch_linger_ms: float = Field(5, ge=0, le=10_000, examples=[5])
+    # A batch, a transaction, has about so many rows or bytes at most, and half the window.
     batch_rows: int = Field(5_000, ge=1, le=100_000, examples=[5_000])
     batch_bytes: int = Field(8 << 20, ge=1 << 10, le=256 << 20, examples=[8 << 20])
     # Beyond this the collector stops reading from the broker until rows are stored.

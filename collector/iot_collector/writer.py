@@ -16,6 +16,11 @@ from .store import Store, Stored, kind_of, one_line
 
 log = structlog.get_logger(__name__)
 
+_HINTS = {
+    "schema": "run `iot-collector migrate`",
+    "client_id": "another collector has this client id; give each its own IOT_MQTT_CLIENT_ID",
+    "authentication": "check the user in IOT_DATABASE_URL and IOT_DATABASE_PASSWORD_FILE",
+}
 # How often an idle writer asks the database for a sign of life, so that /health tells the truth.
 _PING_SECONDS = 5.0
 
@@ -77,7 +82,6 @@ class Writer(threading.Thread):
         item = self._flow.take(
             rows=self._batch_rows,
             size=self._settings.batch_bytes,
-            linger=self._settings.batch_linger_ms / 1000,
             patience=_PING_SECONDS,
         )
         self.in_database = True
@@ -136,5 +140,5 @@ class Writer(threading.Thread):
         self._store.close()
         self._metrics.db_errors.labels(kind).inc()
         self.error = f"{kind}: {one_line(error)}"
-        hint = "run `iot-collector migrate`" if kind == "schema" else None
+        hint = _HINTS.get(kind)
         log.warning("database is not usable, will retry", kind=kind, error=self.error, hint=hint)
