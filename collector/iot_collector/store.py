@@ -94,6 +94,8 @@ def connect(settings: Settings) -> psycopg2.extensions.connection:
         password = settings.database_secret
     except OSError as error:  # a secret being rotated may be away for a moment
         raise psycopg2.OperationalError(f"password file: {error}") from error
+    except UnicodeDecodeError:  # whose text has a part of what it could not read
+        raise psycopg2.OperationalError("password file: it is not UTF-8 text") from None
     if password is not None:
         options["password"] = password
     connection: psycopg2.extensions.connection = psycopg2.connect(settings.database_url, **options)
@@ -119,7 +121,7 @@ class Store:
         :raises psycopg2.Error: there is none.
         """
         with self._cursor() as cursor:
-            cursor.execute("SELECT 1 FROM messages LIMIT 0")
+            cursor.execute("SELECT 'messages'::regclass")  # needs no right to read it
 
     def begin_session(self, *, present: bool, filters: list[str]) -> tuple[list[str], list[bytes]]:
         """Note that the broker has a session for us, subscribed to ``filters``.
