@@ -6,7 +6,7 @@ import click
 import psycopg2
 
 from . import __version__, log
-from .settings import Settings, SettingsError, load
+from .settings import Settings, SettingsError, load, table
 
 SETTINGS_WRONG = 2
 
@@ -16,7 +16,8 @@ SETTINGS_WRONG = 2
 def main() -> None:
     """Store every MQTT message in PostgreSQL.
 
-    Settings come from environment variables with the prefix IOT_; see the README.
+    Settings come from environment variables with the prefix IOT_.
+    `iot-collector run --help` lists them.
     """
 
 
@@ -35,7 +36,15 @@ def _fail(error: SettingsError) -> None:
     sys.exit(SETTINGS_WRONG)
 
 
-@main.command()
+def _epilog() -> str:
+    lines = (
+        f"  {name}{f' ({default})' if default else ''}\n      {text}"
+        for name, default, text in table()
+    )
+    return "\b\nSettings, from the environment (with their defaults):\n" + "\n".join(lines)
+
+
+@main.command(epilog=_epilog())
 def run() -> None:
     """Collect messages until told to stop."""
     from .run import run as run_collector

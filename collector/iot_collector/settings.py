@@ -120,7 +120,7 @@ class Broker:
 
 
 class Settings(BaseSettings):
-    """What the collector is told; see README.md for the table of variables."""
+    """What the collector is told. `iot-collector run --help` prints the table."""
 
     # An empty variable is how shells, Compose files and charts say "not set".
     model_config = SettingsConfigDict(
@@ -128,74 +128,168 @@ class Settings(BaseSettings):
     )
 
     mqtt_url: Annotated[str, AfterValidator(_valid_url)] = Field(
-        "mqtt://127.0.0.1:1883", repr=False, examples=["mqtts://broker.example:8883"]
+        "mqtt://127.0.0.1:1883",
+        repr=False,
+        description="Broker: mqtt://, mqtts://, ws:// or wss://",
+        examples=["mqtts://broker.example:8883"],
     )
-    mqtt_username: str | None = Field(None, examples=["collector"])
-    mqtt_password: SecretStr | None = Field(None, examples=["(better: IOT_MQTT_PASSWORD_FILE)"])
-    mqtt_password_file: ReadableFile | None = Field(None, examples=["/run/secrets/mqtt_password"])
-    mqtt_ca_file: ReadableFile | None = Field(None, examples=["/etc/ssl/certs/broker-ca.pem"])
-    mqtt_cert_file: ReadableFile | None = Field(None, examples=["/run/secrets/client.crt"])
-    mqtt_key_file: ReadableFile | None = Field(None, examples=["/run/secrets/client.key"])
+    mqtt_username: str | None = Field(
+        None, description="User name for the broker", examples=["collector"]
+    )
+    mqtt_password: SecretStr | None = Field(
+        None, description="Its password", examples=["(better: IOT_MQTT_PASSWORD_FILE)"]
+    )
+    mqtt_password_file: ReadableFile | None = Field(
+        None,
+        description="File with its password, read at every connection",
+        examples=["/run/secrets/mqtt_password"],
+    )
+    mqtt_ca_file: ReadableFile | None = Field(
+        None,
+        description="Certificates to trust in place of the system's",
+        examples=["/etc/ssl/certs/broker-ca.pem"],
+    )
+    mqtt_cert_file: ReadableFile | None = Field(
+        None, description="Client certificate", examples=["/run/secrets/client.crt"]
+    )
+    mqtt_key_file: ReadableFile | None = Field(
+        None, description="Key of the client certificate", examples=["/run/secrets/client.key"]
+    )
     mqtt_topics: Annotated[
         list[Annotated[str, AfterValidator(_valid_filter)]],
         NoDecode,
         BeforeValidator(_split),
         Field(min_length=1),
-    ] = Field(["iot/data"], examples=["iot/data,plant/+/telemetry"])
-    # The highest quality of service to ask for. At 1 the broker sends what was published at 2 as
-    # well, with a round trip less; 0 is not offered, because it loses messages.
-    mqtt_qos: int = Field(1, ge=1, le=2, examples=[1])
+    ] = Field(
+        ["iot/data"],
+        description="Topic filters to store, separated by commas; "
+        "$share/<group>/<filter> shares one between collectors",
+        examples=["iot/data,plant/+/telemetry"],
+    )
+    # 0 is not offered, because it loses messages.
+    mqtt_qos: int = Field(
+        1,
+        ge=1,
+        le=2,
+        description="Highest quality of service to ask for; "
+        "at 1 the broker sends what was published at 2 with a round trip less",
+        examples=[1],
+    )
     mqtt_client_id: str = Field(
         default_factory=lambda: f"iot-collector-{socket.gethostname()}",
         min_length=1,
+        description="Name of the session with the broker; one collector each",
         examples=["iot-collector-0"],
     )
-    mqtt_version: Literal["5", "3.1.1"] = Field("5", examples=["5"])
-    mqtt_keepalive_seconds: int = Field(30, ge=5, le=65535, examples=[30])
-    # The most un-acknowledged messages the broker may send. Far below 65 535, so that packet
-    # ids are not reused while they still mean something.
-    mqtt_max_inflight: int = Field(10_000, ge=1, le=20_000, examples=[10_000])
-    # How long the broker keeps the session, and what it queues, while no collector is there.
-    mqtt_session_expiry_seconds: int = Field(7 * 86400, ge=60, le=0xFFFFFFFF, examples=[7 * 86400])
+    mqtt_version: Literal["5", "3.1.1"] = Field(
+        "5", description="Version of the protocol", examples=["5"]
+    )
+    mqtt_keepalive_seconds: int = Field(
+        30, ge=5, le=65535, description="Longest silence on the connection", examples=[30]
+    )
+    # Far below 65 535, so that packet ids are not reused while they still mean something.
+    mqtt_max_inflight: int = Field(
+        10_000,
+        ge=1,
+        le=20_000,
+        description="Most un-acknowledged messages the broker may send",
+        examples=[10_000],
+    )
+    mqtt_session_expiry_seconds: int = Field(
+        7 * 86400,
+        ge=60,
+        le=0xFFFFFFFF,
+        description="How long the broker queues while no collector is there",
+        examples=[7 * 86400],
+    )
 
-    # Whether the broker sends again under the same packet id (MQTT 5 §4.4; AWS IoT Core does not).
-    # If so, what is sent again is stored once.
-    packet_ledger: bool = Field(True, examples=["true"])
-    # A JSON key or MQTT 5 user property with which devices name each message: stored once.
-    message_id_key: str | None = Field(None, min_length=1, examples=["message_id"])
+    packet_ledger: bool = Field(
+        True,
+        description="Whether the broker sends again under the same packet id (MQTT 5 §4.4; AWS IoT "
+        "Core does not): then what it sends again is stored once",
+        examples=["true"],
+    )
+    message_id_key: str | None = Field(
+        None,
+        min_length=1,
+        description="JSON key or MQTT 5 user property with which devices name each message: "
+        "each name is stored once",
+        examples=["message_id"],
+    )
+    session_on_stop: Literal["keep", "leave"] = Field(
+        "keep",
+        description="At the end, keep the session, so that the broker queues for the next start, "
+        "or leave it, so that other members of a shared subscription get what would wait",
+        examples=["keep"],
+    )
 
-    # At the end of the process: keep the session, so that the broker queues for the next start, or
-    # leave it, so that the other members of a shared subscription get what would wait for us.
-    session_on_stop: Literal["keep", "leave"] = Field("keep", examples=["keep"])
-
-    # Empty: libpq's own variables (PGHOST, PGSERVICE, PGPASSFILE, …).
     database_url: Annotated[str, AfterValidator(_valid_conninfo)] = Field(
-        "", repr=False, examples=["postgresql://collector@db.example:5432/iot?sslmode=verify-full"]
+        "",
+        repr=False,
+        description="PostgreSQL, as libpq's URI or key=value string; "
+        "empty: libpq's own variables (PGHOST, PGSERVICE, PGPASSFILE, …)",
+        examples=["postgresql://collector@db.example:5432/iot?sslmode=verify-full"],
     )
     database_password: SecretStr | None = Field(
-        None, examples=["(better: IOT_DATABASE_PASSWORD_FILE)"]
+        None,
+        description="Password for the database",
+        examples=["(better: IOT_DATABASE_PASSWORD_FILE)"],
     )
     database_password_file: ReadableFile | None = Field(
-        None, examples=["/run/secrets/database_password"]
+        None,
+        description="File with it, read at every connection",
+        examples=["/run/secrets/database_password"],
     )
 
-    # After a read that brought little, the next one waits so long, for more to come with it.
-    batch_linger_ms: float = Field(5, ge=0, le=10_000, examples=[5])
-    # A batch, a transaction, has about so many rows or bytes at most, and half the window.
-    batch_rows: int = Field(5_000, ge=1, le=100_000, examples=[5_000])
-    batch_bytes: int = Field(8 << 20, ge=1 << 10, le=256 << 20, examples=[8 << 20])
-    # Beyond this the collector stops reading from the broker until rows are stored.
-    buffer_bytes: int = Field(64 << 20, ge=1 << 20, examples=[64 << 20])
+    batch_linger_ms: float = Field(
+        5,
+        ge=0,
+        le=10_000,
+        description="After a read that brought little, how long the next one waits for more",
+        examples=[5],
+    )
+    batch_rows: int = Field(
+        5_000,
+        ge=1,
+        le=100_000,
+        description="About the most rows of a transaction; half of IOT_MQTT_MAX_INFLIGHT if less",
+        examples=[5_000],
+    )
+    batch_bytes: int = Field(
+        8 << 20,
+        ge=1 << 10,
+        le=256 << 20,
+        description="About the most bytes of a transaction",
+        examples=[8 << 20],
+    )
+    buffer_bytes: int = Field(
+        64 << 20,
+        ge=1 << 20,
+        description="Memory for what is not stored yet; beyond it nothing is read from the broker",
+        examples=[64 << 20],
+    )
 
-    http_host: str = Field("127.0.0.1", examples=["0.0.0.0"])  # noqa: S104
-    http_port: int = Field(3000, ge=1, le=65535, examples=[3000])
-    # /health turns to 503 when a message has waited this long for its COMMIT.
-    unhealthy_after_seconds: float = Field(30, gt=0, examples=[30])
-    # After SIGTERM, how long to go on trying to store what has been received.
-    drain_seconds: float = Field(20, ge=0, examples=[20])
+    http_host: str = Field("127.0.0.1", description="Where to serve HTTP", examples=["0.0.0.0"])  # noqa: S104
+    http_port: int = Field(3000, ge=1, le=65535, description="Its port", examples=[3000])
+    unhealthy_after_seconds: float = Field(
+        30,
+        gt=0,
+        description="/health is 503 when a message has waited this long for its COMMIT",
+        examples=[30],
+    )
+    drain_seconds: float = Field(
+        20,
+        ge=0,
+        description="After SIGTERM, how long to try to store what has been received",
+        examples=[20],
+    )
 
-    log_format: Literal["json", "console"] = Field("console", examples=["json"])
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", examples=["info"])
+    log_format: Literal["json", "console"] = Field(
+        "console", description="json or console", examples=["json"]
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error", examples=["info"]
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -242,6 +336,20 @@ def _secret(value: SecretStr | None, path: Path | None) -> str | None:
         # Editors and `echo` end files with a newline; no one means it as part of the password.
         return path.read_text().rstrip("\r\n")
     return value.get_secret_value() if value else None
+
+
+def table() -> list[tuple[str, str, str]]:
+    """Return (variable, default, description) of every setting."""
+    rows = []
+    for name, info in Settings.model_fields.items():
+        default = info.get_default(call_default_factory=True, validated_data={})
+        text = ",".join(default) if isinstance(default, list) else str(default)
+        if name == "mqtt_client_id":
+            text = "iot-collector-<host name>"
+        rows.append(
+            (PREFIX + name.upper(), "" if default is None else text, info.description or "")
+        )
+    return rows
 
 
 def load() -> Settings:
