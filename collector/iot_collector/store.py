@@ -57,8 +57,8 @@ def kind_of(error: psycopg2.Error) -> str:
         return "authentication" if "authentication failed" in str(error) else "connection"
     if error.diag.constraint_name == "ledger_pkey":
         return "client_id"  # another process writes batches under ours
-    if error.pgcode == "23514" and error.diag.constraint_name is None:
-        return "schema"  # not a CHECK: there is no partition for the row
+    if error.pgcode == "23514" and error.diag.table_name and not error.diag.constraint_name:
+        return "schema"  # neither a CHECK nor a RAISE: there is no partition for the row
     for size in (5, 2):
         if error.pgcode[:size] in _KINDS:
             return _KINDS[error.pgcode[:size]]
