@@ -44,7 +44,7 @@ def _list_of(
 @click.option("--idle-seconds", default=30.0)
 @click.option("--repetitions", default=1)
 @click.option("--full", is_flag=True, help="All competitors and modes, three times, longer runs.")
-@click.option("--profile", is_flag=True, help="Record live and fixed runs of ours with py-spy.")
+@click.option("--profile", is_flag=True, help="Record where ours spends its time, with py-spy.")
 @click.option("--mosquitto", default="mosquitto", help="The broker to start.")
 @click.option("--port", default=31_001, help="The first of three ports on 127.0.0.1.")
 @click.option("--work", type=click.Path(path_type=Path), default=_HERE / ".work")
@@ -81,6 +81,7 @@ def main(
         with services.database(port + 1, work / "postgresql") as database:
             versions["PostgreSQL"] = database.query("SHOW server_version")[0][0]
             migrate(place)
+            database.add_bridge()
             stage = trial.Stage(place, database, mosquitto, profile)
             plan = _plan(
                 modes,
@@ -155,7 +156,7 @@ def _plan(
             Step(
                 "memory",
                 lambda stage, c: trial.drain(stage, c, memory_count, mode="memory"),
-                lambda c: c.metrics or c.name == "go",
+                lambda c: c.metrics or c.name in ("go", "bridge"),
             )
         ],
     }

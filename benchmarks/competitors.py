@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from . import processes, wire
@@ -42,6 +43,7 @@ class Competitor:
     environment: Callable[[Place], dict[str, str]]
     counted: Callable[[Place], int] | None = None  # set for those that store nothing
     metrics: bool = False
+    table: str = "messages"
 
     @property
     def stores(self) -> bool:
@@ -81,8 +83,6 @@ def migrate(place: Place) -> None:
 
 
 def _python_versions(_place: Place) -> str:
-    from importlib.metadata import version
-
     packages = ("iot-collector", "paho-mqtt", "psycopg2-binary")
     python = f"Python {sys.version.split()[0]}"
     return ", ".join([python, *(f"{name} {version(name)}" for name in packages)])
@@ -134,6 +134,13 @@ def _build_go(place: Place) -> str:
 
 def _debian_version(package: str) -> str:
     return processes.run(["dpkg-query", "-W", "-f", "${Version}", package])
+
+
+def _find_bridge(_place: Place) -> str:
+    try:
+        return f"mq-bridge {version('mq-bridge')}"
+    except PackageNotFoundError as error:
+        raise StartError("pip install mq-bridge") from error
 
 
 def _build_limit(place: Place) -> str:
@@ -203,6 +210,15 @@ ALL = [
         prepare=_build_go,
         speed=40_000,
         environment=_peer,
+    ),
+    Competitor(
+        name="bridge",
+        title="mq-bridge (Rust), COPY of four JSON fields only",
+        command=lambda _: [sys.executable, str(PEERS / "bridge.py")],
+        prepare=_find_bridge,
+        speed=40_000,
+        environment=_peer,
+        table="bridge",
     ),
     Competitor(
         name="sub",

@@ -116,6 +116,15 @@ def _postgres_folder() -> Path:
     return newest[-1].parent
 
 
+# How to read (xmin, device, seq, sent_us) from the tables that are written to.
+ROWS = {
+    "messages": "(SELECT xmin, j->>'device' AS device, (j->>'seq')::bigint AS seq,"
+    " (j->>'sent_us')::float8 AS sent_us"
+    " FROM (SELECT xmin, convert_from(payload, 'UTF8')::json AS j FROM messages) parsed) rows",
+    "bridge": "bridge",
+}
+
+
 @dataclass
 class Database:
     """A running server, and our own connection to it."""
@@ -135,19 +144,24 @@ class Database:
             cursor.execute(sql, values)
             return cursor.fetchall() if cursor.description else []
 
+    def add_bridge(self) -> None:
+        """Make the table of the one competitor that cannot write to ours."""
+        self.query(
+            "CREATE TABLE bridge (device text, seq bigint, sent_us bigint, temperature float8)"
+        )
+
     def clear(self) -> None:
         """Empty the tables and write out everything, so that each run starts alike."""
-        self.query("TRUNCATE messages, dead_letters RESTART IDENTITY")
+        self.query("TRUNCATE messages, dead_letters, bridge RESTART IDENTITY")
         self.query("CHECKPOINT")
 
-    def size(self) -> int:
-        """Return the bytes of the table: a cheap sign of progress, unlike a count."""
-        return int(
-            self.query(
-                "SELECT coalesce(sum(pg_relation_size(inhrelid)), 0) FROM pg_inherits"
-                " WHERE inhparent = 'messages'::regclass"
-            )[0][0]
+    def size(self, table: str) -> int:
+        """Return the bytes of a table: a cheap sign of progress, unlike a count."""
+        sql = (
+            "SELECT coalesce(sum(pg_relation_size(relid)), pg_relation_size(%s::regclass))"
+            " FROM pg_partition_tree(%s)"
         )
+        return int(self.query(sql, table, table)[0][0])
 
 
 @contextmanager

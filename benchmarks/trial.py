@@ -7,7 +7,6 @@ two samples over the rows committed between them, so that starting up is nobody'
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from urllib.request import urlopen
 from . import processes, services, wire
 from .competitors import CLIENT_ID, Competitor, Place
 from .processes import StartError
-from .services import Database
+from .services import ROWS, Database
 
 _EVERY = 0.05
 _STILL = 0.5  # a table that has not grown for so long may be complete: count it
@@ -130,7 +129,7 @@ class Run:
     def _progress(self) -> int:
         if self.competitor.counted:
             return self.competitor.counted(self.place)
-        return self.database.size()
+        return self.database.size(self.competitor.table)
 
     def sample(self) -> Sample:
         """Take a sample now."""
@@ -181,7 +180,7 @@ class Run:
             time.sleep(_EVERY)
 
     def _rows(self) -> int:
-        return int(self.database.query("SELECT count(*) FROM messages")[0][0])
+        return int(self.database.query(f"SELECT count(*) FROM {self.competitor.table}")[0][0])
 
     def _flushes(self) -> tuple[float, int]:
         time_ms, count = self.database.query("SELECT wal_sync_time, wal_sync FROM pg_stat_wal")[0]
@@ -219,7 +218,8 @@ class Run:
         """Return (moment, rows) of each transaction that committed between two moments."""
         rows = self.database.query(
             "SELECT extract(epoch FROM pg_xact_commit_timestamp(xid))::float8, n"
-            " FROM (SELECT xmin AS xid, count(*) AS n FROM messages GROUP BY 1) t ORDER BY 1"
+            f" FROM (SELECT xmin AS xid, count(*) AS n FROM {self.competitor.table} GROUP BY 1) t"
+            " ORDER BY 1"
         )
         return [(at, n) for at, n in rows if begin < at <= end]
 
@@ -228,9 +228,8 @@ class Run:
         percentiles = (50, 99, 100)
         values = self.database.query(
             "SELECT percentile_cont(%s::float8[]) WITHIN GROUP (ORDER BY"
-            "   extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 * 1000 - due / 1000)"
-            " FROM (SELECT xmin, (convert_from(payload, 'UTF8')::json->>'sent_us')::float8 AS due"
-            "   FROM messages) t WHERE due BETWEEN %s AND %s",
+            "   extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 * 1000 - sent_us / 1000)"
+            f" FROM {ROWS[self.competitor.table]} WHERE sent_us BETWEEN %s AND %s",
             [p / 100 for p in percentiles],
             begin * 1e6,
             end * 1e6,
@@ -244,10 +243,8 @@ class Run:
             return
         rows, distinct, without_gaps = self.database.query(
             "SELECT coalesce(sum(n), 0), coalesce(sum(d), 0), coalesce(sum(last + 1), 0) FROM ("
-            " SELECT count(*) AS n, count(DISTINCT seq) AS d, max(seq) AS last FROM ("
-            "  SELECT j->>'device' AS device, (j->>'seq')::int AS seq"
-            "  FROM (SELECT convert_from(payload, 'UTF8')::json AS j FROM messages) p) q"
-            " GROUP BY device) r"
+            "  SELECT count(*) AS n, count(DISTINCT seq) AS d, max(seq) AS last"
+            f" FROM {ROWS[self.competitor.table]} GROUP BY device) devices"
         )[0]
         result.stored = int(rows)
         result.doubled = int(rows - distinct)
@@ -318,7 +315,8 @@ def drain(
         with load(stage.place.broker_port, "--count", str(count)) as generator:
             sent = _said_by(generator).sent
         run.start()
-        run.watch_rest(count, limit)
+        with _profiled(run, stage, count / competitor.speed, result):
+            run.watch_rest(count, limit)
         if competitor.stores:
             commits = run.commits(0, float("inf"))
             times = (commits[0][0], commits[-1][0]) if commits else (0.0, 0.0)
@@ -348,6 +346,11 @@ def live(stage: Stage, competitor: Competitor, seconds: float, rate: float | Non
         options = ["--seconds", str(seconds + _WARM_UP)]
         if rate:
             options += ["--rate", str(rate), "--connections", "8"]
+        else:
+            # Mosquitto takes a packet from each busy connection in turn. Of several publishers at
+            # full speed, each would have the share of the subscriber's acknowledgements, and the
+            # queue would grow whoever subscribes.
+            options += ["--connections", "1"]
         with _profiled(run, stage, seconds, result):
             said = run.watch_load(*options)
         result.generator_late_ms = said.late * 1000
@@ -399,8 +402,7 @@ def _profiled(run: Run, stage: Stage, seconds: float, result: Result) -> Iterato
         return
     output = stage.place.work / "profile"
     command = [str(Path(sys.executable).with_name("py-spy")), "record", "--format", "raw"]
-    command += ["--gil" if os.environ.get("BENCH_GIL") else "--native"]
-    command += ["--duration", str(int(seconds)), "--output", str(output)]
+    command += ["--rate", "250", "--duration", str(int(seconds)), "--output", str(output)]
     spy = processes.start([*command, "--pid", str(run.process.pid)], stage.place.work / "spy.log")
     try:
         yield
