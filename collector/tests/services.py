@@ -4,7 +4,9 @@ Everything listens on 127.0.0.1, on ports chosen at run time, with its files in 
 own below /tmp. What is started here is ended here, by its process id.
 """
 
+import base64
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -354,40 +356,48 @@ def alive(pid: int) -> bool:
 
 
 class Mosquitto(Service):
-    """A Mosquitto broker with one listener, and more lines of configuration as the test needs.
+    """A Mosquitto broker with a plain listener, and more as the test needs.
 
-    :param settings: lines of mosquitto.conf; those that belong to the listener included.
+    :param settings: lines of mosquitto.conf for the whole broker.
+    :param scheme: how the collector connects; unless it is mqtt, to a listener of its own.
+    :param listener: lines of mosquitto.conf for that listener.
     """
 
     name = "mosquitto"
 
     def __init__(
-        self, folder: Path, *settings: str, scheme: str = "mqtt", anonymous: bool = True
+        self,
+        folder: Path,
+        *settings: str,
+        anonymous: bool = True,
+        scheme: str = "mqtt",
+        listener: Sequence[str] = (),
     ) -> None:
         super().__init__(folder)
         self.port = free_port()
         self.scheme = scheme
+        self._collector_port = self.port if scheme == "mqtt" else free_port()
+        lines = [
+            "persistence true",
+            f"persistence_location {folder}/",
+            "max_inflight_messages 10000",
+            "max_queued_messages 0",
+            "log_type all",
+            f"allow_anonymous {str(anonymous).lower()}",
+            *settings,
+            f"listener {self.port} {HOST}",
+        ]
+        if IS_ROOT:
+            lines.insert(0, "user root")  # or it gives up the rights to its files
+        if scheme != "mqtt":
+            lines += [f"listener {self._collector_port} {HOST}", *listener]
         self.config = folder / "mosquitto.conf"
-        self.config.write_text(
-            "\n".join(
-                [
-                    *(["user root"] if IS_ROOT else []),  # or it gives up the rights to its files
-                    "persistence true",
-                    f"persistence_location {folder}/",
-                    "max_inflight_messages 10000",
-                    "max_queued_messages 0",
-                    "log_type all",
-                    f"allow_anonymous {str(anonymous).lower()}",
-                    f"listener {self.port} {HOST}",
-                    *settings,
-                    "",
-                ]
-            )
-        )
+        self.config.write_text("\n".join([*lines, ""]))
 
     @property
     def url(self) -> str:
-        return f"{self.scheme}://{HOST}:{self.port}"
+        """Where the collector connects."""
+        return f"{self.scheme}://{HOST}:{self._collector_port}"
 
     def environment(self) -> dict[str, str]:
         """The collector's settings for this broker."""
@@ -403,6 +413,93 @@ class Mosquitto(Service):
     def reload(self) -> None:
         """Have it read its password and ACL files again."""
         self.signal(signal.SIGHUP)
+
+
+class Certificates(NamedTuple):
+    """Files of a CA, and what it signed."""
+
+    ca: Path
+    server: Path
+    server_key: Path
+    client: Path
+    client_key: Path
+
+
+def make_certificates(folder: Path) -> Certificates:
+    """Make a CA, a server's certificate for 127.0.0.1 and a client's."""
+
+    def openssl(*arguments: str) -> None:
+        done = subprocess.run(
+            [binary("openssl"), *arguments], cwd=folder, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr.decode()
+
+    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-batch")
+    openssl("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=Test CA")
+    (folder / "server.ext").write_text(f"subjectAltName = IP:{HOST}\n")
+    (folder / "client.ext").write_text("extendedKeyUsage = clientAuth\n")
+    for name in ("server", "client"):
+        openssl(
+            "req", *new, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}"
+        )
+        openssl(
+            *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key"),
+            *("-CAcreateserial", "-extfile", f"{name}.ext", "-out", f"{name}.crt"),
+        )
+    names = ("ca.crt", "server.crt", "server.key", "client.crt", "client.key")
+    return Certificates(*(folder / name for name in names))
+
+
+class DynamicSecurity:
+    """Mosquitto's plugin for access control: unlike an acl_file, it can refuse a SUBSCRIBE.
+
+    Anyone may do anything, but for what the role ``anyone`` is denied; ``admin`` may change that.
+    """
+
+    def __init__(self, folder: Path, deny_subscribe: str) -> None:
+        self.file = folder / "dynamic-security.json"
+        salt = os.urandom(12)
+        digest = hashlib.pbkdf2_hmac("sha512", b"admin", salt, 101)
+        control = {"acltype": "publishClientSend", "topic": "$CONTROL/#", "allow": True}
+        denial = {"acltype": "subscribeLiteral", "topic": deny_subscribe, "allow": False}
+        access = ("publishClientSend", "publishClientReceive", "subscribe", "unsubscribe")
+        config = {
+            "defaultACLAccess": dict.fromkeys(access, True),
+            "clients": [
+                {
+                    "username": "admin",
+                    "password": base64.b64encode(digest).decode(),
+                    "salt": base64.b64encode(salt).decode(),
+                    "iterations": 101,
+                    "roles": [{"rolename": "admin"}],
+                }
+            ],
+            "groups": [{"groupname": "anyone", "roles": [{"rolename": "anyone"}]}],
+            "roles": [
+                {"rolename": "admin", "acls": [control]},
+                {"rolename": "anyone", "acls": [denial]},
+            ],
+            "anonymousGroup": "anyone",
+        }
+        self.file.write_text(json.dumps(config))
+
+    @property
+    def settings(self) -> list[str]:
+        """Lines of mosquitto.conf."""
+        plugins = sorted(Path("/usr/lib").glob("*/mosquitto_dynamic_security.so"))
+        assert plugins, "Mosquitto's dynamic-security plugin is missing; `make test` installs it"
+        return [f"plugin {plugins[0]}", f"plugin_opt_config_file {self.file}"]
+
+    def allow(self, broker: "Mosquitto", topic_filter: str) -> None:
+        """Allow everyone to subscribe to what was denied."""
+        command = {
+            "command": "removeRoleACL",
+            "rolename": "anyone",
+            "acltype": "subscribeLiteral",
+            "topic": topic_filter,
+        }
+        topic, payload = "$CONTROL/dynamic-security/v1", json.dumps({"commands": [command]})
+        publish(broker, [(topic, payload.encode())], username="admin", password="admin")
 
 
 def write_passwords(file: Path, users: Mapping[str, str]) -> None:
@@ -654,7 +751,7 @@ class Collector(Service):
                 found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
         return found
 
-    def wait_settled(self, received: int) -> Metrics:
+    def wait_settled(self, received: int, timeout: float = PATIENCE) -> Metrics:
         """Wait until it has received so many messages and settled each; return the metrics."""
 
         def settled() -> Metrics | None:
@@ -663,7 +760,9 @@ class Collector(Service):
             done = metrics["mqtt_messages_total"] >= received and not metrics["messages_in_flight"]
             return metrics if done else None
 
-        return eventually(settled, what=f"{received} messages are settled")
+        return eventually(
+            settled, timeout, f"{received} messages are settled\n{self.log()[-2000:]}"
+        )
 
     def events(self) -> list[dict[str, Any]]:
         """Its log, a dict a line."""

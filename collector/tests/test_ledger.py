@@ -1,0 +1,283 @@
+"""The ledger between a model broker and a model database; see docs/adr/0001-packet-id-ledger.md.
+
+The machine runs the real `Ledger`. Packet ids wrap early, so that what needs 65 535 messages in
+life happens within a dozen here. Every guard is also taken out once, and the machine has to notice.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from iot_collector.flow import Chunk
+from iot_collector.ledger import Ledger
+
+WINDOW = 3
+IDS = 10  # ids 1..10 in a cycle: more than twice the window, as 65 535 is in life
+
+
+class Message(bytes):
+    """The row of a message; equal rows can be different messages."""
+
+    number: int
+
+
+@dataclass
+class Broker:
+    """A session that numbers, sends within a window, and sends again what is not acknowledged."""
+
+    lowest_free: bool = False
+    last_id: int = 0
+    queue: list[tuple[int, Message]] = field(default_factory=list)
+    unacked: list[tuple[int, Message]] = field(default_factory=list)
+
+    def accept(self, message: Message) -> None:
+        self.queue.append((0 if self.lowest_free else self._count_up(), message))
+
+    def skip_ids(self, count: int) -> None:
+        for _ in range(count):
+            self._count_up()
+
+    def send(self) -> tuple[int, Message]:
+        mid, message = self.queue.pop(0)
+        if self.lowest_free:
+            mid = min(set(range(1, IDS + 1)) - {used for used, _ in self.unacked})
+        self.unacked.append((mid, message))
+        return mid, message
+
+    def _count_up(self) -> int:
+        self.last_id = self.last_id % IDS + 1
+        return self.last_id
+
+
+class Greeting:
+    """The place of a new connection among the messages that were read."""
+
+    def __init__(self, *, session_present: bool) -> None:
+        self.session_present = session_present
+
+
+class Machine(RuleBasedStateMachine):
+    """Random life of a broker, a collector and a database."""
+
+    ledger_type: type[Ledger] = Ledger
+    ledger_window = WINDOW
+    distinct_contents = False
+    skipping_ids = False
+    lowest_free_ids = False
+    crashes = True
+    note_sessions = True
+    acknowledgements_cross = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broker = Broker(self.lowest_free_ids)
+        self.published = 0
+        self.lost_by_broker: set[int] = set()
+        self.acknowledged: set[int] = set()
+        self.stored: list[int] = []  # the database: message numbers …
+        self.stored_ledger: list[bytes] = []  # … and ledger rows
+        self.subscribed = True
+        self.ledger = self.ledger_type(self.ledger_window)
+        self.connection = 0
+        # Between the threads: tag, message and connection.
+        self.read: list[tuple[int, Message, int] | Greeting] = []
+        self.to_acknowledge: list[int] = []
+
+    @rule(content=st.integers(0, 1))
+    @precondition(lambda self: self.subscribed)
+    def publish(self, content: int) -> None:
+        self.published += 1
+        text = f"{self.published if self.distinct_contents else content}"
+        message = Message(text.encode())
+        message.number = self.published
+        self.broker.accept(message)
+
+    @rule(count=st.integers(1, IDS))
+    @precondition(lambda self: self.skipping_ids)
+    def overflow(self, count: int) -> None:
+        self.broker.skip_ids(count)
+
+    @rule()
+    @precondition(lambda self: self.broker.queue and len(self.broker.unacked) < WINDOW)
+    def send(self) -> None:
+        mid, message = self.broker.send()
+        self.read.append((0x32 << 16 | mid, message, self.connection))
+
+    @rule(most=st.integers(1, 4))
+    @precondition(lambda self: self.read)
+    def write(self, most: int) -> None:
+        """What the writer does with what is next in the queue, up to COMMIT."""
+        if isinstance(self.read[0], Greeting):
+            if not self.read.pop(0).session_present and self.note_sessions:
+                self.stored_ledger = []
+            self.ledger.reset(list(self.stored_ledger))
+            self.subscribed = True
+            return
+        batch: list[tuple[int, Message, int]] = []
+        while self.read and len(batch) < most and not isinstance(self.read[0], Greeting):
+            batch.append(self.read.pop(0))
+        tags = [tag for tag, _, _ in batch]
+        chunk = Chunk(None, b"", [message for _, message, _ in batch], tags, 0.0, 0.0, 0)
+        packets = self.ledger.record([chunk])
+        keep = self.ledger.forget()
+        if chunk.rows:
+            self.stored += [row.number for row in chunk.rows]
+            self.stored_ledger = [*self.stored_ledger, packets][-keep:]
+        for tag, _, connection in batch:
+            if connection == self.connection or self.acknowledgements_cross:
+                self.to_acknowledge.append(tag & 0xFFFF)
+
+    @rule()
+    @precondition(lambda self: self.to_acknowledge)
+    def acknowledge(self) -> None:
+        mid = self.to_acknowledge.pop(0)
+        for sent in [sent for sent in self.broker.unacked if sent[0] == mid]:
+            self.broker.unacked.remove(sent)
+            assert sent[1].number in self.stored, "acknowledged, and not stored"
+
+    @rule()
+    @precondition(lambda self: self.crashes)
+    def crash(self) -> None:
+        """Memory is gone; a new process finds the session."""
+        self.read = []
+        self.ledger = self.ledger_type(self.ledger_window)
+        self._connect(session_present=True)
+
+    @rule()
+    def lose_connection(self) -> None:
+        """What was read stays; no acknowledgement crosses to the new connection."""
+        self._connect(session_present=True)
+
+    @rule()
+    def lose_session(self) -> None:
+        lost = self.broker.queue + self.broker.unacked
+        self.lost_by_broker |= {message.number for _, message in lost}
+        self.broker = Broker(self.lowest_free_ids)
+        self.subscribed = False  # until the database has noted the new session
+        self._connect(session_present=False)
+
+    def _connect(self, *, session_present: bool) -> None:
+        self.connection += 1
+        self.to_acknowledge = []
+        if not self.subscribed:
+            session_present = False  # nothing has been subscribed to: still as good as new
+        self.read.append(Greeting(session_present=session_present))
+        for mid, message in self.broker.unacked:
+            self.read.append((0x3A << 16 | mid, message, self.connection))
+
+    def teardown(self) -> None:
+        """Let everything through, then compare."""
+        while self.read or self.to_acknowledge or self.broker.queue:
+            if self.read:
+                self.write(4)
+            elif self.to_acknowledge:
+                self.acknowledge()
+            else:
+                self.send()
+        expected = set(range(1, self.published + 1))
+        missing = expected - set(self.stored) - self.lost_by_broker
+        assert not missing, f"never stored: {missing}"
+        assert len(self.stored) == len(set(self.stored)), f"stored twice: {self.stored}"
+
+
+class SkippingIds(Machine):
+    """Ids may come back at any time; contents differ."""
+
+    distinct_contents = True
+    skipping_ids = True
+
+
+class LowestFreeId(Machine):
+    """Ids come back at once, contents are the same: safe as long as the process lives."""
+
+    lowest_free_ids = True
+    crashes = False
+
+
+_SETTINGS = settings(
+    max_examples=100,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize("machine", [Machine, SkippingIds, LowestFreeId])
+def test_every_message_is_stored_once(machine: type[Machine]) -> None:
+    run_state_machine_as_test(machine, settings=_SETTINGS)
+
+
+class WithoutDup(Ledger):
+    """Takes every known id and checksum for a message sent again."""
+
+    @staticmethod
+    def _new(
+        rows: list[bytes], tags: list[int], known: dict[int, int]
+    ) -> tuple[list[bytes], list[int]]:
+        return Ledger._new(rows, [tag | 0x08 << 16 for tag in tags], known)
+
+
+class WithoutChecksum(Ledger):
+    """Takes every known id with DUP for a message sent again."""
+
+    @staticmethod
+    def _new(
+        rows: list[bytes], tags: list[int], known: dict[int, int]
+    ) -> tuple[list[bytes], list[int]]:
+        kept = [
+            (row, tag)
+            for row, tag in zip(rows, tags, strict=True)
+            if tag < 0x38 << 16 or tag & 0xFFFF not in known
+        ]
+        return [row for row, _ in kept], [tag for _, tag in kept]
+
+
+class WithoutClearing(Ledger):
+    """Leaves an id with its old message when a new one has come under it."""
+
+    def _index(self) -> dict[int, int]:
+        known: dict[int, int] = {}
+        for batch in reversed(self._batches):
+            older = Ledger(self._window)
+            older.reset([batch])
+            known.update(older._index())
+        return known
+
+
+class WithoutMemory(Ledger):
+    """Does not keep what it has recorded."""
+
+    def record(self, chunks: list[Chunk]) -> bytes:
+        packets = super().record(chunks)
+        self.reset([])
+        return packets
+
+
+def _mutant(base: type[Machine], **changes: object) -> type[Machine]:
+    return type("Mutant", (base,), changes)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(_mutant(Machine, ledger_window=2 * IDS), id="window beyond the ids"),
+        pytest.param(_mutant(Machine, ledger_window=1), id="window below what is in flight"),
+        pytest.param(_mutant(Machine, ledger_window=0), id="no ledger"),
+        pytest.param(_mutant(Machine, note_sessions=False), id="lost session not noted"),
+        pytest.param(_mutant(Machine, ledger_type=WithoutMemory), id="ledger forgets"),
+        pytest.param(_mutant(SkippingIds, ledger_type=WithoutChecksum), id="no checksum"),
+        pytest.param(_mutant(SkippingIds, ledger_type=WithoutClearing), id="old entry wins"),
+        pytest.param(_mutant(LowestFreeId, ledger_type=WithoutDup), id="no DUP asked for"),
+        pytest.param(
+            _mutant(LowestFreeId, acknowledgements_cross=True), id="acknowledgement crosses"
+        ),
+    ],
+)
+def test_every_guard_is_needed(mutant: type[Machine]) -> None:
+    search = settings(
+        _SETTINGS, max_examples=3000, database=None, derandomize=True, print_blob=False
+    )
+    with pytest.raises(AssertionError, match=r"never stored|stored twice|and not stored"):
+        run_state_machine_as_test(mutant, settings=search)
