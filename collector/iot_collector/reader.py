@@ -144,27 +144,36 @@ class BulkClient(StockClient):
     def __init__(self, settings: Settings, inbox: Inbox, *, keep_session: bool = True) -> None:
         super().__init__(settings, inbox, keep_session=keep_session)
         self._v5 = settings.mqtt_version == "5"
+        # TLS and WebSocket give a record or frame at a time, and brokers put one packet in each.
+        self._framed = settings.broker.tls or settings.broker.transport == "websockets"
         self._parts: list[bytes] = []  # the beginning of a packet whose end is not read yet
         self._missing = 0  # how many bytes that packet needs at least to go on
 
     def read(self) -> None:
         """Read what the socket has into the inbox."""
+        left = _READ_SIZE
+        while (size := self._read_once()) and self._framed and left > 0:
+            left -= size
+
+    def _read_once(self) -> int:
+        """Do one read; return how many bytes there were, or 0 when there will be no more."""
         try:
             data = self._sock_recv(_READ_SIZE)
         except BlockingIOError:
-            return
+            return 0
         except OSError as error:
             self.fault = str(error)
             data = b""
         if not data:
             self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_CONN_LOST)
-            return
+            return 0
         with self._msgtime_mutex:
             self._last_bytes_received = time.monotonic()
+        read = len(data)
         self._parts.append(data)
-        self._missing -= len(data)
+        self._missing -= read
         if self._missing > 0:
-            return
+            return read
         if len(self._parts) > 1:
             data = b"".join(self._parts)
         try:
@@ -174,8 +183,9 @@ class BulkClient(StockClient):
             # are whole; the broker sends the rest again.
             self.fault = f"malformed packet: {error}"
             self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_PROTOCOL)
-            return
+            return 0
         self._parts = [data[at:]] if at < len(data) else []
+        return read if self._sock is not None else 0
 
     def _parse(self, data: bytes) -> int:
         """Take the whole packets at the start of ``data``; return where the rest begins."""
@@ -231,13 +241,15 @@ class BulkClient(StockClient):
     def _hand_over(self, header: int, body: bytes) -> None:
         """Have paho handle a packet that is no PUBLISH, as if it had read it itself."""
         if header & 0xF0 == 0x60:  # PUBREL: its message is stored, or PUBREC had not been sent
-            self._send_pubcomp(int.from_bytes(body[:2]))
+            self._send_pubcomp(body[0] << 8 | body[1])
             return
         self._in_packet["command"] = header
         self._in_packet["remaining_length"] = len(body)
         self._in_packet["packet"] = bytearray(body)
         self._in_packet["pos"] = 0
         rc = self._packet_handle()
+        if rc == MQTTErrorCode.MQTT_ERR_PROTOCOL:
+            raise ValueError(f"unexpected packet of type {header >> 4}, {len(body)} bytes long")
         if rc > 0:
             self._loop_rc_handle(rc)
 
