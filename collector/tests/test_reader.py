@@ -1,0 +1,361 @@
+"""The bulk reader against paho's own, and against streams that no broker should send."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+from iot_collector.reader import BulkClient, Inbox, StockClient, make_client
+from iot_collector.rows import decode, head
+from iot_collector.settings import Settings
+from paho.mqtt.client import Client
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+
+@dataclass
+class FakeSocket:
+    """Gives its chunks, one a recv, then would block; keeps what is sent, a write an entry."""
+
+    chunks: list[bytes]
+    sent: list[bytes] = field(default_factory=list)
+
+    def recv(self, size: int) -> bytes:
+        if not self.chunks:
+            raise BlockingIOError
+        chunk = self.chunks.pop(0)
+        if len(chunk) > size:
+            self.chunks.insert(0, chunk[size:])
+        return chunk[:size]
+
+    def send(self, data: bytes) -> int:
+        self.sent.append(bytes(data))
+        return len(data)
+
+    def close(self) -> None:
+        self.chunks.clear()
+
+    def setblocking(self, _flag: bool) -> None:
+        pass
+
+
+def connected(kind: type[StockClient], version: str, chunks: Sequence[bytes]) -> StockClient:
+    """Return a client that is connected to a fake socket."""
+    client = kind(Settings(mqtt_version=version), Inbox())  # type: ignore[arg-type]
+    client._sock = FakeSocket([chunk for chunk in chunks if chunk])  # type: ignore[assignment]
+    return client
+
+
+def socket_of(client: StockClient) -> FakeSocket:
+    sock = client.socket()
+    assert isinstance(sock, FakeSocket)
+    return sock
+
+
+def read_all(
+    kind: type[StockClient], version: str, chunks: Sequence[bytes]
+) -> tuple[list[bytes], list[int], StockClient]:
+    """Have a client read all chunks; return its rows, its tags, and itself."""
+    client = connected(kind, version, chunks)
+    while client.socket() is not None and socket_of(client).chunks:
+        client.read()
+    rows, tags = client.inbox.empty()
+    return rows, tags, client
+
+
+def packet(header: int, body: bytes) -> bytes:
+    length, digits = len(body), b""
+    while True:
+        length, digit = divmod(length, 128)
+        digits += bytes([digit | 128 if length else digit])
+        if not length:
+            return bytes([header]) + digits + body
+
+
+def text16(text: bytes) -> bytes:
+    return struct.pack(">H", len(text)) + text
+
+
+def publish_packet(
+    version: str = "5",
+    *,
+    topic: bytes = b"iot/data",
+    payload: bytes = b"temperature:23",
+    qos: int = 1,
+    dup: bool = False,
+    retain: bool = False,
+    mid: int = 1,
+    properties: bytes = b"\0",
+) -> bytes:
+    """Return a PUBLISH; ``properties`` with their length, in MQTT 5 only."""
+    body = text16(topic) + (struct.pack(">H", mid) if qos else b"")
+    body += (properties if version == "5" else b"") + payload
+    return packet(0x30 | dup << 3 | qos << 1 | retain, body)
+
+
+OTHERS = {
+    "5": [b"\xd0\0", b"\x40\2\0\7", b"\x40\3\0\7\x10", b"\x90\4\0\1\0\1", b"\xb0\4\0\1\0\0"],
+    "3.1.1": [b"\xd0\0", b"\x40\2\0\7", b"\x90\3\0\1\1", b"\xb0\2\0\1", b"\x70\2\0\7"],
+}
+# Without U+FEFF, which paho wrongly refuses.
+_text = st.text(
+    st.characters(exclude_characters="\0\ufeff", exclude_categories=["Cs"]), max_size=20
+)
+
+
+@st.composite
+def _properties(draw: st.DrawFn) -> bytes:
+    found = Properties(PacketTypes.PUBLISH)
+    found.UserProperty = draw(st.lists(st.tuples(_text, _text), max_size=4))
+    for name, values in {
+        "ContentType": _text,
+        "ResponseTopic": _text,
+        "CorrelationData": st.binary(max_size=20),
+        "PayloadFormatIndicator": st.integers(0, 1),
+        "MessageExpiryInterval": st.integers(0, 2**32 - 1),
+    }.items():
+        value = draw(st.none() | values)
+        if value is not None:
+            setattr(found, name, value)
+    return bytes(found.pack())
+
+
+@st.composite
+def _packets(draw: st.DrawFn, version: str, *, qos: tuple[int, ...] = (0, 1)) -> bytes:
+    if draw(st.integers(0, 4)) == 0:
+        return draw(st.sampled_from(OTHERS[version]))
+    chosen = draw(st.sampled_from(qos))
+    return publish_packet(
+        version,
+        topic=draw(_text.filter(bool)).encode(),
+        payload=draw(
+            st.binary(max_size=40)
+            | st.sampled_from([b"a:1", b'{"a":1}', b"x" * 120, b"x" * 130, b"x" * 17_000])
+        ),
+        qos=chosen,
+        dup=bool(chosen) and draw(st.booleans()),
+        retain=draw(st.booleans()),
+        mid=draw(st.integers(1, 65_535)),
+        properties=draw(st.just(b"\0") | _properties()),
+    )
+
+
+@st.composite
+def _streams(draw: st.DrawFn, version: str) -> tuple[list[bytes], list[bytes]]:
+    """A stream of packets: as packets, and split at arbitrary places."""
+    packets = draw(st.lists(_packets(version), max_size=12))
+    data = b"".join(packets)
+    cuts = sorted(draw(st.lists(st.integers(0, len(data)), max_size=12)))
+    ends = [0, *cuts, len(data)]
+    return packets, [data[a:b] for a, b in pairwise(ends)]
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+@given(data=st.data())
+def test_both_readers_read_the_same(version: str, data: st.DataObject) -> None:
+    packets, chunks = data.draw(_streams(version))
+    expected = read_all(StockClient, version, [b"".join(packets)])
+    found = read_all(BulkClient, version, chunks)
+    assert found[0] == expected[0]
+    assert found[1] == expected[1]
+    assert len(found[0]) == sum(p[0] & 0xF0 == 0x30 for p in packets)
+    for client in (found[2], expected[2]):
+        assert client.socket() is not None
+        assert client.fault is None
+
+
+def example_stream(version: str) -> bytes:
+    properties = Properties(PacketTypes.PUBLISH)
+    properties.UserProperty = [("a", "b"), ("a", "c")]
+    return b"".join(
+        [
+            publish_packet(version, qos=0, retain=True, payload=b""),
+            OTHERS[version][0],
+            publish_packet(version, mid=65_535, dup=True, properties=bytes(properties.pack())),
+            *OTHERS[version],
+            publish_packet(version, topic="ü/☃".encode(), payload=b"x" * 200),
+            publish_packet(version, mid=2),
+        ]
+    )
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+def test_split_at_every_byte(version: str) -> None:
+    stream = example_stream(version)
+    expected = read_all(StockClient, version, [stream])[:2]
+    assert len(expected[0]) == 4
+    for cut in range(len(stream)):
+        assert read_all(BulkClient, version, [stream[:cut], stream[cut:]])[:2] == expected, cut
+    single = [stream[i : i + 1] for i in range(len(stream))]
+    assert read_all(BulkClient, version, single)[:2] == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "digits"),
+    [(0, 1), (100, 1), (128, 2), (16_000, 2), (16_384, 3), (2_000_000, 3), (2_097_152, 4)],
+)
+def test_long_packets(size: int, digits: int) -> None:
+    first = publish_packet(payload=b"x" * size)
+    assert len(first) == size + 14 + digits
+    stream = first + publish_packet(payload=b"next")
+    chunks = [stream[i : i + 65_536] for i in range(0, len(stream), 65_536)]
+    rows, tags, _ = read_all(BulkClient, "5", chunks)
+    assert [decode(head(0) + row).payload for row in rows] == [b"x" * size, b"next"]
+    assert tags == [0x32 << 16 | 1] * 2
+
+
+def test_one_read_takes_all_records() -> None:
+    """TLS and WebSocket give a record or frame a recv, however small; one read takes them all.
+
+    Otherwise each message is a read, a chunk, a batch and a transaction of its own.
+    """
+    packets = [publish_packet(mid=i + 1) for i in range(100)]
+    settings = Settings(mqtt_url="wss://127.0.0.1")
+    client = BulkClient(settings, Inbox())
+    client._sock = FakeSocket(packets)  # type: ignore[assignment]
+    client.read()
+    assert len(client.inbox.rows) == 100
+
+
+def test_end_of_stream() -> None:
+    client = connected(BulkClient, "5", [publish_packet(), publish_packet()[:-1]])
+    client.read()
+    client.read()
+    socket_of(client).recv = lambda _size: b""  # type: ignore[method-assign]
+    client.read()
+    assert client.socket() is None
+    assert len(client.inbox.rows) == 1, "the half message is not stored"
+
+
+GOOD = publish_packet(payload=b"good")
+MALFORMED = {
+    "no body": b"\x32\0",
+    "half a topic length": packet(0x30, b"\0"),
+    "topic beyond the packet": packet(0x30, b"\0\x09iot/data"),
+    "topic far beyond": packet(0x30, b"\xff\xffiot"),
+    "no packet id": packet(0x32, text16(b"iot/data")),
+    "half a packet id": packet(0x32, text16(b"iot/data") + b"\0"),
+    "no properties length": packet(0x32, text16(b"iot/data") + b"\0\1"),
+    "properties beyond the packet": publish_packet(properties=b"\x7f", payload=b""),
+    "half a property": publish_packet(properties=b"\2\x02\0", payload=b""),
+    "unknown property": publish_packet(properties=b"\2\x7f\0", payload=b""),
+    "property of another packet": publish_packet(properties=b"\3\x21\0\5", payload=b""),
+    "property twice": publish_packet(properties=b"\4\1\1\1\1", payload=b""),
+    "user property not UTF-8": publish_packet(properties=b"\7\x26\0\1\xff\0\1b", payload=b""),
+    "properties length of 5 bytes": publish_packet(properties=b"\x80\x80\x80\x80\1", payload=b""),
+    "topic alias": publish_packet(properties=b"\3\x23\0\1", payload=b""),
+    "QoS 3": publish_packet(qos=3),
+    "empty topic": publish_packet(topic=b""),
+    "topic not UTF-8": publish_packet(topic=b"iot/\xff"),
+    "topic with a surrogate": publish_packet(topic=b"\xed\xa0\x80"),
+    "topic with NUL": publish_packet(topic=b"iot/\0"),
+    "packet id 0": publish_packet(mid=0),
+    "length of 5 bytes": b"\x32\x80\x80\x80\x80\x01",
+    "packet type 0": b"\x00\0",
+    "packet type 15": b"\xf0\2\0\0",
+    "CONNECT": b"\x10\0",
+    "SUBACK without body": b"\x90\0",
+    "PUBREL without packet id": b"\x62\0",
+    "PINGRESP with a body": b"\xd0\1\0",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
+def test_malformed_packet_ends_the_connection(name: str, split: bool) -> None:
+    stream = GOOD + GOOD + MALFORMED[name] + GOOD
+    chunks = [stream[i : i + 1] for i in range(len(stream))] if split else [stream]
+    ended: list[object] = []
+    client = connected(BulkClient, "5", chunks)
+    client.on_disconnect = lambda *arguments: ended.append(arguments)
+    while client.socket() is not None and socket_of(client).chunks:
+        client.read()
+    assert client.socket() is None
+    assert len(ended) == 1
+    assert client.fault is not None
+    assert client.fault.startswith("malformed packet: ")
+    rows, tags = client.inbox.empty()
+    assert [decode(head(0) + row).payload for row in rows] == [b"good"] * 2
+    assert len(tags) == 2
+
+
+_mutations = st.tuples(st.integers(0, 10_000), st.integers(1, 255))
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+@given(data=st.data())
+def test_damaged_streams(version: str, data: st.DataObject) -> None:
+    """Whatever comes, nothing is raised, and every row is one that PostgreSQL can read."""
+    packets = data.draw(st.lists(_packets(version, qos=(0, 1, 2)) | st.binary(), max_size=8))
+    stream = bytearray(b"".join(packets))
+    for place, change in data.draw(st.lists(_mutations, max_size=3)):
+        if stream:
+            stream[place % len(stream)] ^= change
+    whole = read_all(BulkClient, version, [bytes(stream)])
+    single = read_all(BulkClient, version, [stream[i : i + 1] for i in range(len(stream))])
+    assert whole[:2] == single[:2], "how the stream is split makes no difference"
+    assert len(whole[0]) == len(whole[1])
+    for row, tag in zip(*whole[:2], strict=True):
+        message = decode(head(0) + row)
+        assert message.topic.decode()
+        assert b"\0" not in message.topic
+        assert message.qos == tag >> 17 & 3
+        assert message.qos in {0, 1, 2}
+        assert bool(message.qos) == bool(tag & 0xFFFF)
+    assert (whole[2].socket() is None) == (single[2].socket() is None)
+
+
+@pytest.mark.parametrize("kind", [StockClient, BulkClient])
+def test_acknowledge(kind: type[StockClient]) -> None:
+    client = connected(kind, "5", [])
+    client.acknowledge([0x30 << 16, 0x32 << 16 | 1, 0x3B << 16 | 0xFFFE, 0x31 << 16])
+    assert b"".join(socket_of(client).sent) == b"\x40\2\0\1\x40\2\xff\xfe"
+
+
+def test_acknowledge_with_one_write() -> None:
+    client = connected(BulkClient, "5", [])
+    client.acknowledge([0x32 << 16 | 1, 0x34 << 16 | 2, 0x30 << 16, 0x32 << 16 | 3])
+    assert socket_of(client).sent == [b"\x40\2\0\1\x50\2\0\2\x40\2\0\3"]
+    client.acknowledge([0x30 << 16])
+    assert len(socket_of(client).sent) == 1, "QoS 0 has no acknowledgement"
+
+
+def test_qos_2() -> None:
+    """Taken at PUBLISH, PUBREC when it is stored, PUBCOMP at PUBREL."""
+    client = connected(BulkClient, "5", [publish_packet(qos=2, mid=7, payload=b"two")])
+    client.read()
+    rows, tags = client.inbox.empty()
+    assert decode(head(0) + rows[0])[1:] == (2, False, b"iot/data", None, None, b"two")
+    assert socket_of(client).sent == [], "nothing before it is stored"
+    client.acknowledge(tags)
+    assert socket_of(client).sent == [b"\x50\2\0\7"]
+    socket_of(client).chunks.append(b"\x62\2\0\7")
+    client.read()
+    assert socket_of(client).sent[1:] == [b"\x70\2\0\7"]
+    assert client.inbox.empty() == ([], []), "and not a second time"
+
+
+def test_pubrel_of_mqtt_5_with_a_reason() -> None:
+    client = connected(BulkClient, "5", [b"\x62\4\0\7\x92\0"])
+    client.read()
+    assert socket_of(client).sent == [b"\x70\2\0\7"]
+
+
+def test_make_client() -> None:
+    with structlog.testing.capture_logs() as logs:
+        assert type(make_client(Settings(), Inbox())) is BulkClient
+    assert logs == []
+
+
+@pytest.mark.parametrize("name", ["_packet_handle", "_sock_recv", "_packet_queue"])
+def test_make_client_without_an_internal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Client, name)
+    with structlog.testing.capture_logs() as logs:
+        assert type(make_client(Settings(), Inbox())) is StockClient
+    (entry,) = logs
+    assert entry["log_level"] == "warning"
+    assert entry["missing"] == [name]
