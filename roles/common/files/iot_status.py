@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -111,4 +112,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `iot-status | head` is no error
     sys.exit(main())
