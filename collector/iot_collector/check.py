@@ -1,7 +1,8 @@
 """Reaches broker and database as the collector would, and says what to change."""
 
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import psycopg2
@@ -9,8 +10,9 @@ from paho.mqtt.client import Client, ConnectFlags
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from .link import Connection
+from .link import WINDOW_BUG, Connection
 from .migrate import migrations
+from .rows import decode, head
 from .settings import Settings
 from .store import connect, kind_of
 
@@ -18,6 +20,7 @@ BROKER_FAILED = 4
 DATABASE_FAILED = 8
 
 _PATIENCE = 10.0
+_MOSQUITTO_KEEPS_WINDOW = (2, 0, 21)
 
 _BROKER_HINTS = {
     "Not authorized": "check IOT_MQTT_USERNAME, IOT_MQTT_PASSWORD_FILE and the broker's ACL",
@@ -38,44 +41,65 @@ _DATABASE_HINTS = {
 def check(settings: Settings) -> Iterator[tuple[bool, str, int]]:
     """Yield (right, text, exit status bit) for each thing looked at."""
     yield True, "settings: all valid", 0
-    fault = _broker_fault(settings)
     where = f"broker {settings.broker}"
-    if fault:
-        hint = next((hint for sign, hint in _BROKER_HINTS.items() if sign in fault), None)
-        yield False, f"{where}: {fault}" + (f"; {hint}" if hint else ""), BROKER_FAILED
+    try:
+        version = _ask_broker(settings)
+    except (OSError, ValueError) as error:
+        hint = next((hint for sign, hint in _BROKER_HINTS.items() if sign in str(error)), None)
+        yield False, f"{where}: {error}" + (f"; {hint}" if hint else ""), BROKER_FAILED
     else:
-        yield True, f"{where}: connected as {settings.mqtt_client_id}-check", 0
+        yield True, f"{where}: connected as {settings.mqtt_client_id}-check{_remark(version)}", 0
     yield _database(settings)
 
 
-def _broker_fault(settings: Settings) -> str | None:
-    """Connect under another client id, so that a running collector keeps its session."""
+def _ask_broker(settings: Settings) -> str:
+    """Connect, under another client id, so that a running collector keeps its session.
+
+    :returns: what the broker says it is, where it says so as Mosquitto does; or nothing.
+    :raises OSError: it is not reached; ConnectionError: it refuses us.
+    """
     probe = settings.model_copy(update={"mqtt_client_id": f"{settings.mqtt_client_id}-check"})
     connection = Connection(probe, keep_session=False)
-    answers: list[str | None] = []
+    answers: list[ReasonCode] = []
 
     def on_connect(
-        _client: Client,
+        client: Client,
         _data: object,
         _flags: ConnectFlags,
         reason: ReasonCode,
         _p: Properties | None,
     ) -> None:
-        answers.append(f"refused: {reason}" if reason.is_failure else None)
+        answers.append(reason)
+        client.subscribe("$SYS/broker/version")
 
     client = connection.client
     client.on_connect = on_connect
-    try:
-        connection.open()
-        until = time.monotonic() + _PATIENCE
-        while not answers and client.socket() is not None and time.monotonic() < until:
-            client.read()
-            client.loop_misc()
-            time.sleep(0.01)
-        client.disconnect()
-    except (OSError, ValueError) as error:
-        return str(error)
-    return answers[0] if answers else connection.end or "connected, but no answer to CONNECT"
+    connection.open()
+    _read_until(connection, lambda: bool(answers), _PATIENCE)
+    if not answers:
+        raise ConnectionError(connection.end or "connected, but no answer to CONNECT")
+    if answers[0].is_failure:
+        raise ConnectionError(f"refused: {answers[0]}")
+    _read_until(connection, lambda: bool(connection.inbox.rows), 1.0)
+    client.disconnect()
+    rows, _ = connection.inbox.empty()
+    return decode(head(0) + rows[0]).payload.decode(errors="replace") if rows else ""
+
+
+def _read_until(connection: Connection, done: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not done() and connection.client.socket() is not None and time.monotonic() < until:
+        connection.client.read()
+        connection.client.loop_write()
+        connection.client.loop_misc()
+        time.sleep(0.01)
+
+
+def _remark(version: str) -> str:
+    found = re.fullmatch(r"mosquitto version (\d+)\.(\d+)\.(\d+).*", version)
+    if found is None or tuple(map(int, found.groups())) >= _MOSQUITTO_KEEPS_WINDOW:
+        return ""
+    return f"; note: {version} {WINDOW_BUG}"
 
 
 def _database(settings: Settings) -> tuple[bool, str, int]:

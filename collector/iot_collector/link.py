@@ -36,6 +36,11 @@ _RESUBSCRIBE = 15.0  # seconds until a refused subscription is asked for again
 _GREETING = 2.0  # seconds that the database gets to note a new session before it is used
 _LARGE_READ = 1 << 15  # bytes: there is a backlog, or nearly so
 _FINISH = 5.0  # seconds to wait for the broker to have read the last acknowledgements
+WINDOW_BUG = (
+    "sends more un-acknowledged messages than IOT_MQTT_MAX_INFLIGHT, as Mosquitto does before "
+    "2.0.21 (each PUBACK releases a whole window): memory is not bounded by it, and a crash may "
+    "store more than that many messages twice; use 2.0.21 or newer"
+)
 _SESSION_TAKEN_OVER = 0x8E  # MQTT 5 §3.14.2.1
 
 
@@ -56,6 +61,8 @@ class Connection:
         self.greeting: Greeting | None = None  # to be put before the first messages
         self.refused: dict[str, str] = {}  # topic filter -> why the broker refused it
         self.subscribed = False
+        self.unacked = 0
+        self.warned = False  # that the broker exceeds its window
         self.unsubscribing = self.unsubscribed = False  # for good, to leave
         self.quiet_at: int | None = None  # messages received when the broker was last asked
         self.end: str | None = None  # why the connection ended
@@ -345,7 +352,15 @@ class Link(threading.Thread):
                 # Lingering before the read rather than after it costs the messages the same time
                 # and saves waking both threads for each of them (benchmarks/).
                 self._next_read = at + self._settings.batch_linger_ms / 1000
+            connection.unacked += len(tags)
+            if connection.unacked > self._settings.mqtt_max_inflight and not connection.warned:
+                self._warn_of_window(connection, tags)
             self._flow.put(Chunk(connection, head(timestamp), rows, tags, at, timestamp, size))
+
+    def _warn_of_window(self, connection: Connection, tags: list[int]) -> None:
+        if min(tags) & 0x06 << 16:  # with QoS 0 there is no window
+            connection.warned = True
+            log.warning(f"the broker {WINDOW_BUG}", unacked=connection.unacked)
 
     def _send_acks(self, connection: Connection) -> None:
         tags: list[int] = []
@@ -359,6 +374,7 @@ class Link(threading.Thread):
                 tags += item.tags
         if tags:
             connection.client.acknowledge(tags)
+            connection.unacked -= len(tags)
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # full of wake-ups: it will wake
