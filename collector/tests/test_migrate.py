@@ -1,0 +1,178 @@
+"""The schema, and the partitions."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import psycopg2
+import pytest
+from iot_collector.flow import Chunk
+from iot_collector.migrate import migrate, migrations
+from iot_collector.rows import RowEncoder, head
+from iot_collector.settings import Settings
+from iot_collector.store import MONTHS_AHEAD, Store
+from services import Database, run_command
+
+
+def settings_for(database: Database) -> Settings:
+    return Settings(database_url=database.url, database_password=database.password)  # type: ignore[arg-type]
+
+
+def partitions(database: Database) -> list[str]:
+    found = database.query(
+        "SELECT inhrelid::regclass::text FROM pg_inherits"
+        " WHERE inhparent = 'messages'::regclass ORDER BY 1"
+    )
+    return [name for (name,) in found]
+
+
+def months(start: datetime, count: int) -> list[str]:
+    first = start.year * 12 + start.month - 1
+    return [f"messages_{m // 12:04d}_{m % 12 + 1:02d}" for m in range(first, first + count)]
+
+
+def chunk_at(moment: datetime, *payloads: bytes) -> Chunk:
+    encoder = RowEncoder()
+    rows = [encoder.row(0x32, b"iot/data", payload) for payload in payloads]
+    tags = [0x32 << 16 | i + 1 for i in range(len(rows))]
+    timestamp = moment.timestamp()
+    return Chunk(None, head(timestamp), rows, tags, time.monotonic(), timestamp, 100)
+
+
+def test_fresh_and_again(empty_database: Database) -> None:
+    settings = empty_database.environment()
+    first = run_command("migrate", **settings)
+    assert first.returncode == 0, first.stderr
+    names = [name for name, _ in migrations()]
+    assert names == sorted(names)
+    assert len(names) >= 3
+    assert first.stdout.splitlines() == [f"applied {name}" for name in names]
+    again = run_command("migrate", **settings)
+    assert (again.returncode, again.stdout) == (0, "up to date\n")
+    assert empty_database.query("SELECT count(*) FROM schema_migrations") == [(len(names),)]
+
+
+def test_two_at_once(empty_database: Database) -> None:
+    barrier = threading.Barrier(4)
+
+    def run() -> list[str]:
+        barrier.wait()
+        return migrate(settings_for(empty_database))
+
+    with ThreadPoolExecutor(4) as pool:
+        results = [future.result() for future in [pool.submit(run) for _ in range(4)]]
+    names = [name for name, _ in migrations()]
+    assert sorted(results, key=len) == [[], [], [], names]
+
+
+def test_failure_changes_nothing(empty_database: Database) -> None:
+    empty_database.query("CREATE TABLE dead_letters (somebody_elses text)")
+    failed = run_command("migrate", **empty_database.environment())
+    assert failed.returncode == 1
+    assert "nothing was changed" in failed.stderr
+    assert "dead_letters" in failed.stderr
+    found = empty_database.query(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+    )
+    assert found == [("dead_letters",)]
+
+
+def test_database_away(empty_database: Database) -> None:
+    settings = {**empty_database.environment(), "IOT_DATABASE_PASSWORD": "wrong-one"}
+    failed = run_command("migrate", **settings)
+    assert failed.returncode == 1
+    assert "password authentication failed" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "wrong-one" not in failed.stderr
+
+
+def test_partitions_are_made_ahead(database: Database) -> None:
+    assert partitions(database) == months(datetime.now(UTC), MONTHS_AHEAD + 1)
+    bounds = database.query(
+        "SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE relispartition AND relkind = 'r'"
+    )
+    assert not [text for (text,) in bounds if "DEFAULT" in text]
+
+
+def test_ensure_partitions(database: Database) -> None:
+    made = "SELECT ensure_partitions(%s, %s)"
+    before = partitions(database)
+    start = datetime(2031, 11, 30, 23, 59, 59, tzinfo=UTC)
+    assert database.query(made, start, 3) == [(4,)]
+    assert database.query(made, start, 3) == [(0,)], "they are there"
+    assert database.query(made, start, 4) == [(1,)]
+    assert set(partitions(database)) - set(before) == set(months(start, 5))
+    # Months are UTC's, whatever the session's time zone is: no gap, no overlap.
+    for moment in ("2031-11-01 00:00+00", "2031-11-30 23:59:59.999999+00", "2032-03-31 23:59+00"):
+        database.query(
+            "INSERT INTO messages (received_at, topic, payload, qos, retained)"
+            " VALUES (%s, 't', '', 0, false)",
+            moment,
+        )
+    with pytest.raises(psycopg2.errors.CheckViolation, match="no partition"):
+        database.query(
+            "INSERT INTO messages (received_at, topic, payload, qos, retained)"
+            " VALUES ('2031-10-31 23:59:59.999999+00', 't', '', 0, false)"
+        )
+
+
+def test_ensure_partitions_at_once(database: Database) -> None:
+    barrier = threading.Barrier(4)
+
+    def run() -> int:
+        barrier.wait()
+        made: int = database.query("SELECT ensure_partitions('2035-01-01', 3)")[0][0]
+        return made
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(f.result() for f in [pool.submit(run) for _ in range(4)]) == [0, 0, 0, 4]
+
+
+@pytest.mark.parametrize("year", [1970, 2000, 2049, 2120])
+def test_clock_years_away(year: int, database: Database) -> None:
+    """A wrong clock makes odd partitions, but loses nothing."""
+    moment = datetime(year, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+    store = Store(settings_for(database))
+    stored = store.write([chunk_at(moment, b"a:1"), chunk_at(datetime.now(UTC), b"a:2")], b"", 1)
+    store.close()
+    assert stored.inserted == 2
+    assert database.query("SELECT received_at FROM messages WHERE payload = 'a:1'") == [(moment,)]
+
+
+def test_readings(database: Database) -> None:
+    database.query(
+        "INSERT INTO messages (received_at, topic, payload, fields, qos, retained) VALUES"
+        """ (now(), 'a', '', '{"t": 23.5, "s": "on", "b": true, "n": null, "h": 1e2}', 0, false),"""
+        " (now(), 'b', '', null, 0, false), (now(), 'c', '', '{}', 0, false)"
+    )
+    found = database.query("SELECT topic, name, value::text FROM readings ORDER BY name")
+    assert found == [("a", "h", "100"), ("a", "t", "23.5")]
+
+
+def test_limited_user(database: Database) -> None:
+    """The collector needs to insert, to keep its ledger, and to call ensure_partitions."""
+    role = f"{database.name}_limited"
+    database.query(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
+    user = Database(database.server, database.name, role, "x")
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+        user.query("SELECT ensure_partitions(now(), 1)")
+    database.query(
+        f"GRANT INSERT ON messages, dead_letters TO {role};"
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ledger, sessions, message_ids TO {role};"
+        f"GRANT EXECUTE ON FUNCTION ensure_partitions TO {role}"
+    )
+    database.query("ALTER TABLE messages ADD CONSTRAINT c CHECK (payload <> 'poison'::bytea)")
+    store = Store(settings_for(user))
+    store.ping()
+    assert store.begin_session(present=False, filters=["a"]) == ([], [])
+    stored = store.write([chunk_at(datetime.now(UTC), b"a:1", b"poison", b"a:2")], b"packets", 1)
+    assert (stored.inserted, stored.dead_letters) == (2, {"constraint": 1})
+    assert store.begin_session(present=True, filters=["b"]) == (["a"], [b"packets"])
+    store.write([chunk_at(datetime(2040, 5, 1, tzinfo=UTC), b"a:3")], b"", 1)
+    store.close()
+    assert database.payloads() == [b"a:1", b"a:2", b"a:3"]
+    assert "messages_2040_05" in partitions(database)
+    for forbidden in ("SELECT 1 FROM messages", "DELETE FROM messages", "TRUNCATE messages"):
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            user.query(forbidden)

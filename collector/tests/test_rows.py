@@ -1,0 +1,153 @@
+"""Tuples: what is encoded is decoded, and what PostgreSQL makes of them is what was received."""
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+import orjson
+import psycopg2.extensions
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from iot_collector import rows
+from iot_collector.fields import fields_of
+from services import Postgres
+
+_text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Case(NamedTuple):
+    """A message before it is encoded."""
+
+    microseconds: int
+    qos: int
+    retained: bool
+    topic: str
+    payload: bytes
+    properties: bytes | None
+
+    def encode(self, encoder: rows.RowEncoder) -> bytes:
+        header = 0x30 | self.qos << 1 | self.retained
+        row = encoder.row(header, self.topic.encode(), self.payload, self.properties)
+        return rows.head(self.microseconds / 1_000_000) + row
+
+
+def _json(user: list[tuple[str, str]], content_type: str | None) -> bytes | None:
+    other: dict[str, object] = {} if content_type is None else {"ContentType": content_type}
+    return rows.properties_json(user, other)
+
+
+cases = st.builds(
+    Case,
+    # Within the partitions that the test has made.
+    st.integers(1_760_000_000_000_000, 1_799_999_999_999_999),
+    st.integers(0, 2),
+    st.booleans(),
+    _text.filter(bool),
+    st.one_of(
+        st.binary(max_size=60),
+        st.floats(width=32).map(lambda x: f"temperature:{x}".encode()),
+        st.from_regex(rb"a:-?[0-9]{1,30}(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?", fullmatch=True),
+        st.tuples(_text, _text).map(lambda pair: f"{pair[0]}:{pair[1]}".encode()),
+        st.dictionaries(_text, _text | st.integers(-(2**63), 2**63) | st.booleans()).map(
+            lambda document: orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS)
+        ),
+    ),
+    st.builds(_json, st.lists(st.tuples(_text, _text), max_size=3), st.none() | _text),
+)
+
+
+@given(st.lists(cases, max_size=5))
+def test_round_trip(messages: list[Case]) -> None:
+    encoder = rows.RowEncoder()
+    for case in messages:
+        row = case.encode(encoder)
+        message = rows.decode(row)
+        assert round(message.timestamp * 1_000_000) == case.microseconds
+        assert message[1:] == (
+            case.qos,
+            case.retained,
+            case.topic.encode(),
+            case.properties,
+            fields_of(case.payload),
+            case.payload,
+        )
+        bare = rows.without_fields(row)
+        assert rows.decode(bare) == message._replace(fields=None)
+        assert rows.without_fields(bare) is bare
+
+
+@pytest.mark.parametrize("topic", [b"a\0b", b"\xff", b"\xed\xa0\x80"])
+def test_topics_that_mqtt_does_not_allow(topic: bytes) -> None:
+    encoder = rows.RowEncoder()
+    for _ in range(2):  # not the second time either: nothing wrong is kept
+        with pytest.raises(ValueError, match=r"NUL|utf-8"):
+            encoder.row(0x30, topic, b"")
+
+
+def test_topics_without_end() -> None:
+    """The cache is bounded, and a topic encoded again is the same."""
+    encoder = rows.RowEncoder()
+    first = encoder.row(0x32, b"t/0", b"x")
+    for i in range(25_000):
+        encoder.row(0x32, b"t/%d" % i, b"x")
+    assert sum(map(len, encoder._prefixes)) <= 10_000
+    assert encoder.row(0x32, b"t/0", b"x") == first
+
+
+def test_properties() -> None:
+    assert rows.properties_json([], {}) is None
+    assert rows.properties_json([("a", "1"), ("b", "2"), ("a", "3")], {"ContentType": "x"}) == (
+        b'{"ContentType":"x","user":{"a":["1","3"],"b":["2"]}}'
+    )
+    assert rows.properties_json([("a", "\0")], {}) is None, "jsonb cannot hold U+0000"
+
+
+@pytest.fixture(scope="module")
+def cursor(postgres: Postgres) -> Iterator[psycopg2.extensions.cursor]:
+    database = postgres.database(template="migrated")
+    with closing(database.connect()) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT ensure_partitions('2025-10-01', 20)")
+        yield cursor
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=st.lists(cases, min_size=1, max_size=20))
+def test_what_postgresql_makes_of_it(
+    messages: list[Case], cursor: psycopg2.extensions.cursor
+) -> None:
+    encoder = rows.RowEncoder()
+    data = b"".join(case.encode(encoder) for case in messages)
+    cursor.execute("DELETE FROM messages")
+    cursor.copy_expert(
+        f"COPY messages ({rows.COLUMNS}) FROM STDIN BINARY",
+        io.BytesIO(rows.HEADER + data + rows.TRAILER),
+    )
+    cursor.execute(
+        "SELECT received_at, qos, retained, topic, payload, properties, fields::text,"
+        " num_nulls(fields) FROM messages ORDER BY id"
+    )
+    found = cursor.fetchall()
+    assert len(found) == len(messages)
+    for case, (received_at, qos, retained, topic, payload, properties, fields, null) in zip(
+        messages, found, strict=True
+    ):
+        assert received_at == _EPOCH + timedelta(microseconds=case.microseconds)
+        assert (qos, retained, topic) == (case.qos, case.retained, case.topic)
+        assert bytes(payload) == case.payload
+        assert properties == (case.properties and orjson.loads(case.properties))
+        expected = fields_of(case.payload)
+        assert null == (expected is None)
+        if expected is not None:
+            assert _exact(fields) == _exact(expected)
+
+
+def _exact(text: str | bytes) -> dict[str, tuple[type, Any]]:
+    """The fields with every digit of their numbers, and the types that Python takes for equal."""
+    document = json.loads(text, parse_float=Decimal, parse_int=Decimal)
+    return {name: (type(value), value) for name, value in document.items()}
