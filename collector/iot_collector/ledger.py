@@ -9,6 +9,7 @@ ones stored in this session. docs/adr/0001-packet-id-ledger.md argues why no new
 from array import array
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from zlib import crc32
 
 from .flow import Chunk
@@ -34,22 +35,23 @@ class Ledger:
         self._size = sum(len(batch) // _ENTRY for batch in batches)
         self._known = None
 
-    def record(self, chunks: list[Chunk]) -> bytes:
-        """Take rows that are stored already out of the chunks; return the packets of the others.
+    def record(self, chunks: list[Chunk]) -> tuple[list[Chunk], bytes]:
+        """Return the chunks without the messages that are stored already, and their packets.
 
-        The result is to be stored in the transaction that stores the rows.
+        The packets are to be stored in the transaction that stores the rows.
         """
         if not self._window:
-            return b""
+            return chunks, b""
         ids, sums = array("H"), array("I")
+        new = []
         for chunk in chunks:
-            rows, tags = chunk.rows, chunk.tags
-            if max(tags) >= _DUP_TAG:
+            if max(chunk.tags) >= _DUP_TAG:
                 if self._known is None:
                     self._known = self._index()
                     self._known.update(zip(ids, sums, strict=True))
-                rows, tags = self._new(rows, tags, self._known)
-                chunk.rows = rows
+                chunk = self._new(chunk, self._known)
+            new.append(chunk)
+            rows, tags = chunk.rows, chunk.tags
             if tags and min(tags) < _QOS1_TAG:
                 pairs = [(t, r) for t, r in zip(tags, rows, strict=True) if t >= _QOS1_TAG]
                 tags, rows = [t for t, _ in pairs], [r for _, r in pairs]
@@ -60,7 +62,7 @@ class Ledger:
         packets = _encode(ids, sums)
         self._batches.append(packets)
         self._size += len(ids)
-        return packets
+        return new, packets
 
     def forget(self) -> int:
         """Drop the oldest batches beyond the window; return how many batches are left."""
@@ -74,19 +76,17 @@ class Ledger:
         return max(1, len(self._batches))
 
     @staticmethod
-    def _new(
-        rows: list[bytes], tags: list[int], known: dict[int, int]
-    ) -> tuple[list[bytes], list[int]]:
-        new_rows, new_tags = [], []
-        for row, tag in zip(rows, tags, strict=True):
+    def _new(chunk: Chunk, known: dict[int, int]) -> Chunk:
+        rows, tags = [], []
+        for row, tag in zip(chunk.rows, chunk.tags, strict=True):
             mid, checksum = tag & 0xFFFF, crc32(row)
             if mid and tag >= _DUP_TAG and known.get(mid) == checksum:
                 continue
             # Without DUP the id stands for a new message from here on, whatever it was before.
             known[mid] = checksum
-            new_rows.append(row)
-            new_tags.append(tag)
-        return new_rows, new_tags
+            rows.append(row)
+            tags.append(tag)
+        return replace(chunk, rows=rows, tags=tags)
 
     def _index(self) -> dict[int, int]:
         known: dict[int, int] = {}

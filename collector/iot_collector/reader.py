@@ -198,7 +198,7 @@ class BulkClient(StockClient):
             length = data[at + 1]
             body = at + 2
             if length >= 0x80:
-                length, body = _long_length(data, at)
+                length, body = _variable_length(data, at + 1)
                 if not body:
                     self._missing = 1
                     return at
@@ -232,11 +232,20 @@ class BulkClient(StockClient):
         return at
 
     def _properties(self, data: bytes, at: int, end: int) -> tuple[int, bytes | None]:
+        length, start = _variable_length(data, at)
+        if not start or start + length > end:
+            raise ValueError("PUBLISH with properties beyond its end")
+        raw = data[at : start + length]
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-        _, used = properties.unpack(data[at:end])  # type: ignore[no-untyped-call]
+        try:
+            properties.unpack(raw)  # type: ignore[no-untyped-call]
+        except (ValueError, LookupError, struct.error, MQTTException):
+            # The message is whole, and the broker let it through; ending the connection would
+            # bring it back for ever. (paho refuses texts that MQTT allows, as one with U+FEFF.)
+            return start + length, properties_json([], {"Unreadable": _base64(raw)})
         if hasattr(properties, "TopicAlias"):
             raise ValueError("topic alias, though we allowed none")
-        return at + used, _properties(properties)
+        return start + length, _properties(properties)
 
     def _hand_over(self, header: int, body: bytes) -> None:
         """Have paho handle a packet that is no PUBLISH, as if it had read it itself."""
@@ -266,17 +275,21 @@ class BulkClient(StockClient):
             self._packet_queue(_PUBACK, packets, 0, 1)
 
 
-def _long_length(data: bytes, at: int) -> tuple[int, int]:
-    """Return a remaining length of 2 to 4 bytes and where the body begins; 0 when cut off."""
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _variable_length(data: bytes, at: int) -> tuple[int, int]:
+    """Return a length of 1 to 4 bytes (MQTT 5 §1.5.5) and where it ends; 0 when it is cut off."""
     length = shift = 0
-    for i in range(at + 1, at + 5):
+    for i in range(at, at + 4):
         if i >= len(data):
             return 0, 0
         length |= (data[i] & 0x7F) << shift
         shift += 7
         if data[i] < 0x80:
             return length, i + 1
-    raise ValueError("remaining length of more than 4 bytes")
+    raise ValueError("length of more than 4 bytes")
 
 
 def _properties(properties: Properties) -> bytes | None:
@@ -288,7 +301,7 @@ def _properties(properties: Properties) -> bytes | None:
         if name in values
     }
     if "CorrelationData" in values:
-        other["CorrelationData"] = base64.b64encode(values["CorrelationData"]).decode()
+        other["CorrelationData"] = _base64(values["CorrelationData"])
     return properties_json(values.get("UserProperty", []), other)
 
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import psycopg2
+import psycopg2.errorcodes
 import psycopg2.extensions
 import structlog
 
@@ -44,11 +45,16 @@ _KINDS = {
     "53": "resources",
     "53100": "disk_full",
     "53300": "too_many_connections",
+    "44": "data",  # WITH CHECK OPTION
     "54": "data",  # program limit exceeded: a topic too long for the index
     "57": "shutdown",
     "57014": "timeout",
     "P0": "data",  # a trigger's RAISE: somebody's own rule refuses the row
 }
+
+
+# The classes of SQLSTATE that PostgreSQL has itself.
+_CLASSES = {v for k, v in vars(psycopg2.errorcodes).items() if k.startswith("CLASS_")}
 
 
 def kind_of(error: psycopg2.Error) -> str:
@@ -62,7 +68,8 @@ def kind_of(error: psycopg2.Error) -> str:
     for size in (5, 2):
         if error.pgcode[:size] in _KINDS:
             return _KINDS[error.pgcode[:size]]
-    return "other"
+    # A class that PostgreSQL does not have comes from a trigger's RAISE, like P0.
+    return "other" if error.pgcode[:2] in _CLASSES else "data"
 
 
 @dataclass(slots=True)
@@ -143,9 +150,18 @@ class Store:
                 " ON CONFLICT (client_id) DO UPDATE SET filters = excluded.filters",
                 (self._client_id, filters),
             )
-            cursor.execute("SELECT packets FROM ledger WHERE client_id = %s ORDER BY seq", client)
-            batches = [bytes(packets) for (packets,) in cursor.fetchall()]
-        return stale, batches
+            return stale, self._batches(cursor)
+
+    def ledger(self) -> list[bytes]:
+        """Return the packets of the batches in the ledger, oldest first."""
+        with self._cursor() as cursor:
+            return self._batches(cursor)
+
+    def _batches(self, cursor: psycopg2.extensions.cursor) -> list[bytes]:
+        cursor.execute(
+            "SELECT packets FROM ledger WHERE client_id = %s ORDER BY seq", (self._client_id,)
+        )
+        return [bytes(packets) for (packets,) in cursor.fetchall()]
 
     def write(self, chunks: list[Chunk], packets: bytes, keep: int) -> Stored:
         """Store a batch in one transaction; return what became of its rows, after COMMIT.

@@ -44,6 +44,8 @@ class Writer(threading.Thread):
         self._ledger = Ledger(settings.mqtt_max_inflight if settings.packet_ledger else 0)
         # Writing at half the window keeps the broker sending meanwhile.
         self._batch_rows = min(settings.batch_rows, max(1, settings.mqtt_max_inflight // 2))
+        # What the ledger says of the batch in hand; None when it has to be asked again.
+        self._recorded: tuple[list[Chunk], bytes] | None = None
         self._abandon = threading.Event()
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(psycopg2.Error),
@@ -99,24 +101,39 @@ class Writer(threading.Thread):
 
     def _write(self, batch: list[Chunk]) -> None:
         started = time.monotonic()
-        packets = self._ledger.record(batch)
-        rows = sum(len(chunk.rows) for chunk in batch)
-        stored = Stored()
-        if rows:
-            stored = self._retrying(self._store.write, batch, packets, self._ledger.forget())
-            self._succeeded()
+        self._recorded = self._ledger.record(batch)
+        stored = self._retrying(self._store_batch, batch)
+        self._succeeded()
         now = time.monotonic()
-        duplicates = sum(len(chunk.tags) for chunk in batch) - rows
         self._flow.settle(
             inserted=stored.inserted,
-            duplicates=duplicates + stored.duplicates,
+            duplicates=stored.duplicates,
             dead_letters=stored.dead_letters,
         )
-        self._metrics.batch_rows.observe(rows)
+        self._metrics.batch_rows.observe(sum(len(chunk.tags) for chunk in batch))
         self._metrics.flush_seconds.observe(now - started)
         for chunk in batch:
             self._metrics.message_delay.observe(now - chunk.at, len(chunk.tags))
             self._acknowledge(chunk)
+
+    def _store_batch(self, batch: list[Chunk]) -> Stored:
+        if self._recorded is None:
+            self._ledger.reset(self._store.ledger())
+            self._recorded = self._ledger.record(batch)
+        new, packets = self._recorded
+        known = sum(len(chunk.tags) for chunk in batch) - sum(len(chunk.tags) for chunk in new)
+        stored = Stored()
+        try:
+            if any(chunk.rows for chunk in new):
+                stored = self._store.write(new, packets, self._ledger.forget())
+        except psycopg2.Error as error:
+            if kind_of(error) == "client_id":
+                # Somebody's batch took our place in the ledger: another collector's, or one of
+                # our predecessor's that was still being committed when we looked.
+                self._recorded = None
+            raise
+        stored.duplicates += known
+        return stored
 
     def _ping(self) -> None:
         try:

@@ -9,7 +9,7 @@ from hypothesis import settings
 from services import Collector, Database, Mosquitto, Postgres, run_command
 
 # A busy machine fails no test: what must not take long has a timeout of its own.
-settings.register_profile("here", deadline=None)
+settings.register_profile("here", deadline=None, max_examples=50)
 settings.load_profile("here")
 
 

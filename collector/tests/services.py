@@ -282,6 +282,7 @@ class Postgres(Service):
                 f"listen_addresses = '{HOST}'\nunix_socket_directories = ''\n"
                 "fsync = off\nfull_page_writes = off\nmax_connections = 40\n"
                 "superuser_reserved_connections = 3\nshared_buffers = 32MB\n"
+                "wal_level = minimal\nmax_wal_senders = 0\n"
                 "autovacuum = off\ntimezone = 'Pacific/Chatham'\n"  # an unusual offset: 12:45
             )
         return self

@@ -5,7 +5,7 @@ life happens within a dozen here. Every guard is also taken out once, and the ma
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -128,10 +128,10 @@ class Machine(RuleBasedStateMachine):
             batch.append(self.read.pop(0))
         tags = [tag for tag, _, _ in batch]
         chunk = Chunk(None, b"", [message for _, message, _ in batch], tags, 0.0, 0.0, 0)
-        packets = self.ledger.record([chunk])
+        (new,), packets = self.ledger.record([chunk])
         keep = self.ledger.forget()
-        if chunk.rows:
-            self.stored += [row.number for row in chunk.rows]
+        if new.rows:
+            self.stored += [row.number for row in new.rows]
             self.stored_ledger = [*self.stored_ledger, packets][-keep:]
         for tag, _, connection in batch:
             if connection == self.connection or self.acknowledgements_cross:
@@ -222,25 +222,21 @@ class WithoutDup(Ledger):
     """Takes every known id and checksum for a message sent again."""
 
     @staticmethod
-    def _new(
-        rows: list[bytes], tags: list[int], known: dict[int, int]
-    ) -> tuple[list[bytes], list[int]]:
-        return Ledger._new(rows, [tag | 0x08 << 16 for tag in tags], known)
+    def _new(chunk: Chunk, known: dict[int, int]) -> Chunk:
+        return Ledger._new(replace(chunk, tags=[tag | 0x08 << 16 for tag in chunk.tags]), known)
 
 
 class WithoutChecksum(Ledger):
     """Takes every known id with DUP for a message sent again."""
 
     @staticmethod
-    def _new(
-        rows: list[bytes], tags: list[int], known: dict[int, int]
-    ) -> tuple[list[bytes], list[int]]:
+    def _new(chunk: Chunk, known: dict[int, int]) -> Chunk:
         kept = [
             (row, tag)
-            for row, tag in zip(rows, tags, strict=True)
+            for row, tag in zip(chunk.rows, chunk.tags, strict=True)
             if tag < 0x38 << 16 or tag & 0xFFFF not in known
         ]
-        return [row for row, _ in kept], [tag for _, tag in kept]
+        return replace(chunk, rows=[row for row, _ in kept], tags=[tag for _, tag in kept])
 
 
 class WithoutClearing(Ledger):
@@ -258,10 +254,10 @@ class WithoutClearing(Ledger):
 class WithoutMemory(Ledger):
     """Does not keep what it has recorded."""
 
-    def record(self, chunks: list[Chunk]) -> bytes:
-        packets = super().record(chunks)
+    def record(self, chunks: list[Chunk]) -> tuple[list[Chunk], bytes]:
+        recorded = super().record(chunks)
         self.reset([])
-        return packets
+        return recorded
 
 
 def _mutant(base: type[Machine], **changes: object) -> type[Machine]:
