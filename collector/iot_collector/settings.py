@@ -119,6 +119,10 @@ class Broker:
         return f"{self.host}:{self.port}"
 
 
+def _setting(default: object, example: object, description: str, **limits: Any) -> Any:
+    return Field(default, examples=[example], description=description, **limits)
+
+
 class Settings(BaseSettings):
     """What the collector is told. `iot-collector run --help` prints the table."""
 
@@ -127,169 +131,111 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True
     )
 
-    mqtt_url: Annotated[str, AfterValidator(_valid_url)] = Field(
-        "mqtt://127.0.0.1:1883",
-        repr=False,
-        description="Broker: mqtt://, mqtts://, ws:// or wss://",
-        examples=["mqtts://broker.example:8883"],
+    # fmt: off
+    mqtt_url: Annotated[str, AfterValidator(_valid_url)] = _setting(
+        "mqtt://127.0.0.1:1883", "mqtts://broker.example:8883",
+        "Broker: mqtt://, mqtts://, ws:// or wss://", repr=False,
     )
-    mqtt_username: str | None = Field(
-        None, description="User name for the broker", examples=["collector"]
+    mqtt_username: str | None = _setting(None, "collector", "User name for the broker")
+    mqtt_password: SecretStr | None = _setting(
+        None, "(better: IOT_MQTT_PASSWORD_FILE)", "Its password"
     )
-    mqtt_password: SecretStr | None = Field(
-        None, description="Its password", examples=["(better: IOT_MQTT_PASSWORD_FILE)"]
+    mqtt_password_file: ReadableFile | None = _setting(
+        None, "/run/secrets/mqtt_password", "File with its password, read at every connection"
     )
-    mqtt_password_file: ReadableFile | None = Field(
-        None,
-        description="File with its password, read at every connection",
-        examples=["/run/secrets/mqtt_password"],
+    mqtt_ca_file: ReadableFile | None = _setting(
+        None, "/etc/ssl/certs/broker-ca.pem", "Certificates to trust in place of the system's"
     )
-    mqtt_ca_file: ReadableFile | None = Field(
-        None,
-        description="Certificates to trust in place of the system's",
-        examples=["/etc/ssl/certs/broker-ca.pem"],
+    mqtt_cert_file: ReadableFile | None = _setting(
+        None, "/run/secrets/client.crt", "Client certificate"
     )
-    mqtt_cert_file: ReadableFile | None = Field(
-        None, description="Client certificate", examples=["/run/secrets/client.crt"]
-    )
-    mqtt_key_file: ReadableFile | None = Field(
-        None, description="Key of the client certificate", examples=["/run/secrets/client.key"]
+    mqtt_key_file: ReadableFile | None = _setting(
+        None, "/run/secrets/client.key", "Key of the client certificate"
     )
     mqtt_topics: Annotated[
-        list[Annotated[str, AfterValidator(_valid_filter)]],
-        NoDecode,
-        BeforeValidator(_split),
-        Field(min_length=1),
-    ] = Field(
-        ["iot/data"],
-        description="Topic filters to store, separated by commas; "
-        "$share/<group>/<filter> shares one between collectors",
-        examples=["iot/data,plant/+/telemetry"],
+        list[Annotated[str, AfterValidator(_valid_filter)]], NoDecode, BeforeValidator(_split)
+    ] = _setting(
+        ["iot/data"], "iot/data,plant/+/telemetry",
+        "Topic filters to store, separated by commas; $share/<group>/<filter> shares one between "
+        "collectors", min_length=1,
     )
     # 0 is not offered, because it loses messages.
-    mqtt_qos: int = Field(
-        1,
-        ge=1,
-        le=2,
-        description="Highest quality of service to ask for; "
-        "at 1 the broker sends what was published at 2 with a round trip less",
-        examples=[1],
+    mqtt_qos: int = _setting(
+        1, 1, "Highest quality of service to ask for; at 1 the broker sends what was published at "
+        "2 with a round trip less", ge=1, le=2,
     )
-    mqtt_client_id: str = Field(
-        default_factory=lambda: f"iot-collector-{socket.gethostname()}",
-        min_length=1,
-        description="Name of the session with the broker; one collector each",
-        examples=["iot-collector-0"],
+    mqtt_client_id: str = _setting(
+        f"iot-collector-{socket.gethostname()}", "iot-collector-0",
+        "Name of the session with the broker; one collector each", min_length=1,
     )
-    mqtt_version: Literal["5", "3.1.1"] = Field(
-        "5", description="Version of the protocol", examples=["5"]
-    )
-    mqtt_keepalive_seconds: int = Field(
-        30, ge=5, le=65535, description="Longest silence on the connection", examples=[30]
+    mqtt_version: Literal["5", "3.1.1"] = _setting("5", "5", "Version of the protocol")
+    mqtt_keepalive_seconds: int = _setting(
+        30, 30, "Longest silence on the connection", ge=5, le=65535
     )
     # Far below 65 535, so that packet ids are not reused while they still mean something.
-    mqtt_max_inflight: int = Field(
-        10_000,
-        ge=1,
-        le=20_000,
-        description="Most un-acknowledged messages the broker may send",
-        examples=[10_000],
+    mqtt_max_inflight: int = _setting(
+        10_000, 10_000, "Most un-acknowledged messages the broker may send", ge=1, le=20_000
     )
-    mqtt_session_expiry_seconds: int = Field(
-        7 * 86400,
-        ge=60,
-        le=0xFFFFFFFF,
-        description="How long the broker queues while no collector is there",
-        examples=[7 * 86400],
+    mqtt_session_expiry_seconds: int = _setting(
+        7 * 86400, 7 * 86400, "How long the broker queues while no collector is there",
+        ge=60, le=0xFFFFFFFF,
     )
 
-    packet_ledger: bool = Field(
-        True,
-        description="Whether the broker sends again under the same packet id (MQTT 5 §4.4; AWS IoT "
-        "Core does not): then what it sends again is stored once",
-        examples=["true"],
+    packet_ledger: bool = _setting(
+        True, "true", "Whether the broker sends again under the same packet id (MQTT 5 §4.4; AWS "
+        "IoT Core does not): then what it sends again is stored once",
     )
-    message_id_key: str | None = Field(
-        None,
-        min_length=1,
-        description="JSON key or MQTT 5 user property with which devices name each message: "
-        "each name is stored once",
-        examples=["message_id"],
+    message_id_key: str | None = _setting(
+        None, "message_id", "JSON key or MQTT 5 user property with which devices name each "
+        "message: each name is stored once", min_length=1,
     )
-    session_on_stop: Literal["keep", "leave"] = Field(
-        "keep",
-        description="At the end, keep the session, so that the broker queues for the next start, "
-        "or leave it, so that other members of a shared subscription get what would wait",
-        examples=["keep"],
+    session_on_stop: Literal["keep", "leave"] = _setting(
+        "keep", "keep", "At the end, keep the session, so that the broker queues for the next "
+        "start, or leave it, so that other members of a shared subscription get what would wait",
     )
 
-    database_url: Annotated[str, AfterValidator(_valid_conninfo)] = Field(
-        "",
-        repr=False,
-        description="PostgreSQL, as libpq's URI or key=value string; "
-        "empty: libpq's own variables (PGHOST, PGSERVICE, PGPASSFILE, …)",
-        examples=["postgresql://collector@db.example:5432/iot?sslmode=verify-full"],
+    database_url: Annotated[str, AfterValidator(_valid_conninfo)] = _setting(
+        "", "postgresql://collector@db.example:5432/iot?sslmode=verify-full",
+        "PostgreSQL, as libpq's URI or key=value string; empty: libpq's own variables (PGHOST, "
+        "PGSERVICE, PGPASSFILE, …)", repr=False,
     )
-    database_password: SecretStr | None = Field(
-        None,
-        description="Password for the database",
-        examples=["(better: IOT_DATABASE_PASSWORD_FILE)"],
+    database_password: SecretStr | None = _setting(
+        None, "(better: IOT_DATABASE_PASSWORD_FILE)", "Password for the database"
     )
-    database_password_file: ReadableFile | None = Field(
-        None,
-        description="File with it, read at every connection",
-        examples=["/run/secrets/database_password"],
+    database_password_file: ReadableFile | None = _setting(
+        None, "/run/secrets/database_password", "File with it, read at every connection"
     )
 
-    batch_linger_ms: float = Field(
-        5,
-        ge=0,
-        le=10_000,
-        description="After a read that brought little, how long the next one waits for more",
-        examples=[5],
+    batch_linger_ms: float = _setting(
+        5, 5, "After a read that brought little, how long the next one waits for more",
+        ge=0, le=10_000,
     )
-    batch_rows: int = Field(
-        5_000,
-        ge=1,
-        le=100_000,
-        description="About the most rows of a transaction; half of IOT_MQTT_MAX_INFLIGHT if less",
-        examples=[5_000],
+    batch_rows: int = _setting(
+        5_000, 5_000, "About the most rows of a transaction; half of IOT_MQTT_MAX_INFLIGHT if less",
+        ge=1, le=100_000,
     )
-    batch_bytes: int = Field(
-        8 << 20,
-        ge=1 << 10,
-        le=256 << 20,
-        description="About the most bytes of a transaction",
-        examples=[8 << 20],
+    batch_bytes: int = _setting(
+        8 << 20, 8 << 20, "About the most bytes of a transaction", ge=1 << 10, le=256 << 20
     )
-    buffer_bytes: int = Field(
-        64 << 20,
-        ge=1 << 20,
-        description="Memory for what is not stored yet; beyond it nothing is read from the broker",
-        examples=[64 << 20],
+    buffer_bytes: int = _setting(
+        64 << 20, 64 << 20,
+        "Memory for what is not stored yet; beyond it nothing is read from the broker", ge=1 << 20,
     )
 
-    http_host: str = Field("127.0.0.1", description="Where to serve HTTP", examples=["0.0.0.0"])  # noqa: S104
-    http_port: int = Field(3000, ge=1, le=65535, description="Its port", examples=[3000])
-    unhealthy_after_seconds: float = Field(
-        30,
-        gt=0,
-        description="/health is 503 when a message has waited this long for its COMMIT",
-        examples=[30],
+    http_host: str = _setting("127.0.0.1", "0.0.0.0", "Where to serve HTTP")  # noqa: S104
+    http_port: int = _setting(3000, 3000, "Its port", ge=1, le=65535)
+    unhealthy_after_seconds: float = _setting(
+        30, 30, "/health is 503 when a message has waited this long for its COMMIT", gt=0
     )
-    drain_seconds: float = Field(
-        20,
-        ge=0,
-        description="After SIGTERM, how long to try to store what has been received",
-        examples=[20],
+    drain_seconds: float = _setting(
+        20, 20, "After SIGTERM, how long to try to store what has been received", ge=0
     )
 
-    log_format: Literal["json", "console"] = Field(
-        "console", description="json or console", examples=["json"]
+    log_format: Literal["json", "console"] = _setting("console", "json", "json or console")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "info", "debug, info, warning or error"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="debug, info, warning or error", examples=["info"]
-    )
+    # fmt: on
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -342,7 +288,7 @@ def table() -> list[tuple[str, str, str]]:
     """Return (variable, default, description) of every setting."""
     rows = []
     for name, info in Settings.model_fields.items():
-        default = info.get_default(call_default_factory=True, validated_data={})
+        default = info.default
         text = ",".join(default) if isinstance(default, list) else str(default)
         if name == "mqtt_client_id":
             text = "iot-collector-<host name>"
