@@ -183,6 +183,8 @@ class Store:
                     new = self._drop_known(cursor, chunks, stored)
                     stored.inserted = _copy(cursor, b"".join(_tuples(new)))
         except psycopg2.Error as error:
+            if kind_of(error) == "client_id" and (stored := self._find_unsure()) is not None:
+                return stored  # our COMMIT without an answer was still under way when we looked
             if kind_of(error) != "data":
                 raise
             log.warning("a row was refused, searching the batch for it", error=one_line(error))
@@ -240,8 +242,11 @@ class Store:
                 (self._client_id, seq, self._writer),
             )
             committed = cursor.fetchone() is not None
+        if not committed:
+            return None  # or not yet: then its place in the ledger turns out to be taken
         self._unsure = None
-        return stored if committed else None
+        self._seq = seq
+        return stored
 
     def _last_seq(self) -> int:
         with self._cursor() as cursor:
