@@ -1,12 +1,13 @@
 """Fixtures: one PostgreSQL server for all tests, and for each test what it asks for."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from services import Collector, Database, Mosquitto, Postgres, run_command
+from services import Collector, Database, Mosquitto, Postgres, Proxy, run_command
 
 # A busy machine fails no test: what must not take long has a timeout of its own.
 settings.register_profile("here", deadline=None, max_examples=50)
@@ -91,6 +92,13 @@ def make_broker(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
 def broker(make_broker: Callable[..., Mosquitto]) -> Mosquitto:
     """A running broker that lets anyone in."""
     return make_broker().start()
+
+
+@pytest.fixture
+def make_proxy() -> Iterator[Callable[[int], Proxy]]:
+    """Make proxies (see `Proxy`) for a port; they end with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda port: stack.enter_context(contextlib.closing(Proxy(port)))
 
 
 @pytest.fixture

@@ -630,6 +630,75 @@ class Stream:
             self.sent += 1
 
 
+class Proxy:
+    """A TCP proxy: loses answers, or connections, between the collector and a service.
+
+    While ``deaf`` is set, what the collector sends is read and thrown away. While ``closed`` is
+    set, its connections are ended and new ones too; the service's side of those stays open.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._server = socket.create_server((HOST, 0))
+        self.port: int = self._server.getsockname()[1]
+        self.deaf = False
+        self._closed = False
+        self._clients: list[socket.socket] = []
+        self._targets: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @closed.setter
+    def closed(self, closed: bool) -> None:
+        self._closed = closed
+        while closed and self._clients:
+            _shut(self._clients.pop())
+
+    def close(self) -> None:
+        """End everything."""
+        self.closed = True
+        _shut(self._server)
+        while self._targets:
+            _shut(self._targets.pop())
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                if self._closed:
+                    _shut(client)
+                    continue
+                target = socket.create_connection((HOST, self._target))
+                self._clients.append(client)
+                self._targets.append(target)
+                threading.Thread(target=self._up, args=(client, target), daemon=True).start()
+                threading.Thread(target=self._down, args=(client, target), daemon=True).start()
+
+    def _up(self, client: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 16):
+                if not self.deaf:
+                    target.sendall(data)
+        if not self._closed:
+            _shut(target)
+
+    def _down(self, client: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := target.recv(1 << 16):
+                client.sendall(data)
+        if not self._closed:
+            _shut(client)
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
+
+
 # The collector -------------------------------------------------------------------------------
 
 

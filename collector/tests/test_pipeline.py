@@ -21,6 +21,7 @@ from services import (
     Letter,
     Mosquitto,
     Postgres,
+    Proxy,
     Row,
     Stream,
     eventually,
@@ -682,6 +683,106 @@ END $$;
 CREATE CONSTRAINT TRIGGER wait_for_test AFTER INSERT ON messages DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION wait_for_test();
 """
+
+
+@contextlib.contextmanager
+def waiting_commit(database: Database) -> Iterator[Callable[[], None]]:
+    """Make every COMMIT of messages wait until the end of the block.
+
+    Yields a function that waits until a COMMIT waits.
+    """
+    database.query(COMMIT_WAITS)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND query = 'COMMIT'"
+    with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(1)")
+
+        def wait() -> None:
+            eventually(lambda: database.query(waiting, database.name)[0][0], what="it commits")
+
+        yield wait
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the retry", "during the retry"])
+def test_answer_to_commit_is_lost(
+    late: bool,
+    make_collector: MakeCollector,
+    make_proxy: Callable[[int], Proxy],
+    broker: Mosquitto,
+    database: Database,
+) -> None:
+    """The COMMIT took place although its connection broke: nothing is stored a second time."""
+    proxy = make_proxy(database.server.port)
+    url = database.url.replace(f":{database.server.port}/", f":{proxy.port}/")
+    collector = make_collector(broker, database, IOT_DATABASE_URL=url).start()
+    with waiting_commit(database) as commit_waits:
+        acknowledged = publish(broker, numbered(50))
+        commit_waits()
+        proxy.closed = True
+        problem(collector, "database: connection")
+        if late:
+            proxy.closed = False
+            eventually(lambda: "ledger" in blocked(database), what="the retry waits for it")
+    eventually(database.count, what="the COMMIT takes place")
+    proxy.closed = False
+    settled(collector, database, acknowledged)
+    assert collector.metrics()["mqtt_messages_total"] == 50
+
+
+def blocked(database: Database) -> str:
+    """The statements that wait for a lock of another transaction."""
+    found = database.query(
+        "SELECT string_agg(query, ' ') FROM pg_stat_activity"
+        " WHERE datname = %s AND wait_event_type = 'Lock' AND wait_event = 'transactionid'",
+        database.name,
+    )
+    return found[0][0] or ""
+
+
+def test_acknowledgements_are_lost(
+    make_collector: MakeCollector,
+    make_proxy: Callable[[int], Proxy],
+    broker: Mosquitto,
+    database: Database,
+) -> None:
+    """What is stored and not acknowledged is sent again, counted, and not stored again."""
+    proxy = make_proxy(broker.port)
+    url = f"mqtt://{HOST}:{proxy.port}"
+    collector = make_collector(broker, database, IOT_MQTT_URL=url).start()
+    proxy.deaf = True
+    acknowledged = publish(broker, numbered(50))
+    collector.wait_settled(50)
+    proxy.closed = True
+    proxy.deaf = proxy.closed = False
+    metrics = collector.wait_settled(100)
+    assert metrics["db_duplicates_total"] == 50, "in the same process"
+    eventually(lambda: broker.log().count("Received PUBACK") >= 50, what="acknowledged now")
+    proxy.deaf = True
+    acknowledged |= publish(broker, numbered(50, start=50))
+    collector.wait_settled(150)
+    collector.kill()
+    proxy.deaf = False
+    collector.start()
+    metrics = collector.wait_settled(50)
+    assert metrics["db_duplicates_total"] == 50, "and in the next"
+    settled(collector, database, acknowledged)
+    assert database.count() == 100
+
+
+def test_sigterm_waits_for_a_commit(
+    collector: Collector, broker: Mosquitto, database: Database
+) -> None:
+    """It is stored and acknowledged before the process ends: nothing is sent again."""
+    with waiting_commit(database) as commit_waits:
+        publish(broker, numbered(50))
+        commit_waits()
+        collector.signal(signal.SIGTERM)
+        eventually(lambda: '"draining"' in collector.log(), what="it drains")
+        assert collector.running
+    assert collector.wait() == 0
+    assert database.payloads() == payloads(numbered(50))
+    collector.start()
+    publish(broker, numbered(1, start=50))
+    assert collector.wait_settled(1)["mqtt_messages_total"] == 1
 
 
 def test_killed_while_a_commit_takes_place(

@@ -1,6 +1,8 @@
 """The bulk reader against paho's own, and against streams that no broker should send."""
 
+import socket
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,6 +17,7 @@ from iot_collector.settings import Settings
 from paho.mqtt.client import Client
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from services import PATIENCE
 
 
 @dataclass
@@ -343,6 +346,35 @@ def test_pubrel_of_mqtt_5_with_a_reason() -> None:
     client = connected(BulkClient, "5", [b"\x62\4\0\7\x92\0"])
     client.read()
     assert socket_of(client).sent == [b"\x70\2\0\7"]
+
+
+@pytest.mark.parametrize("kind", [StockClient, BulkClient])
+def test_finish_waits_until_the_broker_has_read_all(kind: type[StockClient]) -> None:
+    """DISCONNECT goes out, and the socket is closed, only after the answer to a last ping."""
+    ours, brokers = socket.socketpair()
+    ours.setblocking(False)
+    brokers.settimeout(PATIENCE)
+    client = connected(kind, "5", [])
+    client._sock = ours
+    client.acknowledge([0x32 << 16 | 1])
+    thread = threading.Thread(target=client.finish, args=(PATIENCE,), daemon=True)
+    thread.start()
+    received = b""
+    while b"\xc0\0" not in received:
+        received += brokers.recv(100)
+    assert received == b"\x40\2\0\1\xc0\0"
+    brokers.sendall(publish_packet())  # what comes now is not ours to take
+    brokers.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        brokers.recv(100)
+    brokers.setblocking(True)
+    brokers.settimeout(PATIENCE)
+    brokers.sendall(b"\xd0\0")
+    assert brokers.recv(100)[0] == 0xE0
+    thread.join(PATIENCE)
+    assert client.socket() is None
+    assert client.inbox.empty() == ([], [])
+    brokers.close()
 
 
 def test_make_client() -> None:
