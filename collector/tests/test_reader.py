@@ -1,5 +1,6 @@
 """The bulk reader against paho's own, and against streams that no broker should send."""
 
+import base64
 import socket
 import struct
 import threading
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import orjson
 import pytest
 import structlog
 from hypothesis import given
@@ -244,11 +246,6 @@ MALFORMED = {
     "half a packet id": packet(0x32, text16(b"iot/data") + b"\0"),
     "no properties length": packet(0x32, text16(b"iot/data") + b"\0\1"),
     "properties beyond the packet": publish_packet(properties=b"\x7f", payload=b""),
-    "half a property": publish_packet(properties=b"\2\x02\0", payload=b""),
-    "unknown property": publish_packet(properties=b"\2\x7f\0", payload=b""),
-    "property of another packet": publish_packet(properties=b"\3\x21\0\5", payload=b""),
-    "property twice": publish_packet(properties=b"\4\1\1\1\1", payload=b""),
-    "user property not UTF-8": publish_packet(properties=b"\7\x26\0\1\xff\0\1b", payload=b""),
     "properties length of 5 bytes": publish_packet(properties=b"\x80\x80\x80\x80\1", payload=b""),
     "topic alias": publish_packet(properties=b"\3\x23\0\1", payload=b""),
     "QoS 3": publish_packet(qos=3),
@@ -284,6 +281,32 @@ def test_malformed_packet_ends_the_connection(name: str, split: bool) -> None:
     rows, tags = client.inbox.empty()
     assert [decode(head(0) + row).payload for row in rows] == [b"good"] * 2
     assert len(tags) == 2
+
+
+UNREADABLE = {
+    "half a property": publish_packet(properties=b"\2\x02\0", payload=b"good"),
+    "unknown property": publish_packet(properties=b"\2\x7f\0", payload=b"good"),
+    "property of another packet": publish_packet(properties=b"\3\x21\0\5", payload=b"good"),
+    "property twice": publish_packet(properties=b"\4\1\1\1\1", payload=b"good"),
+    "user property not UTF-8": publish_packet(properties=b"\7\x26\0\1\xff\0\1b", payload=b"good"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
+def test_unreadable_properties_are_kept_raw(name: str, split: bool) -> None:
+    """The message is whole: ending the connection would bring it back for ever."""
+    stream = GOOD + UNREADABLE[name] + GOOD
+    chunks = [stream[i : i + 1] for i in range(len(stream))] if split else [stream]
+    client = connected(BulkClient, "5", chunks)
+    while socket_of(client).chunks:
+        client.read()
+    assert client.fault is None
+    messages = [decode(head(0) + row) for row in client.inbox.empty()[0]]
+    assert [message.payload for message in messages] == [b"good"] * 3
+    assert [message.properties is not None for message in messages] == [False, True, False]
+    kept = orjson.loads(messages[1].properties or b"")
+    assert base64.b64decode(kept["Unreadable"]) in UNREADABLE[name]
 
 
 _mutations = st.tuples(st.integers(0, 10_000), st.integers(1, 255))
