@@ -22,8 +22,17 @@ def fields_of(payload: bytes) -> bytes | None:
     numbers); anything else gives None. What is returned is valid for ``jsonb``, but for numbers
     beyond its own limits.
     """
-    if payload[:1] == b"{":
-        return payload if _is_flat_object(payload) else None
+    if payload.startswith(b"{"):
+        try:
+            document = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            return None
+        # With no second bracket it cannot nest, with no backslash it cannot hold U+0000: three
+        # scans cost less than looking at the values.
+        if payload.find(b"{", 1) < 0 and payload.find(b"[") < 0 and payload.find(b"\\") < 0:
+            return payload
+        flat = _SCALARS.issuperset(map(type, document.values()))
+        return payload if flat and b"\\u0000" not in payload else None
     # Not one pattern for all of it: that takes minutes to fail on some payloads of 128 KiB.
     name, _, value = payload.partition(b":")
     name, value = name.strip(), value.strip()
@@ -41,21 +50,10 @@ def fields_of(payload: bytes) -> bytes | None:
 
 def _is_number(text: bytes) -> bool:
     # orjson refuses numbers that are infinite as a double; so would every reader of the column.
-    return _NUMBER.fullmatch(text) is not None and _loads(text) is not None
-
-
-def _is_flat_object(payload: bytes) -> bool:
-    document = _loads(payload)
-    if type(document) is not dict or b"\\u0000" in payload:
+    if _NUMBER.fullmatch(text) is None:
         return False
-    # A document with no second bracket cannot nest: three scans cost a third of the type check.
-    if payload.find(b"{", 1) < 0 and b"[" not in payload:
-        return True
-    return _SCALARS.issuperset(map(type, document.values()))
-
-
-def _loads(text: bytes) -> object:
     try:
-        return orjson.loads(text)
+        orjson.loads(text)
     except orjson.JSONDecodeError:
-        return None
+        return False
+    return True

@@ -189,7 +189,7 @@ class BulkClient(StockClient):
 
     def _parse(self, data: bytes) -> int:
         """Take the whole packets at the start of ``data``; return where the rest begins."""
-        add = self.inbox.add
+        encode, rows, tags = self.inbox.encoder.row, self.inbox.rows, self.inbox.tags
         v5 = self._v5
         size = len(data)
         at = 0
@@ -198,7 +198,11 @@ class BulkClient(StockClient):
             length = data[at + 1]
             body = at + 2
             if length >= 0x80:
-                length, body = _variable_length(data, at + 1)
+                if size - at > 2 and data[body] < 0x80:  # two bytes, as most have
+                    length += (data[body] - 1) << 7
+                    body += 1
+                else:
+                    length, body = _variable_length(data, at + 1)
                 if not body:
                     self._missing = 1
                     return at
@@ -210,19 +214,23 @@ class BulkClient(StockClient):
                 start = body + 2
                 middle = start + (data[body] << 8 | data[body + 1])
                 topic = data[start:middle]
-                mid = 0
+                tag = header << 16
+                properties = None
                 if header & 0x06:
                     mid = data[middle] << 8 | data[middle + 1]
                     middle += 2
-                properties = None
+                    tag |= mid
+                    if not mid or header & 0x06 == 0x06:
+                        raise ValueError("PUBLISH with QoS 3, or without packet id")
                 if v5:
                     if data[middle]:
                         middle, properties = self._properties(data, middle, end)
                     else:
                         middle += 1
-                if middle > end or not topic or header & 0x06 == 0x06 or (header & 6 and not mid):
-                    raise ValueError("PUBLISH with impossible lengths, flags, topic or packet id")
-                add(header, mid, topic, data[middle:end], properties)
+                if middle > end or not topic:
+                    raise ValueError("PUBLISH with impossible lengths, or without topic")
+                rows.append(encode(header, topic, data[middle:end], properties))
+                tags.append(tag)
             else:
                 self._hand_over(header, data[body:end])
                 if self._sock is None:
