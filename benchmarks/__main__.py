@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import click
+import iot_collector
 
 from . import processes, report, services, trial, wire
 from .competitors import ALL, BY_NAME, Competitor, Place, migrate
@@ -91,12 +93,13 @@ def main(
                 memory_count,
                 idle_seconds,
             )
-            results = _run(stage, chosen, plan, repetitions)
+            source = _source()  # now: others may commit while this runs
+            results, failed = _run(stage, chosen, plan, repetitions)
     except StartError as error:
         raise click.ClickException(str(error)) from error
-    text = report.tables(results)
+    text = report.tables(results) + report.failures(failed)
     click.echo("\n" + text)
-    output.write_text(_header(versions, repetitions) + text)
+    output.write_text(_header(versions, repetitions, source) + text)
     click.echo(f"written to {output}")
     for result in results:
         if result.profile:
@@ -165,9 +168,9 @@ def _plan(
 
 def _run(
     stage: trial.Stage, competitors: list[Competitor], plan: list[Step], repetitions: int
-) -> list[Result]:
+) -> tuple[list[Result], list[str]]:
     """Run everything; competitors take turns, so that what changes in time hits all alike."""
-    results = []
+    results, failed = [], []
     for step in plan:
         for repetition in range(repetitions if step.name not in ("idle", "memory") else 1):
             for competitor in filter(step.fits, competitors):
@@ -176,13 +179,32 @@ def _run(
                     result = step.run(stage, competitor)
                 except StartError as error:
                     click.echo(f"{label}: failed: {error}", err=True)
+                    failed.append(f"{label}: {error}")
                     continue
                 results.append(result)
                 click.echo(f"{label}: {report.line(result)}")
-    return results
+    return results, failed
 
 
-def _header(versions: dict[str, str], repetitions: int) -> str:
+def _source() -> str:
+    """Say which collector is measured: the installed one, which need not be the checkout."""
+    git = ["git", "-C", str(_HERE.parent)]
+    try:
+        commit = processes.run([*git, "rev-parse", "--short", "HEAD"]).strip()
+    except StartError:
+        return "unknown commit"
+    installed = Path(iot_collector.__file__).parent
+    for file in sorted(installed.rglob("*")):
+        if file.is_dir() or file.suffix == ".pyc":
+            continue
+        name = f"collector/iot_collector/{file.relative_to(installed).as_posix()}"
+        shown = subprocess.run([*git, "show", f"HEAD:{name}"], capture_output=True, check=False)
+        if shown.returncode or shown.stdout != file.read_bytes():
+            return f"a collector that differs from commit {commit}"
+    return f"the collector of commit {commit}"
+
+
+def _header(versions: dict[str, str], repetitions: int, source: str) -> str:
     """Describe the machine, the versions and the command."""
     cpu = next(
         (
@@ -193,15 +215,11 @@ def _header(versions: dict[str, str], repetitions: int) -> str:
         platform.machine(),
     )
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / (1 << 20)
-    try:
-        commit = processes.run(["git", "-C", str(_HERE), "describe", "--always", "--dirty"]).strip()
-    except StartError:
-        commit = "unknown"
     names = "\n".join(f"- {name}: {version}" for name, version in versions.items())
     return f"""# Results
 
 Written by `python -m benchmarks {shlex.join(sys.argv[1:])}`
-on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {commit}. How it is measured: [README](README.md).
+on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, with {source}. How it is measured: [README](README.md).
 
 {os.cpu_count()} cores ({cpu}), {memory:.0f} GB, {platform.system()} {platform.release()}; \
 {repetitions} repetitions; ranges are from minimum to maximum.

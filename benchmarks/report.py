@@ -73,6 +73,15 @@ def _table(rows: Sequence[tuple[str, ...]], head: tuple[str, ...]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
+def failures(failed: list[str]) -> str:
+    """Return what is missing from the tables, and why: a gap must not look like a choice."""
+    if not failed:
+        return ""
+    return "\n".join(
+        ["### Runs that failed, not in the tables", "", *(f"- {f}" for f in failed), ""]
+    )
+
+
 def tables(results: list[Result]) -> str:
     """Return a table for each mode: ranges are from minimum to maximum, ratios those of medians."""
     lines = []
@@ -84,7 +93,7 @@ def tables(results: list[Result]) -> str:
         ours = competitors.get("collector", [])
         head: tuple[str, ...] = _HEAD
         if paced := mode.endswith("/s"):
-            head += ("p50 ms", "p99 ms", "max ms", "flush ms")
+            head += ("p50 ms", "p99 ms", "max ms", "flush ms", "generator late ms")
         rows = []
         for name, runs in competitors.items():
             row: tuple[str, ...] = (
@@ -102,11 +111,15 @@ def tables(results: list[Result]) -> str:
             if paced:
                 row += tuple(_range(r.delay_ms.get(p) for r in runs) for p in (50, 99, 100))
                 row += (_range(r.flush_ms for r in runs),)
+                row += (_range(r.generator_late_ms for r in runs),)
             rows.append(row)
         lines += _table(rows, head)
         if paced:
-            late = max(r.generator_late_ms for runs in competitors.values() for r in runs)
-            lines += [f"Load generator late by at most {late:.1f} ms.", ""]
+            lines += ["The generator's being late, at most, is part of the delays.", ""]
+        offers = {BY_NAME[r.competitor].title: r.offered for rs in competitors.values() for r in rs}
+        for title, offered in offers.items():
+            if offered:
+                lines += [f"Offered {offered:.0f} messages per second only: {title}.", ""]
         others = [r.cores_others for runs in competitors.values() for r in runs]
         lines += [f"Other programs on this machine meanwhile used {_range(others, 2)} cores.", ""]
     return "\n".join(lines)
