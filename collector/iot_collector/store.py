@@ -159,9 +159,13 @@ class Store:
 
     def _batches(self, cursor: psycopg2.extensions.cursor) -> list[bytes]:
         cursor.execute(
-            "SELECT packets FROM ledger WHERE client_id = %s ORDER BY seq", (self._client_id,)
+            "SELECT seq, packets FROM ledger WHERE client_id = %s ORDER BY seq", (self._client_id,)
         )
-        return [bytes(packets) for (packets,) in cursor.fetchall()]
+        found = cursor.fetchall()
+        # From what was seen, and never read apart from it: a batch that is committed later takes
+        # the next place, and is noticed because it is taken.
+        self._seq = found[-1][0] if found else 0
+        return [bytes(packets) for _, packets in found]
 
     def write(self, chunks: list[Chunk], packets: bytes, keep: int) -> Stored:
         """Store a batch in one transaction; return what became of its rows, after COMMIT.
@@ -257,8 +261,7 @@ class Store:
         return int(seq)
 
     def close(self) -> None:
-        """Close the connection and forget what it told; the next call opens another."""
-        self._seq = None
+        """Close the connection; the next call opens another."""
         self._days_done.clear()
         if self._connection is not None:
             self._connection.close()
