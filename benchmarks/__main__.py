@@ -187,21 +187,29 @@ def _run(
 
 
 def _source() -> str:
-    """Say which collector is measured: the installed one, which need not be the checkout."""
+    """Say which collector is measured: the installed one, which need not be the checkout's."""
     git = ["git", "-C", str(_HERE.parent)]
-    try:
-        commit = processes.run([*git, "rev-parse", "--short", "HEAD"]).strip()
-    except StartError:
-        return "unknown commit"
     installed = Path(iot_collector.__file__).parent
-    for file in sorted(installed.rglob("*")):
-        if file.is_dir() or file.suffix == ".pyc":
-            continue
-        name = f"collector/iot_collector/{file.relative_to(installed).as_posix()}"
-        shown = subprocess.run([*git, "show", f"HEAD:{name}"], capture_output=True, check=False)
-        if shown.returncode or shown.stdout != file.read_bytes():
-            return f"a collector that differs from commit {commit}"
-    return f"the collector of commit {commit}"
+    files = {
+        file.relative_to(installed).as_posix(): file.read_bytes()
+        for file in installed.rglob("*")
+        if file.is_file() and file.suffix != ".pyc"
+    }
+    try:
+        commits = processes.run([*git, "log", "-30", "--format=%h"]).split()
+    except StartError:
+        return "a collector of an unknown commit"
+    for commit in commits:
+        if all(
+            _holds([*git, "show", f"{commit}:collector/iot_collector/{n}"], files[n]) for n in files
+        ):
+            return f"the collector of commit {commit}"
+    return f"a collector that is not committed, last commit {commits[0]}"
+
+
+def _holds(command: list[str], content: bytes) -> bool:
+    done = subprocess.run(command, capture_output=True, check=False)
+    return done.returncode == 0 and done.stdout == content
 
 
 def _header(versions: dict[str, str], repetitions: int, source: str) -> str:
