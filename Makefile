@@ -84,6 +84,11 @@ molecule: $(VENV)/.dev packages ## Deploy to a place and ports of its own, twice
 pytest: $(VENV)/.dev packages ## Run the tests in Python
 	$(VENV)/bin/python -m pytest
 
+.PHONY: bench
+bench: $(VENV)/.dev packages ## Measure the collector against others, side by side (BENCH='--full' takes half an hour)
+	$(PIP) -e '.[bench]'
+	$(VENV)/bin/python -m benchmarks $(BENCH)
+
 .PHONY: packages
 packages: $(VENV)/.deploy
 	@$(PLAYBOOK) playbooks/host.yml --tags packages $(ASK_BECOME) $(EXTRA)
