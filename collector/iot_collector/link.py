@@ -111,12 +111,7 @@ class Connection:
             self.client.subscribe([(f, qos) for f in filters])
 
     def _on_connect(
-        self,
-        _client: Client,
-        _userdata: object,
-        flags: ConnectFlags,
-        reason: ReasonCode,
-        _properties: Properties | None,
+        self, _c: Client, _u: object, flags: ConnectFlags, reason: ReasonCode, _p: Properties | None
     ) -> None:
         if reason.is_failure:
             self.end = f"broker refused the connection: {reason}"
@@ -143,12 +138,7 @@ class Connection:
             self.client.unsubscribe(stale)
 
     def _on_subscribe(
-        self,
-        _client: Client,
-        _userdata: object,
-        _mid: int,
-        reasons: list[ReasonCode],
-        _properties: Properties | None,
+        self, _c: Client, _u: object, _m: int, reasons: list[ReasonCode], _p: Properties | None
     ) -> None:
         self.refused = {}
         for topic_filter, reason in zip(self._filters, reasons, strict=False):
@@ -168,22 +158,12 @@ class Connection:
         self.subscribed = not self.refused
 
     def _on_unsubscribe(
-        self,
-        _client: Client,
-        _userdata: object,
-        _mid: int,
-        _reasons: list[ReasonCode],
-        _properties: Properties | None,
+        self, _c: Client, _u: object, _m: int, _r: list[ReasonCode], _p: Properties | None
     ) -> None:
         self.unsubscribed = self.unsubscribing
 
     def _on_disconnect(
-        self,
-        _client: Client,
-        _userdata: object,
-        _flags: DisconnectFlags,
-        reason: ReasonCode,
-        _properties: Properties | None,
+        self, _c: Client, _u: object, _f: DisconnectFlags, reason: ReasonCode, _p: Properties | None
     ) -> None:
         if reason.value == _SESSION_TAKEN_OVER:
             self.end = (

@@ -208,7 +208,7 @@ class Settings(BaseSettings):
 
     batch_linger_ms: float = _setting(
         5, 5, "After a read that brought little, how long the next one waits for more",
-        ge=0, le=10_000,
+        ge=0, le=1_000,
     )
     batch_rows: int = _setting(
         5_000, 5_000, "About the most rows of a transaction; half of IOT_MQTT_MAX_INFLIGHT if less",
