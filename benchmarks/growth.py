@@ -1,0 +1,152 @@
+"""How inserting and asking grow with the table: `python -m benchmarks.growth 1 10 25` (millions).
+
+Rows go through the collector's own `Store`, in batches of 5000, with times of a steady 4 messages a
+second from 100 devices: a million rows are three days, and partitions come as months do. At each
+size, the queries of people and dashboards are run five times. Writes GROWTH.md.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from iot_collector.flow import Chunk
+from iot_collector.ledger import Ledger
+from iot_collector.migrate import migrate
+from iot_collector.rows import RowEncoder, head
+from iot_collector.settings import Settings
+from iot_collector.store import Store
+
+from . import processes, services
+
+_BATCH = 5_000
+_EVERY = 0.25  # seconds of the table's time between two messages
+_START = datetime(2026, 1, 1, tzinfo=UTC)
+_PORT = 31990
+
+_QUERIES = {
+    "latest message of a device": (
+        "SELECT fields FROM messages WHERE topic = %(topic)s ORDER BY received_at DESC LIMIT 1"
+    ),
+    "a device's temperature, last 6 hours": (
+        "SELECT time, value FROM readings WHERE topic = %(topic)s AND name = 'temperature'"
+        " AND time > %(now)s - interval '6 hours' ORDER BY time"
+    ),
+    "messages a minute, last 6 hours": (
+        "SELECT date_trunc('minute', received_at), count(*) FROM messages"
+        " WHERE received_at > %(now)s - interval '6 hours' GROUP BY 1 ORDER BY 1"
+    ),
+    "messages a device, last 24 hours": (
+        "SELECT topic, count(*) FROM messages"
+        " WHERE received_at > %(now)s - interval '24 hours' GROUP BY 1"
+    ),
+    "all messages, counted": "SELECT count(*) FROM messages",
+}
+
+
+def _batches(first: int, last: int) -> Iterator[Chunk]:
+    encoder = RowEncoder()
+    for begin in range(first, last, _BATCH):
+        timestamp = _START.timestamp() + begin * _EVERY
+        rows = [
+            encoder.row(
+                0x32,
+                b"iot/device-%04d/data" % (i % 100),
+                b'{"device":"device-%04d","seq":%d,"temperature":%d.%d,"humidity":55.1,"battery":3.71}'
+                % (i % 100, i, 15 + i % 12, i % 10),
+            )
+            for i in range(begin, begin + _BATCH)
+        ]
+        tags = [0x32 << 16 | i % 65_535 + 1 for i in range(begin, begin + _BATCH)]
+        yield Chunk(None, head(timestamp), rows, tags, 0.0, timestamp, 0)
+
+
+def _fill(store: Store, ledger: Ledger, first: int, last: int) -> None:
+    for chunk in _batches(first, last):
+        new, packets = ledger.record([chunk])
+        store.write(new, packets, ledger.forget())
+
+
+def _milliseconds(database: services.Database, sql: str, now: datetime) -> float:
+    times = []
+    for i in range(5):
+        values = {"topic": f"iot/device-{i * 7:04d}/data", "now": now}
+        started = time.perf_counter()
+        with database.connection.cursor() as cursor:
+            cursor.execute(sql, values)
+            cursor.fetchall()
+        times.append((time.perf_counter() - started) * 1000)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Grow the table step by step, and write what each size costs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("millions", nargs="+", type=float)
+    sizes = [int(m * 1e6) // _BATCH * _BATCH for m in parser.parse_args().millions]
+    table: dict[str, list[str]] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="iot-growth-", dir="/var/tmp") as work,
+        services.database(_PORT, Path(work)) as database,
+    ):
+        settings = Settings(database_url=database.url, mqtt_client_id="growth")
+        migrate(settings)
+        store, ledger = Store(settings), Ledger(settings.mqtt_max_inflight)
+        done = 0
+        for size in sizes:
+            cpu, started = processes.cpu_of_tree(database.process.pid), time.perf_counter()
+            _fill(store, ledger, done, size)
+            elapsed = time.perf_counter() - started
+            cpu = processes.cpu_of_tree(database.process.pid) - cpu
+            database.query("VACUUM (ANALYZE) messages")  # as autovacuum does
+            now = _START + timedelta(seconds=size * _EVERY)
+            column = [
+                f"{(size - done) / elapsed:,.0f}",
+                f"{cpu / (size - done) * 1e6:.1f}",
+                f"{float(database.query(_SIZE)[0][0]) / 1e9:.2f}",
+                str(database.query(_PARTITIONS)[0][0]),
+                *(f"{_milliseconds(database, sql, now):.1f}" for sql in _QUERIES.values()),
+            ]
+            table[f"{size / 1e6:g} M"] = column
+            done = size
+            print(f"{size / 1e6:g} M rows:", ", ".join(column), flush=True)
+    (Path(__file__).parent / "GROWTH.md").write_text(_page(table))
+
+
+_SIZE = (
+    "SELECT sum(pg_total_relation_size(inhrelid)) FROM pg_inherits"
+    " WHERE inhparent = 'messages'::regclass"
+)
+_PARTITIONS = "SELECT count(DISTINCT tableoid) FROM messages"
+
+
+def _page(table: dict[str, list[str]]) -> str:
+    names = [
+        "inserted rows/s, one writer",
+        "PostgreSQL CPU µs/row",
+        "GB with indexes",
+        "months",
+        *(f"{name}, ms" for name in _QUERIES),
+    ]
+    lines = [
+        "# How the table grows",
+        "",
+        f"Written by `python -m benchmarks.growth` on {datetime.now(UTC):%Y-%m-%d}. What is "
+        "measured and how stands at the top of growth.py. Times are medians of five, in one run.",
+        "",
+        "| rows | " + " | ".join(table) + " |",
+        "|---|" + "---:|" * len(table),
+        *(
+            f"| {name} | " + " | ".join(column[i] for column in table.values()) + " |"
+            for i, name in enumerate(names)
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
