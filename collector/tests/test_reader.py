@@ -13,6 +13,7 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from iot_collector.link import Connection
 from iot_collector.reader import BulkClient, Inbox, StockClient, make_client
 from iot_collector.rows import decode, head
 from iot_collector.settings import Settings
@@ -369,6 +370,17 @@ def test_pubrel_of_mqtt_5_with_a_reason() -> None:
     client = connected(BulkClient, "5", [b"\x62\4\0\7\x92\0"])
     client.read()
     assert socket_of(client).sent == [b"\x70\2\0\7"]
+
+
+@pytest.mark.parametrize(
+    ("packet", "text"), [(b"\xe0\1\x8e", "IOT_MQTT_CLIENT_ID"), (b"\xe0\1\x8b", "shutting down")]
+)
+def test_the_broker_says_why_it_ends_the_connection(packet: bytes, text: str) -> None:
+    connection = Connection(Settings())
+    connection.client._sock = FakeSocket([packet])  # type: ignore[assignment]
+    connection.client.read()
+    assert connection.client.socket() is None
+    assert text in (connection.end or "")
 
 
 @pytest.mark.parametrize("kind", [StockClient, BulkClient])
