@@ -27,7 +27,7 @@ ASK_BECOME = $(if $(ROOT),,$(shell dpkg-query --show $(PACKAGES) >/dev/null 2>&1
 .PHONY: help
 help: ## Show this list
 	@echo 'make <target>, where <target> is one of'
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
 	@echo "Options: EXTRA='-e postgres_port=15432'   any option of ansible-playbook, for up, test, down and clean"
 	@echo "         STATE=$(STATE)   where everything is kept"
 
@@ -88,6 +88,10 @@ pytest: $(VENV)/.dev packages ## Run the tests in Python
 bench: $(VENV)/.dev packages ## Measure the collector against others, side by side (BENCH='--full' takes half an hour)
 	$(PIP) -e '.[bench]'
 	$(VENV)/bin/python -m benchmarks $(BENCH)
+
+.PHONY: test-faults
+test-faults: $(VENV)/.dev packages ## Kill, cut and hang everything, far more often than test does
+	FAULTS=full $(VENV)/bin/python -m pytest -m faults -rP
 
 .PHONY: packages
 packages: $(VENV)/.deploy

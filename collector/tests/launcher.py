@@ -1,0 +1,101 @@
+"""``iot-collector run`` with a fault built in: python launcher.py FAULT [N].
+
+The product has no hooks for tests; this script replaces parts of it before it starts. What makes
+the process kill itself does so at the N-th time that it gets there.
+"""
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import psycopg2
+import psycopg2.extensions
+from iot_collector import cli
+from iot_collector.reader import BulkClient
+
+FAULT = sys.argv[1]
+YEAR = 366 * 86400
+_left = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+
+
+def die_at(fault: str) -> None:
+    """End like in a power cut, if it is the time for it."""
+    global _left
+    if fault != FAULT:
+        return
+    _left -= 1
+    if _left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Halves:
+    """A file that is read in two halves, the second of which never comes."""
+
+    def __init__(self, file: Any) -> None:
+        self._data = file.read()
+        self._read = False
+
+    def read(self, size: int = -1) -> bytes:
+        if self._read:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._read = True
+        half: bytes = self._data[: len(self._data) // 2]
+        return half
+
+
+class Cursor(psycopg2.extensions.cursor):
+    """A cursor with places to die at."""
+
+    copied = False
+
+    def execute(self, query: Any, values: Any = None) -> None:
+        commit = query == "COMMIT" and self.copied
+        if commit:
+            die_at("before commit")
+        super().execute(query, values)
+        if commit:
+            die_at("after commit")
+        if isinstance(query, str) and query.startswith("SAVEPOINT"):
+            die_at("bisecting")
+
+    def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
+        global _left
+        if FAULT == "copying" and _left == 1:
+            file = Halves(file)
+        elif FAULT == "copying":
+            _left -= 1
+        super().copy_expert(sql, file, size)
+        self.copied = True
+
+
+_connect = psycopg2.connect
+_acknowledge = BulkClient.acknowledge
+
+
+def connect(*args: Any, **options: Any) -> Any:
+    return _connect(*args, cursor_factory=Cursor, **options)
+
+
+def acknowledge(self: BulkClient, tags: list[int]) -> None:
+    die_at("before acknowledging")
+    if FAULT == "half acknowledged" and _left == 1 and len(tags) > 1:
+        tags = tags[: len(tags) // 2]
+    _acknowledge(self, tags)
+    die_at("half acknowledged")
+
+
+def set_clock(number: int, _frame: object) -> None:
+    """SIGUSR1 sets the clock a year ahead, SIGUSR2 back again."""
+    time.time = lambda: _time() + (YEAR if number == signal.SIGUSR1 else 0)
+
+
+_time = time.time
+if FAULT == "clock":
+    signal.signal(signal.SIGUSR1, set_clock)
+    signal.signal(signal.SIGUSR2, set_clock)
+psycopg2.connect = connect
+BulkClient.acknowledge = acknowledge  # type: ignore[method-assign]
+sys.argv[1:] = ["run"]
+cli.main()
