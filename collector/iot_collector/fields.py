@@ -33,6 +33,8 @@ def fields_of(payload: bytes) -> bytes | None:
             return payload
         flat = _SCALARS.issuperset(map(type, document.values()))
         return payload if flat and b"\\u0000" not in payload else None
+    if payload[:1].isspace():
+        return fields_of(payload.strip())
     # Not one pattern for all of it: that takes minutes to fail on some payloads of 128 KiB.
     name, _, value = payload.partition(b":")
     name, value = name.strip(), value.strip()

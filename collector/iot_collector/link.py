@@ -100,7 +100,7 @@ class Connection:
     def _subscribe(self, filters: list[str]) -> None:
         self._filters = filters
         self._resubscribe_at = time.monotonic() + _RESUBSCRIBE
-        qos: int = self._settings.mqtt_qos
+        qos = min(self._settings.mqtt_qos, self.client.max_qos)
         if self._settings.mqtt_version == "5":
             # Retained messages only for a new subscription, or each reconnect stores them again.
             options = SubscribeOptions(
@@ -149,12 +149,8 @@ class Connection:
                     filter=topic_filter,
                     reason=str(reason),
                 )
-            elif reason.value < self._settings.mqtt_qos:
-                log.warning(
-                    "broker granted a lower QoS: it may lose messages",
-                    filter=topic_filter,
-                    qos=reason.value,
-                )
+            elif reason.value == 0:
+                log.warning("broker granted QoS 0 only: it may lose messages", filter=topic_filter)
         self.subscribed = not self.refused
 
     def _on_unsubscribe(
@@ -166,10 +162,7 @@ class Connection:
         self, _c: Client, _u: object, _f: DisconnectFlags, reason: ReasonCode, _p: Properties | None
     ) -> None:
         if reason.value == _SESSION_TAKEN_OVER:
-            self.end = (
-                f"another client connected with the client id {self._settings.mqtt_client_id!r}; "
-                "give each collector its own IOT_MQTT_CLIENT_ID"
-            )
+            self.end = f"another client {_twin(self._settings)}"
         self.end = self.end or self.client.fault or f"connection ended: {reason}"
 
 
@@ -225,17 +218,23 @@ class Link(threading.Thread):
 
     def run(self) -> None:
         """Connect again and again, until stopped."""
-        failures = 0
+        failures = kicked = 0
         while not self._stopping.is_set():
             began = time.monotonic()
+            connection = Connection(self._settings)
             try:
-                self._serve(Connection(self._settings))
+                self._serve(connection)
             except Exception as error:  # noqa: BLE001 - whatever it is, the next attempt may work
                 self.error = f"{type(error).__name__}: {error}"
             self.connection = None
             if self._stopping.is_set():
                 break
-            failures = 0 if time.monotonic() - began > _SETTLED else failures + 1
+            settled = time.monotonic() - began > _SETTLED
+            failures = 0 if settled else failures + 1
+            kicked = kicked + 1 if connection.accepted and not settled else 0
+            if kicked > 1:
+                # Older brokers and MQTT 3.1.1 do not say why they end a connection.
+                self.error = f"{self.error}; perhaps another client {_twin(self._settings)}"
             wait = random.uniform(0, min(_MAX_WAIT, 0.25 * 2**failures))  # noqa: S311
             log.warning(
                 "no connection to broker, will retry",
@@ -359,6 +358,13 @@ class Link(threading.Thread):
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # full of wake-ups: it will wake
             self._wake_writer.send(b"\0")
+
+
+def _twin(settings: Settings) -> str:
+    return (
+        f"connects with the client id {settings.mqtt_client_id!r}; "
+        "give each collector its own IOT_MQTT_CLIENT_ID"
+    )
 
 
 def set_up_transport(client: Client, settings: Settings) -> None:

@@ -68,6 +68,8 @@ class Inbox:
 class StockClient(Client):
     """paho's own reader, filling an inbox; the fallback, and the measure of the other."""
 
+    max_qos = 1  # paho acknowledges at QoS 2 (PUBREC) before the message can be stored
+
     def __init__(self, settings: Settings, inbox: Inbox, *, keep_session: bool = True) -> None:
         v5 = settings.mqtt_version == "5"
         super().__init__(
@@ -140,6 +142,8 @@ class StockClient(Client):
 
 class BulkClient(StockClient):
     """Reads many packets with one system call; acknowledges many with one."""
+
+    max_qos = 2
 
     def __init__(self, settings: Settings, inbox: Inbox, *, keep_session: bool = True) -> None:
         super().__init__(settings, inbox, keep_session=keep_session)

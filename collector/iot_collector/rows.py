@@ -19,7 +19,9 @@ TRAILER = b"\xff\xff"
 _COLUMN_COUNT = 7
 _EPOCH = 946_684_800  # PostgreSQL counts timestamptz in microseconds from 2000-01-01 UTC.
 _NULL = b"\xff\xff\xff\xff"
-_MAX_TOPICS = 10_000  # in the cache, per QoS and retain flag: bounded whatever devices do
+# The cache, one for each set of flags, is bounded whatever devices do.
+_MAX_TOPICS = 10_000
+_MAX_TOPIC = 256  # bytes; a longer one is encoded each time
 
 _length = struct.Struct(">i").pack
 _jsonb_length = struct.Struct(">ib").pack  # jsonb is sent as version 1 and its text
@@ -78,10 +80,11 @@ class RowEncoder:
         topic.decode()  # UnicodeDecodeError is a ValueError
         flags = _flags(2, header >> 1 & 3, 1, header & 1)
         prefix = flags + _length(len(topic)) + topic + _NULL
-        cache = self._prefixes[header & 7]
-        if len(cache) >= _MAX_TOPICS:
-            cache.clear()
-        cache[topic] = prefix
+        if len(topic) <= _MAX_TOPIC:
+            cache = self._prefixes[header & 7]
+            if len(cache) >= _MAX_TOPICS:
+                cache.clear()
+            cache[topic] = prefix
         return prefix
 
 

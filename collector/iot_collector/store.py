@@ -88,6 +88,7 @@ def connect(settings: Settings) -> psycopg2.extensions.connection:
     """
     options: dict[str, Any] = {
         "fallback_application_name": "iot-collector",
+        "client_encoding": "UTF8",  # which is what MQTT's topics are in
         "connect_timeout": 10,
         # A peer that vanished is noticed in seconds, not in TCP's quarter of an hour.
         "keepalives_idle": 10,

@@ -11,6 +11,7 @@ from iot_collector.fields import fields_of
 
 READABLE = [
     (b"temperature:23", {"temperature": 23}),
+    (b' {"temperature": 23}\r\n', {"temperature": 23}),
     (b"temperature:-23.50", {"temperature": -23.5}),
     (b"temperature:1e3", {"temperature": 1000.0}),
     (b"temperature: 23 ", {"temperature": 23}),

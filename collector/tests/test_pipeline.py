@@ -611,6 +611,9 @@ def test_same_client_id_twice(
                 lambda c=collector: "no connection to broker" in c.log(),  # type: ignore[misc]
                 what="it loses its connection",
             )
+        eventually(
+            lambda: "IOT_MQTT_CLIENT_ID" in first.log() + second.log(), what="the setting is named"
+        )
         stream.more()
         second.kill()
         acknowledged = stream.finish()
