@@ -234,6 +234,11 @@ on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, with {source}. How it is measured: [R
 
 {names}
 
+Ranges are of few runs on a shared machine: where other programs used more than some tenths of a
+core, take differences below a factor of two for noise. The C subscriber is no upper limit in live
+mode: it reads each message as it comes, and so takes more from the broker's cores than those who
+wait a little and read many.
+
 """
 
 

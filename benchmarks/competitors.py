@@ -231,7 +231,7 @@ ALL = [
     ),
     Competitor(
         name="limit",
-        title="C, bulk reads, stores nothing: the limit",
+        title="C, bulk reads, stores nothing",
         command=lambda place: [str(place.work / "limit")],
         prepare=_build_limit,
         speed=60_000,

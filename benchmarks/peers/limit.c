@@ -1,5 +1,5 @@
 /* Stores nothing: reads in bulk, acknowledges what each read brought with one write, and counts.
- * What is left is the broker, so this is the most that any subscriber can reach.
+ * Draining, what is left is the broker. Live it reads each message at once, which is not the cheapest.
  * The count is kept in the file $PEER_COUNT as a native 64-bit integer. */
 #include <arpa/inet.h>
 #include <fcntl.h>
