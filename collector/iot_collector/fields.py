@@ -27,9 +27,9 @@ def fields_of(payload: bytes) -> bytes | None:
             document = orjson.loads(payload)
         except orjson.JSONDecodeError:
             return None
-        # With no second bracket it cannot nest, with no backslash it cannot hold U+0000: three
-        # scans cost less than looking at the values.
-        if payload.find(b"{", 1) < 0 and payload.find(b"[") < 0 and payload.find(b"\\") < 0:
+        # With no second bracket it cannot nest, with no backslash it cannot hold U+0000: to see
+        # that costs a third of looking at the values.
+        if len(payload.translate(None, b"{[\\")) == len(payload) - 1:
             return payload
         flat = _SCALARS.issuperset(map(type, document.values()))
         return payload if flat and b"\\u0000" not in payload else None
