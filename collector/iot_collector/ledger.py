@@ -34,6 +34,7 @@ class Ledger:
         self._batches = deque(batches)
         self._size = sum(len(batch) // _ENTRY for batch in batches)
         self._known = None
+        self.forget()  # the database keeps more, in which ids may have come round
 
     def record(self, chunks: list[Chunk]) -> tuple[list[Chunk], bytes]:
         """Return the chunks without the messages that are stored already, and their packets.
