@@ -307,7 +307,7 @@ def test_killed_with_poison_in_large_batches(
     collector.kill()
     kinds = (b"n:%d", b"n:%d", b"{%d", b"n:%d", b"poison %d", b"n:%d", b"\xff%d", b"n:1e-20000%d")
     with Load(broker, payload=lambda n: kinds[n % len(kinds)] % n) as load:
-        for _ in range(times(2, 20)):
+        for _ in range(times(1, 20)):
             with_fault(collector, "bisecting", random.randint(1, 60)).launch()
             assert collector.wait() == -signal.SIGKILL, collector.log()
             without_fault(collector).start()
@@ -456,7 +456,7 @@ def test_database_hangs_beyond_keepalive(
             for collector in (one, nil):
                 eventually(
                     lambda c=collector: (  # type: ignore[misc]
-                        c.metrics()["oldest_unacked_message_seconds"] > 2.2 * keepalive
+                        c.metrics()["oldest_unacked_message_seconds"] > 2.1 * keepalive
                     ),
                     what="a message has waited for more than twice the keepalive",
                 )
@@ -551,7 +551,8 @@ def test_network_to_broker(
     settings = through(cable, broker) | {"IOT_MQTT_KEEPALIVE_SECONDS": "5"}
     collector = make_collector(broker, database, **settings).start()
     with Load(broker, rate=300) as load:
-        for _ in range(times(3, 20)):
+        # Each doubles the longest wait before the next attempt, unless the connection lasted.
+        for _ in range(times(1, 6)):
             load.more(random.randint(1, 300))
             cable.cut()
             collector.wait_ready()
