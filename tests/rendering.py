@@ -1,0 +1,67 @@
+"""The roles' templates, rendered as Ansible renders them, and psql for the one that is SQL."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from services import HOST, Database, Postgres, clean_environment, postgres_binary
+
+ROLES = Path(__file__).parent.parent / "roles"
+OWNER, READER, DATABASE = "iot_collector", "iot_reader", "iot"
+
+
+def render(template: str, **variables: object) -> str:
+    """Render ``role/name.j2``; a variable that is not given is an error."""
+    role, name = template.split("/")
+    environment = Environment(
+        loader=FileSystemLoader(ROLES / role / "templates"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        autoescape=False,
+    )
+    environment.filters["quote"] = shlex.quote
+    return environment.get_template(name).render(ansible_managed="Ansible managed", **variables)
+
+
+class Roles:
+    """roles.sql for one server, with its password files in the server's directory."""
+
+    def __init__(self, server: Postgres) -> None:
+        self.server = server
+        self.passwords = {OWNER: "owner-secret", READER: "reader-secret"}
+
+    def file(self, role: str) -> Path:
+        """The file with the password of a role."""
+        return self.server.folder / f"{role} password"  # a path that has to be quoted
+
+    def apply(self) -> subprocess.CompletedProcess[str]:
+        """Write the password files and run the script, as superuser."""
+        for role, password in self.passwords.items():
+            self.file(role).write_text(f"{password}\n")
+        script = self.server.folder / "roles.sql"
+        script.write_text(
+            render(
+                "postgres/roles.sql.j2",
+                postgres_database=DATABASE,
+                postgres_owner=OWNER,
+                postgres_reader=READER,
+                __postgres_owner_password_file=str(self.file(OWNER)),
+                __postgres_reader_password_file=str(self.file(READER)),
+            )
+        )
+        return subprocess.run(
+            [
+                *(postgres_binary("psql"), "-X", "-v", "ON_ERROR_STOP=1", "-f", str(script)),
+                *("-h", HOST, "-p", str(self.server.port), "-U", "postgres", "-d", "postgres"),
+            ],
+            env=clean_environment() | {"PGPASSWORD": "postgres"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def database(self, role: str) -> Database:
+        """The database, as the owner or the reader sees it."""
+        return Database(self.server, DATABASE, role, self.passwords[role])

@@ -1,0 +1,352 @@
+"""Every dashboard is sound, and each of its queries returns data.
+
+The queries run against a real Prometheus, which scrapes a real collector, and as the read-only role
+against the real database, after real traffic with a dead letter and a lost database connection in
+it. What Grafana does to a query before it sends it is done here by `prometheus_query` and
+`sql_query`.
+"""
+
+import contextlib
+import json
+import math
+import re
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rendering import OWNER, READER, ROLES, Roles, render
+from services import (
+    HOST,
+    Collector,
+    Database,
+    Mosquitto,
+    Postgres,
+    Service,
+    binary,
+    eventually,
+    free_port,
+    publish,
+    run_command,
+)
+
+DASHBOARDS = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted((ROLES / "monitoring/files/dashboards").glob("*.json"))
+}
+PANELS = [
+    pytest.param(panel, id=f"{name}-{panel['title']}")
+    for name, dashboard in DASHBOARDS.items()
+    for panel in dashboard["panels"]
+    if panel["type"] != "row"
+]
+QUERIES = [
+    pytest.param(target, id=f"{name}-{panel['title']}-{target['refId']}")
+    for name, dashboard in DASHBOARDS.items()
+    for panel in dashboard["panels"]
+    for target in panel.get("targets", [])
+]
+
+
+def of_kind(kind: str) -> Sequence[Any]:
+    return [param for param in QUERIES if param.values[0]["datasource"]["type"] == kind]
+
+
+# What Grafana replaces -----------------------------------------------------------------------
+
+SCRAPE_SECONDS = 1
+
+
+def prometheus_query(expression: str, instance: str = ".*") -> str:
+    """Replace the variables of a PromQL expression, as Grafana's Prometheus data source does.
+
+    ``$__rate_interval`` is at least four scrapes; more here, so that a busy machine leaves no gap.
+    ``$__range`` is the time the dashboard shows. ``$instance`` is the dashboard's own variable:
+    ``.*`` for "All" (its ``allValue``), or an address with its regular expression escaped.
+    """
+    values = {"$__rate_interval": "10s", "$__range": "60s", "$instance": instance}
+    for name, value in values.items():
+        expression = expression.replace(name, value)
+    assert "$" not in expression, f"a variable that is not known: {expression}"
+    return expression
+
+
+def sql_query(sql: str, start: datetime, end: datetime, interval: int = 60) -> str:
+    """Replace the variables and macros of a query, as Grafana's PostgreSQL data source does.
+
+    ``$__interval`` (seconds between two points) is replaced first, then the macros; like
+    Grafana's, these take no parentheses in their arguments. The third argument of ``$__timeGroup``
+    says what Grafana fills gaps with and does not reach the database.
+    https://grafana.com/docs/grafana/latest/datasources/postgres/query-editor/#macros
+    """
+    sql = sql.replace("$__interval_ms", str(interval * 1000)).replace("$__interval", f"{interval}s")
+
+    def macro(found: re.Match[str]) -> str:
+        name, arguments = found[1], [part.strip() for part in found[2].split(",")]
+        column = arguments[0]
+        if name == "timeFilter":
+            return f"{column} BETWEEN '{start.isoformat()}' AND '{end.isoformat()}'"
+        if name == "timeGroup":
+            seconds = int(arguments[1].strip("'").removesuffix("s"))
+            return f"floor(extract(epoch from {column})/{seconds})*{seconds}"
+        raise AssertionError(f"a macro that is not known: {name}")
+
+    sql = re.sub(r"\$__(\w+)\(([^)]*)\)", macro, sql)
+    assert "$" not in sql, f"a variable that is not known: {sql}"
+    return sql
+
+
+# Real services -------------------------------------------------------------------------------
+
+
+class Prometheus(Service):
+    """A Prometheus that scrapes one collector, as the job ``collector``."""
+
+    name = "prometheus"
+
+    def __init__(self, folder: Path, collector: Collector) -> None:
+        super().__init__(folder)
+        self.address = f"{HOST}:{free_port()}"
+        self.target = f"{HOST}:{collector.settings['IOT_HTTP_PORT']}"
+        self.config = folder / "prometheus.yml"
+        job = {"job_name": "collector", "static_configs": [{"targets": [self.target]}]}
+        self.config.write_text(
+            yaml.safe_dump(
+                {"global": {"scrape_interval": f"{SCRAPE_SECONDS}s"}, "scrape_configs": [job]}
+            )
+        )
+
+    def command(self) -> Sequence[str]:
+        return [
+            binary("prometheus"),
+            f"--config.file={self.config}",
+            f"--storage.tsdb.path={self.folder / 'data'}",
+            f"--web.listen-address={self.address}",
+        ]
+
+    def get(self, path: str, **parameters: object) -> Any:
+        """Ask its API and return the data of the answer."""
+        url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def ready(self) -> bool:
+        try:
+            return bool(self.get("query", query="up == 1")["result"])
+        except OSError:
+            return False
+
+    def numbers(self, query: str, start: float, end: float) -> list[float]:
+        """All numbers of all series of a query from start to end, without NaN."""
+        result = self.get("query_range", query=query, start=start, end=end, step=1)["result"]
+        values = [float(value) for series in result for _, value in series["values"]]
+        return [value for value in values if not math.isnan(value)]
+
+
+@dataclass
+class Installation:
+    """What the dashboards show, and from when to when there was traffic."""
+
+    prometheus: Prometheus
+    reader: Database
+    messages: int
+    start: datetime
+    end: datetime
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """Traffic for some seconds: messages on twelve topics, a dead letter, a database error."""
+    with contextlib.ExitStack() as stack:
+        postgres = Postgres(stack.enter_context(Postgres.directory())).create()
+        stack.enter_context(contextlib.closing(postgres)).start()
+        roles = Roles(postgres)
+        assert roles.apply().returncode == 0
+        owner = roles.database(OWNER)
+        assert run_command("migrate", **owner.environment()).returncode == 0
+        owner.query("ALTER TABLE messages ADD CHECK (payload <> 'poison'::bytea)")
+
+        broker = Mosquitto(tmp_path_factory.mktemp("broker"))
+        stack.enter_context(contextlib.closing(broker)).start()
+        collector = Collector(tmp_path_factory.mktemp("collector"), broker, owner)
+        stack.enter_context(contextlib.closing(collector)).start()
+        prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), collector)
+        stack.enter_context(contextlib.closing(prometheus)).start()
+
+        start, sent = datetime.now(UTC), 0
+        for second in range(6):
+            for topic in range(12):
+                publish(broker, [(f"iot/device-{topic}", b'{"temperature": %d}' % second)])
+                sent += 1
+            if second == 1:
+                publish(broker, [("iot/device-0", b"poison")])
+            if second == 2:
+                postgres.query(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE application_name = 'iot-collector'"
+                )
+            time.sleep(1)
+        collector.wait_settled(sent + 1)
+        seen = f"mqtt_messages_total == {sent + 1} and messages_in_flight == 0"
+        eventually(lambda: prometheus.get("query", query=seen)["result"], what="it is scraped")
+        yield Installation(prometheus, roles.database(READER), sent, start, datetime.now(UTC))
+
+
+@pytest.mark.parametrize("target", of_kind("prometheus"))
+def test_prometheus_query_returns_data(target: dict[str, Any], installation: Installation) -> None:
+    prometheus = installation.prometheus
+    start, end = installation.start.timestamp(), installation.end.timestamp()
+    for instance in (".*", prometheus.target.replace(".", r"\\.")):
+        query = prometheus_query(target["expr"], instance)
+        assert prometheus.numbers(query, start, end), query
+
+
+@pytest.mark.parametrize("target", of_kind("prometheus"))
+def test_metrics_exist(target: dict[str, Any], installation: Installation) -> None:
+    """Also in the branches of an `or` that did not count in the test above."""
+    there = set(installation.prometheus.get("label/__name__/values"))
+    named = set(re.findall(r"(\w+)\{", target["expr"]))
+    assert named
+    assert named <= there
+
+
+@pytest.mark.parametrize("target", of_kind("postgres"))
+def test_sql_query_returns_data(target: dict[str, Any], installation: Installation) -> None:
+    sql = sql_query(target["rawSql"], installation.start, installation.end)
+    assert installation.reader.query(sql)
+
+
+def query_of(title: str) -> str:
+    (query,) = [
+        panel["targets"][0].get("expr") or panel["targets"][0]["rawSql"]
+        for panel in DASHBOARDS["pipeline"]["panels"]
+        if panel["title"] == title
+    ]
+    return query
+
+
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [("Collector", 1), ("Broker", 1), ("In flight now", 0), ("Unaccounted", 0)],
+)
+def test_last_value(title: str, expected: float, installation: Installation) -> None:
+    result = installation.prometheus.get("query", query=prometheus_query(query_of(title)))
+    assert [float(series["value"][1]) for series in result["result"]] == [expected]
+
+
+def test_rates_add_up(installation: Installation) -> None:
+    """What the graph of stored messages covers is what was stored."""
+    start, end = installation.start.timestamp() - 5, installation.end.timestamp() + 15
+    rates = installation.prometheus.numbers(prometheus_query(query_of("Stored")), start, end)
+    assert sum(rates) == pytest.approx(installation.messages, rel=0.25)
+
+
+@pytest.mark.parametrize("interval", [1, 60, 3600])
+def test_messages_per_minute(interval: int, installation: Installation) -> None:
+    """Ten topics and the others, and every row once, whatever the interval."""
+    sql = sql_query(
+        query_of("Messages per minute by topic"), installation.start, installation.end, interval
+    )
+    rows = installation.reader.query(sql)
+    assert len({topic for _, topic, _ in rows}) == 11
+    assert "all others" in {topic for _, topic, _ in rows}
+    assert sum(value for *_, value in rows) * interval / 60 == pytest.approx(installation.messages)
+
+
+def test_tables(installation: Installation) -> None:
+    between = (installation.start, installation.end)
+    readings = installation.reader.query(sql_query(query_of("Latest readings"), *between))
+    assert len(readings) == 50
+    assert [row[2:] for row in readings[:12]] == [("temperature", 5)] * 12
+    ((_, reason, sqlstate, topic, payload),) = installation.reader.query(
+        sql_query(query_of("Latest dead letters"), *between)
+    )
+    assert "check" in reason
+    assert (sqlstate, topic, payload) == ("23514", "iot/device-0", "poison")
+
+
+def test_instances_to_choose_from(installation: Installation) -> None:
+    for dashboard in DASHBOARDS.values():
+        (variable,) = dashboard["templating"]["list"]
+        metric, label = re.fullmatch(
+            r"label_values\((\w+), (\w+)\)", variable["query"]["query"]
+        ).groups()
+        values = installation.prometheus.get(f"label/{label}/values", **{"match[]": metric})
+        assert values == [installation.prometheus.target]
+
+
+# Structure -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=DASHBOARDS)
+def dashboard(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return DASHBOARDS[request.param]
+
+
+def test_there_are_dashboards() -> None:
+    assert "pipeline" in DASHBOARDS
+
+
+def test_dashboard_is_found_under_its_name(dashboard: dict[str, Any]) -> None:
+    assert DASHBOARDS[dashboard["uid"]] is dashboard, "the file has the name of the uid"
+    assert dashboard["title"]
+    assert dashboard["description"]
+    assert (dashboard["timezone"], dashboard["refresh"]) == ("browser", "15s")
+    assert dashboard["schemaVersion"] >= 41
+    assert "id" not in dashboard, "Grafana numbers them itself"
+
+
+@pytest.mark.parametrize("key", ["id", "title"])
+def test_panels_can_be_told_apart(dashboard: dict[str, Any], key: str) -> None:
+    values = [panel[key] for panel in dashboard["panels"]]
+    assert len(values) == len(set(values))
+
+
+def test_panels_do_not_overlap(dashboard: dict[str, Any]) -> None:
+    taken: dict[tuple[int, int], str] = {}
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24, panel["title"]
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert (x, y) not in taken, f"{panel['title']} covers {taken[x, y]}"
+                taken[x, y] = panel["title"]
+
+
+@pytest.mark.parametrize("panel", PANELS)
+def test_panel_explains_itself(panel: dict[str, Any]) -> None:
+    assert panel["title"]
+    assert panel["description"].endswith(".")
+    assert panel["fieldConfig"]["defaults"]["unit"]
+    assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
+    assert panel["targets"]
+    refs = [target["refId"] for target in panel["targets"]]
+    assert len(refs) == len(set(refs))
+
+
+@pytest.mark.parametrize("target", QUERIES)
+def test_data_source_is_provisioned(target: dict[str, Any]) -> None:
+    provisioned = yaml.safe_load(
+        render(
+            "monitoring/datasources.yml.j2",
+            __monitoring_prometheus_url="http://127.0.0.1:9090",
+            __monitoring_database=dict.fromkeys(
+                ("host", "port", "name", "user", "password_file", "sslmode"), "x"
+            ),
+        )
+    )
+    pairs = [(source["uid"], source["type"]) for source in provisioned["datasources"]]
+    assert (target["datasource"]["uid"], target["datasource"]["type"]) in pairs
+
+
+@pytest.mark.parametrize("target", of_kind("prometheus"))
+def test_query_follows_the_choice_of_collectors(target: dict[str, Any]) -> None:
+    assert target["legendFormat"]
+    for selector in re.findall(r"\{[^}]*\}", target["expr"]):
+        assert 'instance=~"$instance"' in selector

@@ -1,0 +1,146 @@
+"""roles.sql: what it creates and grants, as often as it runs, and that passwords stay secret."""
+
+from collections.abc import Iterator
+
+import psycopg2
+import pytest
+from psycopg2.errors import InsufficientPrivilege
+from rendering import DATABASE, OWNER, READER, Roles
+from services import Postgres, run_command
+
+ALL = f"created role {OWNER}\ncreated role {READER}\ncreated database {DATABASE}\n"
+
+
+@pytest.fixture
+def server() -> Iterator[Postgres]:
+    """An empty server that logs every statement."""
+    with Postgres.directory() as folder:
+        server = Postgres(folder).create()
+        with (server.data / "postgresql.conf").open("a") as config:
+            config.write("log_statement = all\nlog_min_duration_statement = 0\n")
+        yield server.start()
+        server.close()
+
+
+@pytest.fixture
+def roles(server: Postgres) -> Roles:
+    return Roles(server)
+
+
+def migrate(roles: Roles) -> None:
+    done = run_command("migrate", **roles.database(OWNER).environment())
+    assert done.returncode == 0, done.stderr
+
+
+def test_creates_everything_once_and_keeps_quiet(roles: Roles) -> None:
+    done = roles.apply()
+    assert (done.returncode, done.stdout, done.stderr) == (0, ALL, "")
+    migrate(roles)
+    done = roles.apply()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert roles.database(OWNER).query("SELECT current_user") == [(OWNER,)]
+    assert roles.database(READER).count() == 0
+
+
+def test_completes_what_was_interrupted(roles: Roles) -> None:
+    roles.server.query(f"CREATE ROLE {OWNER}")
+    done = roles.apply()
+    assert (done.returncode, done.stdout) == (0, ALL.partition("\n")[2])
+
+
+def test_upgrades_a_database_of_the_version_before(roles: Roles) -> None:
+    """There were the owner and its database, with data; everything else is new."""
+    roles.server.query(f"CREATE ROLE {OWNER} LOGIN PASSWORD 'owner-secret'")
+    roles.server.query(f"CREATE DATABASE {DATABASE} OWNER {OWNER} TEMPLATE template0")
+    migrate(roles)
+    insert = (
+        "INSERT INTO messages (received_at, topic, payload, fields, qos, retained)"
+        """ VALUES (now(), 'iot/data', 'temperature:23', '{"temperature": 23}', 1, false)"""
+    )
+    roles.database(OWNER).query(insert)
+
+    done = roles.apply()
+    assert (done.returncode, done.stdout) == (0, f"created role {READER}\n")
+    reader = roles.database(READER)
+    assert reader.query("SELECT topic, name, value FROM readings") == [
+        ("iot/data", "temperature", 23)
+    ]
+    roles.database(OWNER).query(insert)
+    assert reader.count() == 2
+
+
+def test_a_new_password_in_the_file_is_the_new_password(roles: Roles) -> None:
+    roles.apply()
+    old = roles.database(READER)
+    roles.passwords[READER] = 'it\'s "new" \\ $1'
+    assert roles.apply().returncode == 0
+    assert roles.database(READER).query("SELECT 1") == [(1,)]
+    with pytest.raises(psycopg2.OperationalError, match="authentication failed"):
+        old.query("SELECT 1")
+
+
+@pytest.mark.parametrize("role", [OWNER, READER])
+def test_stops_without_a_password(roles: Roles, role: str) -> None:
+    roles.passwords[role] = ""
+    done = roles.apply()
+    assert done.returncode == 3
+    assert "a password is missing" in done.stderr
+    assert roles.server.query("SELECT 1 FROM pg_roles WHERE rolname LIKE 'iot%'") == []
+
+
+def test_no_password_is_logged_or_shown(roles: Roles) -> None:
+    shown = [roles.apply()]
+    # The server logs a statement that fails as well; this makes those with the passwords fail.
+    roles.server.query("ALTER SYSTEM SET default_transaction_read_only = on")
+    roles.server.query("SELECT pg_reload_conf()")
+    shown.append(roles.apply())
+    assert "cannot execute ALTER ROLE" in shown[1].stderr
+    log = roles.server.log()
+    assert "statement: SET log_statement" in log, "statements are logged"
+    for text in (log, *(done.stdout + done.stderr for done in shown)):
+        assert "-secret" not in text
+
+
+DENIED = [
+    "INSERT INTO messages (topic) VALUES ('')",
+    "INSERT INTO dead_letters (received_at, topic, payload, qos, retained, reason, sqlstate)"
+    " VALUES (now(), '', '', 0, false, '', '')",
+    "UPDATE messages SET topic = ''",
+    "DELETE FROM messages",
+    "TRUNCATE messages",
+    "DROP TABLE ledger",
+    "ALTER TABLE messages ADD COLUMN more int",
+    "CREATE TABLE mine (id int)",
+    "CREATE TEMPORARY TABLE mine (id int)",
+    "CREATE SCHEMA mine",
+    "CREATE ROLE more",
+    "SELECT ensure_partitions(now(), 1)",
+    "SELECT lo_create(0)",
+    "SELECT * FROM pg_authid",
+    "SELECT pg_read_file('/etc/passwd')",
+    "COPY messages TO PROGRAM 'cat'",
+    f"SET ROLE {OWNER}",
+]
+
+
+def test_the_reader_reads_and_does_nothing_else(roles: Roles) -> None:
+    roles.apply()
+    migrate(roles)
+    roles.database(OWNER).query("CREATE TABLE later (id int)")
+    reader = roles.database(READER)
+    for table in ("messages", "dead_letters", "readings", "ledger", "later"):
+        assert reader.count(table) == 0
+    for statement in DENIED:
+        # That its transactions only read is a default it can change: what counts is what it may.
+        with pytest.raises(InsufficientPrivilege):
+            reader.query(f"BEGIN READ WRITE; {statement}")
+    assert reader.query("SHOW default_transaction_read_only") == [("on",)]
+    assert reader.query("SHOW statement_timeout") == [("30s",)]
+
+
+@pytest.mark.parametrize("database", ["postgres", "template1"])
+def test_other_databases_are_closed(roles: Roles, database: str) -> None:
+    roles.apply()
+    for role in (OWNER, READER):
+        with pytest.raises(psycopg2.OperationalError, match="permission denied for database"):
+            roles.server.connect(database, role, roles.passwords[role])
