@@ -105,6 +105,8 @@ def main() -> int:
             print("\nNext, publish a message and read it back from the table:")
             print(f"  mosquitto_pub -h {host} -p {port} -q 1 -t iot/data -m temperature:23")
             print(f'  {STATE}/bin/psql -c "{query}"')
+            if "grafana" in services:
+                print(f"Dashboards: user admin, password in {STATE}/secrets/grafana_admin_password")
             print("Also: make status, make simulate, make verify, make down, make help")
         else:
             print("\nNext: `make up` starts what does not run; the logs say why it stopped.")
