@@ -6,18 +6,25 @@ import psycopg2
 import pytest
 from psycopg2.errors import InsufficientPrivilege
 from rendering import DATABASE, OWNER, READER, Roles
-from services import Postgres, run_command
+from services import Database, Postgres, run_command
 
 ALL = f"created role {OWNER}\ncreated role {READER}\ncreated database {DATABASE}\n"
+
+EVERYTHING = """
+log_statement = all
+log_min_duration_statement = 0
+log_min_duration_sample = 0
+log_transaction_sample_rate = 1
+"""
 
 
 @pytest.fixture
 def server() -> Iterator[Postgres]:
-    """An empty server that logs every statement."""
+    """An empty server that logs every statement, for more than one reason."""
     with Postgres.directory() as folder:
         server = Postgres(folder).create()
         with (server.data / "postgresql.conf").open("a") as config:
-            config.write("log_statement = all\nlog_min_duration_statement = 0\n")
+            config.write(EVERYTHING)
         yield server.start()
         server.close()
 
@@ -58,6 +65,8 @@ def test_upgrades_a_database_of_the_version_before(roles: Roles) -> None:
         """ VALUES (now(), 'iot/data', 'temperature:23', '{"temperature": 23}', 1, false)"""
     )
     roles.database(OWNER).query(insert)
+    # As in databases that were made before PostgreSQL 15.
+    Database(roles.server, DATABASE).query("GRANT CREATE ON SCHEMA public TO PUBLIC")
 
     done = roles.apply()
     assert (done.returncode, done.stdout) == (0, f"created role {READER}\n")
@@ -67,6 +76,8 @@ def test_upgrades_a_database_of_the_version_before(roles: Roles) -> None:
     ]
     roles.database(OWNER).query(insert)
     assert reader.count() == 2
+    with pytest.raises(InsufficientPrivilege):
+        reader.query("BEGIN READ WRITE; CREATE TABLE mine (id int)")
 
 
 def test_a_new_password_in_the_file_is_the_new_password(roles: Roles) -> None:
