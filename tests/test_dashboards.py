@@ -161,10 +161,12 @@ class Installation:
 
 
 @pytest.fixture(scope="module")
-def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+def installation(
+    _initialised: Postgres, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Installation]:
     """Traffic for some seconds: messages on twelve topics, a dead letter, a database error."""
     with contextlib.ExitStack() as stack:
-        postgres = Postgres(stack.enter_context(Postgres.directory())).create()
+        postgres = _initialised.copy(stack.enter_context(Postgres.directory()))
         stack.enter_context(contextlib.closing(postgres)).start()
         roles = Roles(postgres)
         assert roles.apply().returncode == 0

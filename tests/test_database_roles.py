@@ -1,37 +1,33 @@
 """roles.sql: what it creates and grants, as often as it runs, and that passwords stay secret."""
 
-from collections.abc import Iterator
-
 import psycopg2
 import pytest
 from psycopg2.errors import InsufficientPrivilege
 from rendering import DATABASE, OWNER, READER, Roles
-from services import Database, Postgres, run_command
+from services import Database, Postgres, eventually, run_command
 
 ALL = f"created role {OWNER}\ncreated role {READER}\ncreated database {DATABASE}\n"
 
-EVERYTHING = """
-log_statement = all
-log_min_duration_statement = 0
-log_min_duration_sample = 0
-log_transaction_sample_rate = 1
-"""
+LOG_EVERYTHING = {
+    "log_statement": "all",
+    "log_min_duration_statement": "0",
+    "log_min_duration_sample": "0",
+    "log_transaction_sample_rate": "1",
+}
 
 
 @pytest.fixture
-def server() -> Iterator[Postgres]:
-    """An empty server that logs every statement, for more than one reason."""
-    with Postgres.directory() as folder:
-        server = Postgres(folder).create()
-        with (server.data / "postgresql.conf").open("a") as config:
-            config.write(EVERYTHING)
-        yield server.start()
-        server.close()
+def roles(own_postgres: Postgres) -> Roles:
+    return Roles(own_postgres)
 
 
-@pytest.fixture
-def roles(server: Postgres) -> Roles:
-    return Roles(server)
+def configure(server: Postgres, settings: dict[str, str]) -> None:
+    """Change settings of a running server and wait until they apply."""
+    for name, value in settings.items():
+        server.query(f"ALTER SYSTEM SET {name} = '{value}'")
+    server.query("SELECT pg_reload_conf()")
+    for name, value in settings.items():
+        eventually(lambda name=name, value=value: server.query(f"SHOW {name}") == [(value,)])
 
 
 def migrate(roles: Roles) -> None:
@@ -100,10 +96,10 @@ def test_stops_without_a_password(roles: Roles, role: str) -> None:
 
 
 def test_no_password_is_logged_or_shown(roles: Roles) -> None:
+    configure(roles.server, LOG_EVERYTHING)
     shown = [roles.apply()]
     # The server logs a statement that fails as well; this makes those with the passwords fail.
-    roles.server.query("ALTER SYSTEM SET default_transaction_read_only = on")
-    roles.server.query("SELECT pg_reload_conf()")
+    configure(roles.server, {"default_transaction_read_only": "on"})
     shown.append(roles.apply())
     assert "cannot execute ALTER ROLE" in shown[1].stderr
     log = roles.server.log()
