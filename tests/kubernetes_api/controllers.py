@@ -1,0 +1,495 @@
+"""What the controllers of a cluster make out of the objects, in one pass after every write.
+
+Nothing takes time: what will be ready is ready by the next read. What is kept of the order of things
+is what decides whether a deployment comes through at all, see `Controllers._stateful_set`.
+"""
+
+import json
+from copy import deepcopy
+from hashlib import sha256
+from typing import Any
+
+from . import defaults, pods
+from .errors import ApiError, forbidden
+from .kinds import BY_NAME
+from .pod_security import violation
+from .store import Store, kind_of, now
+
+Object = dict[str, Any]
+
+_DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
+
+
+class Controllers:
+    """Controllers, scheduler and kubelet. `never_ready` maps a workload, pod, or workload/container
+    to one of `pods.REASONS`; whoever changes it calls `reconcile` afterwards."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.never_ready: dict[str, str] = {}
+
+    def set_up(self) -> None:
+        """What a fresh minikube cluster has before anybody uses it."""
+        for name in ("default", "kube-node-lease", "kube-public", "kube-system"):
+            self._create("Namespace", "", name, status={"phase": "Active"})
+        capacity = {"cpu": "2", "memory": "4Gi", "pods": "110"}
+        ready = {"type": "Ready", "status": "True", "reason": "KubeletReady"}
+        status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready]}
+        self._create("Node", "", pods.NODE, status=status)
+        standard = {"provisioner": "k8s.io/minikube-hostpath"}
+        self._create(
+            *("StorageClass", "", "standard", {"annotations": {_DEFAULT_CLASS: "true"}}), **standard
+        )
+        self.reconcile()
+
+    def reconcile(self) -> None:
+        store = self._store
+        store.collect_garbage()
+        for namespace in store.select("Namespace"):
+            if "deletionTimestamp" in namespace["metadata"]:
+                self.terminate(namespace)
+            else:
+                self._namespace(namespace)
+        for claim in store.select("PersistentVolumeClaim"):
+            self._claim(claim)
+        for deployment in store.select("Deployment"):
+            self._deployment(deployment)
+        for replica_set in store.select("ReplicaSet"):
+            self._replica_set(replica_set)
+        for deployment in store.select("Deployment"):
+            self._deployment_status(deployment)
+        for stateful_set in store.select("StatefulSet"):
+            self._stateful_set(stateful_set)
+        for job in store.select("Job"):
+            self._job(job)
+        for pod in store.select("Pod"):
+            self._run(pod)
+        for quota in store.select("ResourceQuota"):
+            hard = quota["spec"].get("hard", {})
+            used = str(len(store.select("Pod", quota["metadata"]["namespace"])))
+            store.set_status(quota, hard=hard, used={k: used for k in hard if k == "pods"})
+        for volume in store.select("PersistentVolume"):
+            reference = volume["spec"].get("claimRef", {})
+            claim = store.get("PersistentVolumeClaim", *map(reference.get, ("namespace", "name")))
+            if reference and (claim is None or claim["metadata"]["uid"] != reference["uid"]):
+                store.remove(volume)
+
+    # --- what every controller needs -----------------------------------------------------------
+
+    def _create(
+        self, kind: str, namespace: str, name: str, metadata: Object | None = None, **rest: Any
+    ) -> Object:
+        meta = {"name": name} | ({"namespace": namespace} if namespace else {}) | (metadata or {})
+        known = BY_NAME[kind]
+        obj = {"apiVersion": known.api_version, "kind": kind, "metadata": meta, **deepcopy(rest)}
+        self._store.stamp(obj)
+        defaults.fill(known, obj)
+        return self._store.put(obj)
+
+    def _event(self, about: Object, kind: str, reason: str, message: str, source: str) -> None:
+        """One event of a sort about an object; repetitions are not counted."""
+        meta = about["metadata"]
+        name = f"{meta['name']}.{_hash([meta['uid'], reason, message], 16)}"
+        if self._store.get("Event", meta["namespace"], name):
+            return
+        named = {k: meta[k] for k in ("name", "namespace", "uid")}
+        self._create(
+            *("Event", meta["namespace"], name),
+            involvedObject={"apiVersion": about["apiVersion"], "kind": about["kind"], **named},
+            reason=reason,
+            message=message,
+            type=kind,
+            source={"component": source},
+            reportingComponent=source,
+            reportingInstance="",
+            count=1,
+            firstTimestamp=now(),
+            lastTimestamp=now(),
+        )
+
+    # --- namespaces ----------------------------------------------------------------------------
+
+    def _namespace(self, namespace: Object) -> None:
+        self._store.set_status(namespace, phase="Active")
+        name = namespace["metadata"]["name"]
+        if not self._store.get("ServiceAccount", name, "default"):
+            self._create("ServiceAccount", name, "default")
+            self._create("ConfigMap", name, "kube-root-ca.crt", data={"ca.crt": ""})
+
+    def terminate(self, namespace: Object) -> None:
+        """Delete what is in a namespace. What has finalizers keeps the namespace Terminating.
+
+        Without such, the namespace stays Terminating until it was read once (`finish`).
+        """
+        store, name = self._store, namespace["metadata"]["name"]
+        for obj in store.select(namespace=name):
+            store.remove(obj)
+        left = store.select(namespace=name)
+        conditions = []
+        if left:
+            counts, holds = {}, {}
+            for obj in left:
+                kind = kind_of(obj)
+                counts[f"{kind.plural}.{kind.group}"] = (
+                    counts.get(f"{kind.plural}.{kind.group}", 0) + 1
+                )
+                for finalizer in obj["metadata"]["finalizers"]:
+                    holds[finalizer] = holds.get(finalizer, 0) + 1
+            has = ", ".join(f"{r} has {n} resource instances" for r, n in sorted(counts.items()))
+            held = ", ".join(f"{f} in {n} resource instances" for f, n in sorted(holds.items()))
+            conditions = [
+                (
+                    "NamespaceContentRemaining",
+                    "SomeResourcesRemain",
+                    f"Some resources are remaining: {has}",
+                ),
+                (
+                    *("NamespaceFinalizersRemaining", "SomeFinalizersRemain"),
+                    f"Some content in the namespace has finalizers remaining: {held}",
+                ),
+            ]
+        marked = deepcopy(namespace)
+        marked["metadata"].setdefault("deletionTimestamp", now())
+        since = {"status": "True", "lastTransitionTime": marked["metadata"]["deletionTimestamp"]}
+        fields = ("type", "reason", "message")
+        told = [dict(zip(fields, c, strict=True)) | since for c in conditions]
+        marked["status"] = {"phase": "Terminating"} | ({"conditions": told} if told else {})
+        store.put(marked)
+
+    def finish(self, namespace: Object) -> None:
+        """A Terminating namespace was read: it is gone now if it is empty."""
+        name = namespace["metadata"]["name"]
+        if "deletionTimestamp" in namespace["metadata"] and not self._store.select(namespace=name):
+            self._store.remove(namespace)
+
+    # --- storage -------------------------------------------------------------------------------
+
+    def set_storage_class(self, claim: Object) -> None:
+        for known in self._store.select("StorageClass"):
+            if known["metadata"].get("annotations", {}).get(_DEFAULT_CLASS) == "true":
+                claim["spec"].setdefault("storageClassName", known["metadata"]["name"])
+
+    def _claim(self, claim: Object) -> None:
+        """Bind a claim to a volume made for it, whatever its class's volumeBindingMode."""
+        if claim.get("status", {}).get("phase") == "Bound":
+            return
+        claim = deepcopy(claim)
+        self.set_storage_class(claim)
+        spec, meta = claim["spec"], claim["metadata"]
+        wanted = spec.get("storageClassName", "")
+        known = self._store.get("StorageClass", "", wanted)
+        if known is None:
+            reason, message = (
+                "ProvisioningFailed",
+                f'storageclass.storage.k8s.io "{wanted}" not found',
+            )
+            if not wanted:
+                reason = "FailedBinding"
+                message = (
+                    "no persistent volumes available for this claim and no storage class is set"
+                )
+            kind = "Warning" if wanted else "Normal"
+            self._event(claim, kind, reason, message, "persistentvolume-controller")
+            self._store.set_status(claim, phase="Pending")
+            return
+        spec["volumeName"] = f"pvc-{meta['uid']}"
+        capacity = {"storage": spec["resources"]["requests"]["storage"]}
+        reference = {"kind": "PersistentVolumeClaim", "apiVersion": "v1"}
+        volume_spec = {
+            "capacity": capacity,
+            "accessModes": spec["accessModes"],
+            "storageClassName": wanted,
+            "persistentVolumeReclaimPolicy": known["reclaimPolicy"],
+            "claimRef": reference | {k: meta[k] for k in ("namespace", "name", "uid")},
+        }
+        status = {"phase": "Bound"}
+        self._create("PersistentVolume", "", spec["volumeName"], spec=volume_spec, status=status)
+        self._store.set_status(
+            claim, phase="Bound", capacity=capacity, accessModes=spec["accessModes"]
+        )
+
+    # --- pods ----------------------------------------------------------------------------------
+
+    def admit(self, pod: Object) -> None:
+        """Refuse a pod (403) for its service account, the Pod Security Standard or a quota."""
+        store, spec, kind = self._store, pod["spec"], BY_NAME["Pod"]
+        name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
+        account = spec["serviceAccountName"]
+        if store.get("ServiceAccount", namespace, account) is None:
+            why = (
+                f"error looking up service account {namespace}/{account}: "
+                f'serviceaccount "{account}" not found'
+            )
+            raise forbidden(kind, name, why)
+        if broken := violation(store.get("Namespace", "", namespace) or {}, "enforce", spec):
+            raise forbidden(kind, name, broken)
+        used = len(store.select("Pod", namespace))
+        for quota in store.select("ResourceQuota", namespace):
+            limit = quota["spec"].get("hard", {}).get("pods")
+            if limit is not None and used >= int(limit):
+                quota_name = quota["metadata"]["name"]
+                why = f"exceeded quota: {quota_name}, requested: pods=1, used: pods={used}, "
+                raise forbidden(kind, name, f"{why}limited: pods={limit}")
+
+    def _make_pod(self, owner: Object, name: str, labels: Object, extra: Object) -> Object | None:
+        """A pod of a controller, running if it can; None (and an event) when it is not admitted."""
+        meta, template = owner["metadata"], deepcopy(owner["spec"]["template"])
+        described = template.get("metadata", {})
+        described["labels"] = described.get("labels", {}) | labels
+        described["ownerReferences"] = [_owner_reference(owner)]
+        described |= {"name": name, "namespace": meta["namespace"]}
+        spec = template["spec"] | extra
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": described, "spec": spec}
+        controller = f"{owner['kind'].lower()}-controller"
+        self._store.stamp(pod)
+        defaults.fill(BY_NAME["Pod"], pod)
+        stateful = owner["kind"] == "StatefulSet"
+        create = f"create Pod {name} in StatefulSet {meta['name']}"
+        try:
+            self.admit(pod)
+        except ApiError as refusal:
+            text = f"{create} failed error: {refusal}" if stateful else f"Error creating: {refusal}"
+            self._event(owner, "Warning", "FailedCreate", text, controller)
+            return None
+        text = f"{create} successful" if stateful else f"Created pod: {name}"
+        self._event(owner, "Normal", "SuccessfulCreate", text, controller)
+        return self._run(self._store.put(pod))
+
+    def _run(self, pod: Object) -> Object:
+        """Bring the status of a pod up to date. One that ran keeps running, unless told otherwise."""
+        phase = pod.get("status", {}).get("phase")
+        if phase in {"Succeeded", "Failed"}:
+            return pod
+        trouble = self._told(pod)
+        ran = any(
+            "running" in s["state"] for s in pod.get("status", {}).get("containerStatuses", [])
+        )
+        if trouble is None and not ran:
+            trouble = pods.found(self._store, pod)
+        scheduled = trouble is None or trouble.reason != "Unschedulable"
+        for kind, reason, message in trouble.events if trouble else []:
+            self._event(pod, kind, reason, message, "kubelet" if scheduled else "default-scheduler")
+        pod = deepcopy(pod)
+        if scheduled and "nodeName" not in pod["spec"]:
+            pod["spec"]["nodeName"] = pods.NODE
+            named = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
+            text = f"Successfully assigned {named} to {pods.NODE}"
+            self._event(pod, "Normal", "Scheduled", text, "default-scheduler")
+        finishes = pod["spec"]["restartPolicy"] != "Always"
+        return self._store.put(pod | {"status": pods.status(pod, trouble, finishes)})
+
+    def _told(self, pod: Object) -> pods.Trouble | None:
+        refs = pod["metadata"].get("ownerReferences", [])
+        names = {pod["metadata"]["name"], *(r["name"] for r in refs)}
+        names |= {r["name"].rpartition("-")[0] for r in refs if r["kind"] == "ReplicaSet"}
+        for rule, reason in self.never_ready.items():
+            name, _, container = rule.partition("/")
+            if name in names:
+                return pods.told(pod, container, reason)
+        return None
+
+    # --- workloads -----------------------------------------------------------------------------
+
+    def _stateful_set(self, owner: Object) -> None:
+        """Pods in order, each once the one before is ready, unless podManagementPolicy is Parallel.
+
+        A rolling update replaces the highest ordinal first and stops at one that does not get
+        ready. With OrderedReady, a pod that is not ready also keeps a corrected template from
+        reaching it, until somebody deletes the pod:
+        https://kubernetes.io/docs/concepts/workloads/controllers/statefulset/#forced-rollback
+        """
+        store, spec, meta = self._store, owner["spec"], owner["metadata"]
+        revision = f"{meta['name']}-{_hash(spec['template'])}"
+        first = spec.get("ordinals", {}).get("start", 0)
+        ordinals = range(first, first + spec["replicas"])
+        parallel = spec["podManagementPolicy"] == "Parallel"
+        wanted = {f"{meta['name']}-{n}": n for n in ordinals}
+        for pod in store.owned(owner, "Pod"):
+            if pod["metadata"]["name"] not in wanted:
+                store.remove(pod)
+        here: dict[int, Object] = {}
+        settled = True
+        for name, ordinal in wanted.items():
+            pod = store.get("Pod", meta["namespace"], name)
+            pod = self._run(pod) if pod else self._replica(owner, ordinal, revision)
+            if pod:
+                here[ordinal] = pod
+            settled = bool(pod and pods.is_ready(pod))
+            if not settled and not parallel:
+                break
+        rolling = spec["updateStrategy"]["type"] == "RollingUpdate"
+        partition = spec["updateStrategy"].get("rollingUpdate", {}).get("partition", 0)
+        for ordinal in sorted(here, reverse=True) if rolling and (settled or parallel) else []:
+            if ordinal >= partition and _revision(here[ordinal]) != revision:
+                store.remove(here.pop(ordinal))
+                if pod := self._replica(owner, ordinal, revision):
+                    here[ordinal] = pod
+            if ordinal not in here or not pods.is_ready(here[ordinal]):
+                break
+        ready = sum(pods.is_ready(pod) for pod in here.values())
+        updated = sum(_revision(pod) == revision for pod in here.values())
+        complete = updated == ready == len(here) == spec["replicas"]
+        current = owner.get("status", {}).get("currentRevision", revision)
+        current = revision if complete else current
+        counts = {
+            "readyReplicas": ready,
+            "currentReplicas": sum(_revision(pod) == current for pod in here.values()),
+            "updatedReplicas": updated,
+        }
+        fixed = {
+            "observedGeneration": meta["generation"],
+            "replicas": len(here),
+            "collisionCount": 0,
+        }
+        revisions = {"currentRevision": current, "updateRevision": revision}
+        status = fixed | revisions | {"availableReplicas": ready}
+        store.put(deepcopy(owner) | {"status": status | {k: n for k, n in counts.items() if n}})
+
+    def _replica(self, owner: Object, ordinal: int, revision: str) -> Object | None:
+        store, spec, meta = self._store, owner["spec"], owner["metadata"]
+        name = f"{meta['name']}-{ordinal}"
+        templates = {c["metadata"]["name"]: c for c in spec.get("volumeClaimTemplates", [])}
+        volumes = [
+            v for v in spec["template"]["spec"].get("volumes", []) if v["name"] not in templates
+        ]
+        for template_name, template in templates.items():
+            claim = f"{template_name}-{name}"
+            volumes.append({"name": template_name, "persistentVolumeClaim": {"claimName": claim}})
+            if store.get("PersistentVolumeClaim", meta["namespace"], claim) is None:
+                described = deepcopy(template["metadata"])
+                labels = spec["selector"].get("matchLabels", {})
+                described["labels"] = described.get("labels", {}) | labels
+                if spec["persistentVolumeClaimRetentionPolicy"]["whenDeleted"] == "Delete":
+                    described["ownerReferences"] = [_owner_reference(owner)]
+                described["name"] = claim
+                self._claim(
+                    self._create(
+                        *("PersistentVolumeClaim", meta["namespace"], claim, described),
+                        spec=template["spec"],
+                    )
+                )
+        labels = {
+            "statefulset.kubernetes.io/pod-name": name,
+            "apps.kubernetes.io/pod-index": str(ordinal),
+            "controller-revision-hash": revision,
+        }
+        extra = {"hostname": name, "subdomain": spec.get("serviceName", "")}
+        return self._make_pod(
+            owner, name, labels, extra | ({"volumes": volumes} if volumes else {})
+        )
+
+    def _deployment(self, owner: Object) -> None:
+        """A ReplicaSet per template; the old ones keep their pods until the new one's are ready."""
+        spec, meta = owner["spec"], owner["metadata"]
+        mark = {"pod-template-hash": _hash(spec["template"])}
+        name = f"{meta['name']}-{mark['pod-template-hash']}"
+        current = self._store.get("ReplicaSet", meta["namespace"], name)
+        template, selector = deepcopy(spec["template"]), deepcopy(spec["selector"])
+        for labelled, key in ((template["metadata"], "labels"), (selector, "matchLabels")):
+            labelled[key] = labelled.get(key, {}) | mark
+        wanted = {"replicas": spec["replicas"], "selector": selector, "template": template}
+        if current is None:
+            described = {"labels": template["metadata"]["labels"]}
+            described["ownerReferences"] = [_owner_reference(owner)]
+            current = self._create("ReplicaSet", meta["namespace"], name, described, spec=wanted)
+        self._store.put(deepcopy(current) | {"spec": wanted})
+        current = self._store.get("ReplicaSet", meta["namespace"], name) or current
+        if self._replica_set(current) == spec["replicas"]:
+            for old in self._store.owned(owner, "ReplicaSet"):
+                if old["metadata"]["name"] != name:
+                    old = deepcopy(old)
+                    old["spec"]["replicas"] = 0
+                    self._replica_set(self._store.put(old))
+
+    def _replica_set(self, owner: Object) -> int:
+        """Create or remove pods; how many are ready."""
+        count, meta = owner["spec"]["replicas"], owner["metadata"]
+        here = self._store.owned(owner, "Pod")
+        for pod in here[count:]:
+            self._store.remove(pod)
+        here = [self._run(pod) for pod in here[:count]]
+        for number in range(len(here), count):
+            suffix = _hash([meta["uid"], number, self._store.revision], 5)
+            pod = self._make_pod(owner, f"{meta['name']}-{suffix}", {}, {})
+            here += [pod] if pod else []
+        ready = sum(pods.is_ready(pod) for pod in here)
+        status = {"replicas": len(here), "observedGeneration": meta["generation"]}
+        status |= {"readyReplicas": ready, "availableReplicas": ready} if ready else {}
+        self._store.put(deepcopy(owner) | {"status": status})
+        return ready
+
+    def _deployment_status(self, owner: Object) -> None:
+        sets = self._store.owned(owner, "ReplicaSet")
+        here = [pod for replica_set in sets for pod in self._store.owned(replica_set, "Pod")]
+        ready = sum(pods.is_ready(pod) for pod in here)
+        wanted, mark = owner["spec"]["replicas"], _hash(owner["spec"]["template"])
+        updated = [p for p in here if p["metadata"]["labels"]["pod-template-hash"] == mark]
+        counts = {
+            "replicas": len(here),
+            "updatedReplicas": len(updated),
+            "readyReplicas": ready,
+            "availableReplicas": ready,
+            "unavailableReplicas": max(wanted, len(here)) - ready,
+        }
+        good = ready >= wanted
+        condition = {
+            "type": "Available",
+            "status": str(good),
+            "reason": f"MinimumReplicas{'Available' if good else 'Unavailable'}",
+            "message": f"Deployment {'has' if good else 'does not have'} minimum availability.",
+        }
+        status = {"observedGeneration": owner["metadata"]["generation"], "conditions": [condition]}
+        status |= {name: n for name, n in counts.items() if n}
+        self._store.put(deepcopy(owner) | {"status": status})
+
+    def _job(self, owner: Object) -> None:
+        """All the pods at once; the first attempt decides."""
+        spec, meta = owner["spec"], owner["metadata"]
+        done = {c["type"] for c in owner.get("status", {}).get("conditions", [])}
+        if spec["suspend"] or done & {"Complete", "Failed"}:
+            return
+        here = [self._run(pod) for pod in self._store.owned(owner, "Pod")]
+        for number in range(len(here), spec["completions"]):
+            suffix = _hash([meta["uid"], number], 5)
+            pod = self._make_pod(owner, f"{meta['name']}-{suffix}", {}, {"hostname": meta["name"]})
+            here += [pod] if pod else []
+        phases = [pod["status"]["phase"] for pod in here]
+        counts = {
+            "succeeded": phases.count("Succeeded"),
+            "failed": phases.count("Failed"),
+            "active": phases.count("Pending") + phases.count("Running"),
+        }
+        since = meta["creationTimestamp"]
+        status: Object = {"startTime": since, "ready": 0, "terminating": 0}
+        status |= {name: n for name, n in counts.items() if n}
+        if counts["failed"]:
+            why = {"reason": "BackoffLimitExceeded"}
+            why["message"] = "Job has reached the specified backoff limit"
+            status["conditions"] = _true(["FailureTarget", "Failed"], since, why)
+            self._event(owner, "Warning", *why.values(), "job-controller")
+        elif counts["succeeded"] == spec["completions"]:
+            why = {"reason": "CompletionsReached"}
+            why["message"] = "Reached expected number of succeeded pods"
+            status["conditions"] = _true(["SuccessCriteriaMet", "Complete"], since, why)
+            status["completionTime"] = since
+            self._event(owner, "Normal", "Completed", "Job completed", "job-controller")
+        self._store.put(deepcopy(owner) | {"status": status})
+
+
+def _true(types: list[str], since: str, why: Object) -> list[Object]:
+    return [{"type": t, "status": "True", "lastTransitionTime": since} | why for t in types]
+
+
+def _hash(value: Any, length: int = 10) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def _revision(pod: Object) -> str:
+    revision: str = pod["metadata"]["labels"]["controller-revision-hash"]
+    return revision
+
+
+def _owner_reference(owner: Object) -> Object:
+    named = {k: owner["metadata"][k] for k in ("name", "uid")}
+    reference = {"apiVersion": owner["apiVersion"], "kind": owner["kind"], **named}
+    return reference | {"controller": True, "blockOwnerDeletion": True}
