@@ -104,7 +104,7 @@ class Api:
                 f"the body of the request was in an unknown format - accepted media types include: "
                 f"{', '.join(_LIST_KEYS)}",
             )
-        old = self.read(kind, namespace, name)
+        old = deepcopy(self.read(kind, namespace, name))
         new = self._schemas.merge(old, body, self._schemas.of(kind), keys)
         self._schemas.check(kind, new, patched=True)
         return self._change(kind, old, new, dry)
@@ -182,11 +182,7 @@ class Api:
         obj: Object = without_nulls({"apiVersion": given[0], "kind": given[1]} | body)
         self._schemas.check(kind, obj)
         meta = obj.setdefault("metadata", {})
-        if kind.namespaced and meta.setdefault("namespace", namespace) != namespace:
-            raise errors.bad_request(
-                "the namespace of the provided object does not match the namespace sent on the "
-                "request"
-            )
+        _settle_namespace(kind, meta, namespace)
         return obj
 
     def _check_namespace(self, kind: Kind, namespace: str, name: str) -> None:
@@ -202,6 +198,7 @@ class Api:
 
     def _change(self, kind: Kind, old: Object, new: Object, dry: bool) -> Object:
         before, meta = old["metadata"], new["metadata"]
+        _settle_namespace(kind, meta, before.get("namespace", ""))
         if meta.get("name") != before["name"]:
             raise errors.bad_request(
                 f"the name of the object ({meta.get('name')}) does not match the name on the URL "
@@ -231,3 +228,13 @@ class Api:
 
 
 _NAMESPACE = Kind("", "v1", "Namespace", "namespaces")
+
+
+def _settle_namespace(kind: Kind, meta: Object, namespace: str) -> None:
+    """The path says which; what a manifest of a cluster-wide kind says about it is ignored."""
+    if not kind.namespaced:
+        meta.pop("namespace", None)
+    elif meta.setdefault("namespace", namespace) != namespace:
+        raise errors.bad_request(
+            "the namespace of the provided object does not match the namespace sent on the request"
+        )

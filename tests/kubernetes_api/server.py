@@ -64,10 +64,11 @@ class Server:
             failure = errors.ApiError(500, "InternalError", traceback.format_exc())
             code, answer, warnings = 500, failure.status(), []
         text = isinstance(answer, str)
+        sent = answer if text else json.dumps(answer, separators=(",", ":")) + "\n"
         headers = [("Content-Type", "text/plain" if text else "application/json")]
         headers += [("Warning", f"299 - {json.dumps(warning)}") for warning in warnings]
         start_response(f"{code} {HTTPStatus(code).phrase}", headers)
-        return [(answer if text else json.dumps(answer)).encode()]
+        return [sent.encode()]
 
     def _answer(
         self, method: str, path: str, query: dict[str, str], body: bytes, content_type: str
@@ -77,9 +78,7 @@ class Server:
         if path.startswith("/stand-in/"):
             return self._own(method, path.removeprefix("/stand-in/"), body)
         if path == "/version":
-            major, minor, _ = self._schemas.version.split(".")
-            told = {"gitVersion": f"v{self._schemas.version}", "platform": "linux/amd64"}
-            return 200, {"major": major, "minor": minor, **told}, []
+            return 200, self._version(), []
         if document := discovery(path):
             return 200, document, []
         match = _PATH.fullmatch(path)
@@ -135,6 +134,13 @@ class Server:
             *(405, "MethodNotAllowed"),
             "the server does not allow this method on the requested resource",
         )
+
+    def _version(self) -> Object:
+        version = self._schemas.version
+        major, minor, _ = version.split(".")
+        unknown = ("gitCommit", "gitTreeState", "buildDate", "goVersion", "compiler")
+        told = {"major": major, "minor": minor, "gitVersion": f"v{version}", "platform": "linux"}
+        return told | dict.fromkeys(unknown, "")
 
     def _own(self, method: str, name: str, body: bytes) -> Answer:
         if (method, name) == ("GET", "objects"):
