@@ -16,16 +16,16 @@ client as the API of one minikube node would, from memory. Each module is one co
     errors.py        refusals
 
 What it is: as strict as the API is about a manifest and its changes, and stricter about unknown
-fields, which it always refuses (as though every request said fieldValidation=Strict). A workload gets
-ready only if what it mounts, claims and runs as is there and its pods are admitted; if not, status
-and events say why in the API's words. Components can be kept from getting ready.
+fields, which it always refuses (as though every request said fieldValidation=Strict). A workload
+gets ready only if what it mounts, claims and runs as is there and its pods are admitted; if not,
+status and events say why in the API's words. Components can be kept from getting ready.
 
-What it is not: no container runs, no image is looked at (so `runAsNonRoot` with an image that runs as
-root is not noticed), no request reaches a Service, no NetworkPolicy, Role or HorizontalPodAutoscaler
-has an effect, and nobody is asked who they are. Time does not pass: rollouts, binding of claims and
-probes are over by the next read, nothing times out, nothing is retried. Requests for CPU and memory
-are not counted, of quotas only `pods` is. Deletion is in the background, at once: no grace period, no
-orphaning, no protection of claims in use. There is no watch, no exec, no scale, status or eviction
-subresource, no CustomResourceDefinition, no OpenAPI, and lists come in one piece. A playbook that
-passes here still has to pass on a cluster.
+What it is not: no container runs, no image is looked at (so `runAsNonRoot` with an image that runs
+as root is not noticed), no request reaches a Service, no NetworkPolicy, Role, PodDisruptionBudget
+or HorizontalPodAutoscaler has an effect, and nobody is asked who they are. Time does not pass:
+rollouts, binding of claims and probes are over by the next read, nothing times out, nothing is
+retried. Requests for CPU and memory are not counted, of quotas only `pods` is. Deletion is at once:
+no grace period, no orphaning, no protection of claims in use. There is no watch, no exec, no scale,
+status or eviction subresource, no CustomResourceDefinition, no OpenAPI, and lists come in one piece.
+A playbook that passes here still has to pass on a cluster.
 """

@@ -24,7 +24,7 @@ _LIST_KEYS = {
 
 
 class Api:
-    """The API on one store. `dry` requests are refused and answered like others, and store nothing."""
+    """The API on one store. `dry` requests are answered like others, and store nothing."""
 
     def __init__(self, schemas: Schemas, store: Store, controllers: Controllers):
         self._schemas, self._store, self._controllers = schemas, store, controllers

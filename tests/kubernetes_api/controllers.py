@@ -1,10 +1,11 @@
 """What the controllers of a cluster make out of the objects, in one pass after every write.
 
-Nothing takes time: what will be ready is ready by the next read. What is kept of the order of things
-is what decides whether a deployment comes through at all, see `Controllers._stateful_set`.
+Nothing takes time: what will be ready is ready by the next read. What is kept of the order of
+things decides whether a deployment comes through at all, see `Controllers._stateful_set`.
 """
 
 import json
+from collections import Counter
 from copy import deepcopy
 from hashlib import sha256
 from typing import Any
@@ -125,35 +126,25 @@ class Controllers:
         for obj in store.select(namespace=name):
             store.remove(obj)
         left = store.select(namespace=name)
-        conditions = []
+        marked = deepcopy(namespace)
+        since = marked["metadata"].setdefault("deletionTimestamp", now())
+        marked["status"] = {"phase": "Terminating"}
         if left:
-            counts, holds = {}, {}
-            for obj in left:
-                kind = kind_of(obj)
-                counts[f"{kind.plural}.{kind.group}"] = (
-                    counts.get(f"{kind.plural}.{kind.group}", 0) + 1
-                )
-                for finalizer in obj["metadata"]["finalizers"]:
-                    holds[finalizer] = holds.get(finalizer, 0) + 1
+            counts = Counter(f"{kind_of(o).plural}.{kind_of(o).group}" for o in left)
+            holds = Counter(f for obj in left for f in obj["metadata"]["finalizers"])
             has = ", ".join(f"{r} has {n} resource instances" for r, n in sorted(counts.items()))
             held = ", ".join(f"{f} in {n} resource instances" for f, n in sorted(holds.items()))
-            conditions = [
-                (
-                    "NamespaceContentRemaining",
-                    "SomeResourcesRemain",
-                    f"Some resources are remaining: {has}",
-                ),
-                (
-                    *("NamespaceFinalizersRemaining", "SomeFinalizersRemain"),
-                    f"Some content in the namespace has finalizers remaining: {held}",
-                ),
+            remain = f"Some content in the namespace has finalizers remaining: {held}"
+            marked["status"]["conditions"] = [
+                _true(kind, since, reason, message)
+                for kind, reason, message in (
+                    (
+                        *("NamespaceContentRemaining", "SomeResourcesRemain"),
+                        f"Some resources are remaining: {has}",
+                    ),
+                    ("NamespaceFinalizersRemaining", "SomeFinalizersRemain", remain),
+                )
             ]
-        marked = deepcopy(namespace)
-        marked["metadata"].setdefault("deletionTimestamp", now())
-        since = {"status": "True", "lastTransitionTime": marked["metadata"]["deletionTimestamp"]}
-        fields = ("type", "reason", "message")
-        told = [dict(zip(fields, c, strict=True)) | since for c in conditions]
-        marked["status"] = {"phase": "Terminating"} | ({"conditions": told} if told else {})
         store.put(marked)
 
     def finish(self, namespace: Object) -> None:
@@ -179,16 +170,12 @@ class Controllers:
         wanted = spec.get("storageClassName", "")
         known = self._store.get("StorageClass", "", wanted)
         if known is None:
-            reason, message = (
-                "ProvisioningFailed",
-                f'storageclass.storage.k8s.io "{wanted}" not found',
+            kind, reason = (
+                ("Warning", "ProvisioningFailed") if wanted else ("Normal", "FailedBinding")
             )
-            if not wanted:
-                reason = "FailedBinding"
-                message = (
-                    "no persistent volumes available for this claim and no storage class is set"
-                )
-            kind = "Warning" if wanted else "Normal"
+            message = "no persistent volumes available for this claim and no storage class is set"
+            if wanted:
+                message = f'storageclass.storage.k8s.io "{wanted}" not found'
             self._event(claim, kind, reason, message, "persistentvolume-controller")
             self._store.set_status(claim, phase="Pending")
             return
@@ -256,19 +243,17 @@ class Controllers:
         return self._run(self._store.put(pod))
 
     def _run(self, pod: Object) -> Object:
-        """Bring the status of a pod up to date. One that ran keeps running, unless told otherwise."""
+        """Bring a pod's status up to date. One that ran keeps running, unless told otherwise."""
         phase = pod.get("status", {}).get("phase")
         if phase in {"Succeeded", "Failed"}:
             return pod
         trouble = self._told(pod)
-        ran = any(
-            "running" in s["state"] for s in pod.get("status", {}).get("containerStatuses", [])
-        )
-        if trouble is None and not ran:
+        if trouble is None and not pods.is_running(pod):
             trouble = pods.found(self._store, pod)
         scheduled = trouble is None or trouble.reason != "Unschedulable"
-        for kind, reason, message in trouble.events if trouble else []:
-            self._event(pod, kind, reason, message, "kubelet" if scheduled else "default-scheduler")
+        for event in trouble.events if trouble else []:
+            source = "kubelet" if scheduled else "default-scheduler"
+            self._event(pod, "Warning", *event, source)
         pod = deepcopy(pod)
         if scheduled and "nodeName" not in pod["spec"]:
             pod["spec"]["nodeName"] = pods.NODE
@@ -336,22 +321,22 @@ class Controllers:
             "currentReplicas": sum(_revision(pod) == current for pod in here.values()),
             "updatedReplicas": updated,
         }
-        fixed = {
+        status = {
             "observedGeneration": meta["generation"],
             "replicas": len(here),
+            "availableReplicas": ready,
             "collisionCount": 0,
+            "currentRevision": current,
+            "updateRevision": revision,
         }
-        revisions = {"currentRevision": current, "updateRevision": revision}
-        status = fixed | revisions | {"availableReplicas": ready}
         store.put(deepcopy(owner) | {"status": status | {k: n for k, n in counts.items() if n}})
 
     def _replica(self, owner: Object, ordinal: int, revision: str) -> Object | None:
         store, spec, meta = self._store, owner["spec"], owner["metadata"]
         name = f"{meta['name']}-{ordinal}"
         templates = {c["metadata"]["name"]: c for c in spec.get("volumeClaimTemplates", [])}
-        volumes = [
-            v for v in spec["template"]["spec"].get("volumes", []) if v["name"] not in templates
-        ]
+        given = spec["template"]["spec"].get("volumes", [])
+        volumes = [volume for volume in given if volume["name"] not in templates]
         for template_name, template in templates.items():
             claim = f"{template_name}-{name}"
             volumes.append({"name": template_name, "persistentVolumeClaim": {"claimName": claim}})
@@ -373,10 +358,8 @@ class Controllers:
             "apps.kubernetes.io/pod-index": str(ordinal),
             "controller-revision-hash": revision,
         }
-        extra = {"hostname": name, "subdomain": spec.get("serviceName", "")}
-        return self._make_pod(
-            owner, name, labels, extra | ({"volumes": volumes} if volumes else {})
-        )
+        extra = {"hostname": name, "subdomain": spec.get("serviceName", ""), "volumes": volumes}
+        return self._make_pod(owner, name, labels, extra)
 
     def _deployment(self, owner: Object) -> None:
         """A ReplicaSet per template; the old ones keep their pods until the new one's are ready."""
@@ -462,22 +445,24 @@ class Controllers:
         since = meta["creationTimestamp"]
         status: Object = {"startTime": since, "ready": 0, "terminating": 0}
         status |= {name: n for name, n in counts.items() if n}
+        verdict = None
         if counts["failed"]:
-            why = {"reason": "BackoffLimitExceeded"}
-            why["message"] = "Job has reached the specified backoff limit"
-            status["conditions"] = _true(["FailureTarget", "Failed"], since, why)
-            self._event(owner, "Warning", *why.values(), "job-controller")
+            verdict = ("BackoffLimitExceeded", "Job has reached the specified backoff limit")
+            types = ("FailureTarget", "Failed")
+            self._event(owner, "Warning", *verdict, "job-controller")
         elif counts["succeeded"] == spec["completions"]:
-            why = {"reason": "CompletionsReached"}
-            why["message"] = "Reached expected number of succeeded pods"
-            status["conditions"] = _true(["SuccessCriteriaMet", "Complete"], since, why)
+            verdict = ("CompletionsReached", "Reached expected number of succeeded pods")
+            types = ("SuccessCriteriaMet", "Complete")
             status["completionTime"] = since
             self._event(owner, "Normal", "Completed", "Job completed", "job-controller")
+        if verdict:
+            status["conditions"] = [_true(kind, since, *verdict) for kind in types]
         self._store.put(deepcopy(owner) | {"status": status})
 
 
-def _true(types: list[str], since: str, why: Object) -> list[Object]:
-    return [{"type": t, "status": "True", "lastTransitionTime": since} | why for t in types]
+def _true(kind: str, since: str, reason: str, message: str) -> Object:
+    condition = {"type": kind, "status": "True", "lastTransitionTime": since}
+    return condition | {"reason": reason, "message": message}
 
 
 def _hash(value: Any, length: int = 10) -> str:

@@ -2,9 +2,10 @@
 
 Only what a client sees again matters here: a list that is applied a second time has to come out as
 it was stored, or every run would report a change. Taken from the fields' descriptions in
-https://kubernetes.io/docs/reference/kubernetes-api/. Not filled in: quantities are kept as they were
+https://kubernetes.io/docs/reference/kubernetes-api/. Not done: quantities are kept as they were
 written (the real API turns "0.5" into "500m"), empty lists and maps stay, tolerations and the
-volume of the service-account token are not added to pods, and ports of nodes are not allotted.
+volume of the service-account token are not added to pods, a HorizontalPodAutoscaler gets neither
+metrics nor behavior, and ports of nodes are not allotted.
 """
 
 from base64 import b64encode

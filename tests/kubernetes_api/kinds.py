@@ -92,7 +92,7 @@ def _resources(kind: Kind) -> Iterator[dict[str, Any]]:
 
 
 def discovery(path: str) -> dict[str, Any] | None:
-    """The document of a path such as /api, /apis, /api/v1 or /apis/apps/v1; None when there is none."""
+    """The document of a path such as /apis, /api/v1 or /apis/apps/v1, if there is one."""
     if path == "/api":
         return {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}
     groups = {k.group: k.version for k in KINDS if k.group}

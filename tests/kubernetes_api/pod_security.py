@@ -89,11 +89,8 @@ def _restricted(spec: Object) -> Iterator[str]:
     wrong = []
     if where := _where(spec, lambda c: "ALL" not in c.get("capabilities", {}).get("drop", [])):
         wrong.append(f'{where} must set securityContext.capabilities.drop=["ALL"]')
-    added = {
-        a
-        for c in _containers(spec)
-        for a in c.get("securityContext", {}).get("capabilities", {}).get("add", [])
-    } - {"NET_BIND_SERVICE"}
+    capabilities = [c.get("securityContext", {}).get("capabilities", {}) for c in _containers(spec)]
+    added = {name for c in capabilities for name in c.get("add", [])} - {"NET_BIND_SERVICE"}
     if added:
         where = _where(spec, lambda c: bool(added & set(c.get("capabilities", {}).get("add", []))))
         listed = ", ".join(f'"{a}"' for a in sorted(added))

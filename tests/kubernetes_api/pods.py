@@ -33,7 +33,7 @@ class Trouble:
     reason: str
     message: str = ""
     container: str = ""
-    events: list[tuple[str, str, str]] = field(default_factory=list)  # type, reason, message
+    events: list[tuple[str, str]] = field(default_factory=list)  # reason, message
 
 
 def images(spec: Object) -> list[Object]:
@@ -46,54 +46,49 @@ def told(pod: Object, container: str, reason: str) -> Trouble:
     chosen = next((c for c in images(spec) if c["name"] == container), spec["containers"][0])
     name, image = chosen["name"], chosen["image"]
     place = f"{meta['name']}_{meta['namespace']}({meta['uid']})"
-    error = f"Error: {reason}"
-    if reason == "ImagePullBackOff":
-        pull = (
-            f'Failed to pull image "{image}": Error response from daemon: manifest for {image} '
-            "not found: manifest unknown"
-        )
-        message = f'Back-off pulling image "{image}"'
-        events = [
-            ("Warning", "Failed", pull),
-            ("Warning", "Failed", "Error: ErrImagePull"),
-            ("Normal", "BackOff", message),
-            ("Warning", "Failed", error),
-        ]
-        return Trouble(reason, message, name, events)
-    if reason == "ErrImageNeverPull":
-        message = f'Container image "{image}" is not present with pull policy of Never'
-        events = [("Warning", reason, message), ("Warning", "Failed", error)]
-        return Trouble(reason, message, name, events)
-    if reason == "InvalidImageName":
-        message = f'Failed to apply default image tag "{image}": couldn\'t parse image name'
-        return Trouble(reason, message, name, [("Warning", "InspectFailed", message)])
-    if reason == "CrashLoopBackOff":
-        message = f"back-off 5m0s restarting failed container={name} pod={place}"
-        event = f"Back-off restarting failed container {name} in pod {place}"
-        return Trouble(reason, message, name, [("Warning", "BackOff", event)])
-    if reason == "CreateContainerConfigError":
-        message = (
-            f'container has runAsNonRoot and image will run as root (pod: "{place}", '
-            f"container: {name})"
-        )
-        return Trouble(reason, message, name, [("Warning", "Failed", f"Error: {message}")])
-    if reason == "Unschedulable":
-        return _unschedulable(
-            "1 Insufficient memory", "No preemption victims found for incoming pod"
-        )
-    if reason == "NotReady":
-        message = "Readiness probe failed: HTTP probe failed with statuscode: 503"
-        return Trouble(reason, message, name, [("Warning", "Unhealthy", message)])
-    return Trouble(reason, "", name)
+    message, events = {
+        "ImagePullBackOff": (
+            f'Back-off pulling image "{image}"',
+            [
+                ("Failed", f'Failed to pull image "{image}": manifest for {image} not found'),
+                ("Failed", "Error: ErrImagePull"),
+                ("BackOff", f'Back-off pulling image "{image}"'),
+                ("Failed", "Error: ImagePullBackOff"),
+            ],
+        ),
+        "ErrImageNeverPull": (
+            f'Container image "{image}" is not present with pull policy of Never',
+            [(reason, ""), ("Failed", "Error: ErrImageNeverPull")],
+        ),
+        "InvalidImageName": (
+            f'Failed to apply default image tag "{image}": couldn\'t parse image name',
+            [("InspectFailed", "")],
+        ),
+        "CrashLoopBackOff": (
+            f"back-off 5m0s restarting failed container={name} pod={place}",
+            [("BackOff", f"Back-off restarting failed container {name} in pod {place}")],
+        ),
+        "CreateContainerConfigError": (
+            "container has runAsNonRoot and image will run as root "
+            f'(pod: "{place}", container: {name})',
+            [("Failed", "Error: ")],
+        ),
+        "NotReady": (
+            "Readiness probe failed: HTTP probe failed with statuscode: 503",
+            [("Unhealthy", "")],
+        ),
+        "Unschedulable": (_unschedulable("1 Insufficient memory"), [("FailedScheduling", "")]),
+        "Error": ("", []),
+    }[reason]
+    container = "" if reason == "Unschedulable" else name
+    # An event without a text of its own says what the status says.
+    texts = [(kind, text + message if text in {"", "Error: "} else text) for kind, text in events]
+    return Trouble(reason, message, container, texts)
 
 
-def _unschedulable(
-    why: str, preemption: str = "Preemption is not helpful for scheduling"
-) -> Trouble:
-    message = (
-        f"0/1 nodes are available: {why}. preemption: 0/1 nodes are available: 1 {preemption}."
-    )
-    return Trouble("Unschedulable", message, "", [("Warning", "FailedScheduling", message)])
+def _unschedulable(why: str) -> str:
+    preemption = "Preemption is not helpful for scheduling"
+    return f"0/1 nodes are available: {why}. preemption: 0/1 nodes are available: 1 {preemption}."
 
 
 def found(store: Store, pod: Object) -> Trouble | None:
@@ -101,11 +96,13 @@ def found(store: Store, pod: Object) -> Trouble | None:
     namespace, spec = pod["metadata"]["namespace"], pod["spec"]
     for volume in spec.get("volumes", []):
         name = volume.get("persistentVolumeClaim", {}).get("claimName")
-        claim = store.get("PersistentVolumeClaim", namespace, name) if name else {}
-        if claim is None:
-            return _unschedulable(f'persistentvolumeclaim "{name}" not found')
+        claim = store.get("PersistentVolumeClaim", namespace, name)
+        why = "" if claim else f'persistentvolumeclaim "{name}" not found'
         if claim and claim["status"]["phase"] != "Bound":
-            return _unschedulable("pod has unbound immediate PersistentVolumeClaims")
+            why = "pod has unbound immediate PersistentVolumeClaims"
+        if name and why:
+            message = _unschedulable(why)
+            return Trouble("Unschedulable", message, "", [("FailedScheduling", message)])
     for volume in spec.get("volumes", []):
         sources = [volume, *volume.get("projected", {}).get("sources", [])]
         for kind in ("secret", "configMap"):
@@ -116,31 +113,26 @@ def found(store: Store, pod: Object) -> Trouble | None:
                     continue
                 if lack := _lack(store, namespace, kind, wanted, keys, mounted=True):
                     message = f'MountVolume.SetUp failed for volume "{volume["name"]}" : {lack}'
-                    events = [("Warning", "FailedMount", message)]
+                    events = [("FailedMount", message)]
                     return Trouble("ContainerCreating", events=events)
     for container in images(spec):
         for kind, name, keys in _variables(container):
             if lack := _lack(store, namespace, kind, name, keys):
-                events = [("Warning", "Failed", f"Error: {lack}")]
+                events = [("Failed", f"Error: {lack}")]
                 return Trouble("CreateContainerConfigError", lack, container["name"], events)
     return None
 
 
 def _variables(container: Object) -> list[tuple[str, str, list[str]]]:
     """The (kind, name, keys) that the environment of a container comes from."""
-    result = []
-    for source in container.get("envFrom", []):
-        result += [
-            (k, source[f"{k}Ref"], []) for k in ("secret", "configMap") if f"{k}Ref" in source
-        ]
-    for variable in container.get("env", []):
-        value = variable.get("valueFrom", {})
-        result += [
-            (kind, value[f"{kind}KeyRef"], [value[f"{kind}KeyRef"]["key"]])
-            for kind in ("secret", "configMap")
-            if f"{kind}KeyRef" in value
-        ]
-    return [(kind, r["name"], keys) for kind, r, keys in result if not r.get("optional")]
+    found = []
+    values = [variable.get("valueFrom", {}) for variable in container.get("env", [])]
+    for kind in ("secret", "configMap"):
+        sources = [s[f"{kind}Ref"] for s in container.get("envFrom", []) if f"{kind}Ref" in s]
+        found += [(kind, reference, []) for reference in sources]
+        keyed = [value[f"{kind}KeyRef"] for value in values if f"{kind}KeyRef" in value]
+        found += [(kind, reference, [reference["key"]]) for reference in keyed]
+    return [(kind, r["name"], keys) for kind, r, keys in found if not r.get("optional")]
 
 
 def _lack(
@@ -242,3 +234,8 @@ def _troubled(trouble: Trouble, since: str) -> Object:
 def is_ready(pod: Object) -> bool:
     conditions = pod.get("status", {}).get("conditions", [])
     return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
+def is_running(pod: Object) -> bool:
+    statuses = pod.get("status", {}).get("containerStatuses", [])
+    return any("running" in shown["state"] for shown in statuses)

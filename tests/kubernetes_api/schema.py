@@ -3,7 +3,6 @@
 The schemas come with the package kubernetes-validate, one set for each minor version of Kubernetes.
 """
 
-import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -83,7 +82,7 @@ class Schemas:
             raise invalid(kind, name, list(dict.fromkeys(missing)))
 
     def child(self, schema: Object, field: str) -> Object:
-        """The schema of a field, or of a list's items (`field` is ""), with what stands beside $ref."""
+        """The schema of a field, or of a list's items (`field` is "")."""
         below = schema.get("properties", {}).get(field) or schema.get("additionalProperties") or {}
         below = schema.get("items", {}) if not field else below
         reference = below.get("$ref") if isinstance(below, dict) else None
@@ -114,7 +113,7 @@ class Schemas:
         return patch
 
     def without(self, current: Any, old: Any, new: Any, schema: Object) -> Any:
-        """`current` less the fields that stand in `old` and no longer in `new` (server-side apply)."""
+        """`current` less the fields that are in `old` and no longer in `new`."""
         if isinstance(current, dict) and isinstance(old, dict) and isinstance(new, dict):
             return {
                 name: self.without(value, old.get(name), new.get(name), self.child(schema, name))
@@ -136,12 +135,8 @@ def no_keys(_schema: Object) -> list[str]:
 
 
 def strategic_keys(schema: Object) -> list[str]:
-    merged = "merge" in schema.get("x-kubernetes-patch-strategy", "")
-    return [schema["x-kubernetes-patch-merge-key"]] if merged and is_map(schema) else []
-
-
-def is_map(schema: Object) -> bool:
-    return "x-kubernetes-patch-merge-key" in schema
+    key = schema.get("x-kubernetes-patch-merge-key")
+    return [key] if key and "merge" in schema.get("x-kubernetes-patch-strategy", "") else []
 
 
 def apply_keys(schema: Object) -> list[str]:
@@ -162,9 +157,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def field_path(parts: Any) -> str:
-    return re.sub(
-        r"\.(\[\d+\])", r"\1", ".".join(f"[{p}]" if isinstance(p, int) else p for p in parts)
-    )
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")
 
 
 def join(path: str, name: str) -> str:

@@ -164,7 +164,7 @@ class Server:
         self._controllers.reconcile()
 
     def _submitted(self) -> list[Object]:
-        """An object that was applied by a client-side apply is shown as the manifest it came from."""
+        """An object that was applied by a client is shown as the manifest it came from."""
         shown = []
         for obj in self._store.select():
             meta = obj["metadata"]

@@ -1,4 +1,4 @@
-"""Where the objects are: in memory, each with uid, resourceVersion and owners, found by selectors."""
+"""Where the objects are: in memory, with uid, resourceVersion and owners; found by selectors."""
 
 import itertools
 import re
@@ -34,7 +34,7 @@ def key_of(obj: Object) -> Key:
 
 
 class Store:
-    """All objects of the stand-in. What it hands out is its own: callers copy before they change."""
+    """All objects. What it hands out is its own: callers copy before they change."""
 
     def __init__(self) -> None:
         self._objects: dict[Key, Object] = {}
@@ -86,7 +86,7 @@ class Store:
         return self.put(deepcopy(obj) | {"status": obj.get("status", {}) | status})
 
     def remove(self, obj: Object) -> None:
-        """Take an object away; one with finalizers stays, marked as being deleted, until they go."""
+        """Take an object away; one with finalizers stays, marked, until they are gone."""
         if obj["metadata"].get("finalizers"):
             marked = deepcopy(obj)
             marked["metadata"].setdefault("deletionTimestamp", now())
