@@ -14,8 +14,14 @@ Object = dict[str, Any]
 
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 # What a client may send back but cannot change.
-_SERVER_SIDE = ("uid", "creationTimestamp", "generation", "resourceVersion", "deletionTimestamp")
-_SERVER_SIDE += ("deletionGracePeriodSeconds",)
+_SERVER_SIDE = (
+    "uid",
+    "creationTimestamp",
+    "generation",
+    "resourceVersion",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+)
 _LIST_KEYS = {
     "application/merge-patch+json": no_keys,
     "application/strategic-merge-patch+json": strategic_keys,

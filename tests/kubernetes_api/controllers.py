@@ -37,10 +37,9 @@ class Controllers:
         ready = {"type": "Ready", "status": "True", "reason": "KubeletReady"}
         status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready]}
         self._create("Node", "", pods.NODE, status=status)
-        standard = {"provisioner": "k8s.io/minikube-hostpath"}
-        self._create(
-            *("StorageClass", "", "standard", {"annotations": {_DEFAULT_CLASS: "true"}}), **standard
-        )
+        default = {"annotations": {_DEFAULT_CLASS: "true"}}
+        provisioner = "k8s.io/minikube-hostpath"
+        self._create("StorageClass", "", "standard", default, provisioner=provisioner)
         self.reconcile()
 
     def reconcile(self) -> None:
@@ -66,13 +65,13 @@ class Controllers:
         for pod in store.select("Pod"):
             self._run(pod)
         for quota in store.select("ResourceQuota"):
-            hard = quota["spec"].get("hard", {})
+            hard = quota.get("spec", {}).get("hard", {})
             used = str(len(store.select("Pod", quota["metadata"]["namespace"])))
             store.set_status(quota, hard=hard, used={k: used for k in hard if k == "pods"})
+        uids = {claim["metadata"]["uid"] for claim in store.select("PersistentVolumeClaim")}
         for volume in store.select("PersistentVolume"):
-            reference = volume["spec"].get("claimRef", {})
-            claim = store.get("PersistentVolumeClaim", *map(reference.get, ("namespace", "name")))
-            if reference and (claim is None or claim["metadata"]["uid"] != reference["uid"]):
+            reference = volume.get("spec", {}).get("claimRef")
+            if reference and reference.get("uid") not in uids:
                 store.remove(volume)
 
     # --- what every controller needs -----------------------------------------------------------
@@ -212,7 +211,7 @@ class Controllers:
             raise forbidden(kind, name, broken)
         used = len(store.select("Pod", namespace))
         for quota in store.select("ResourceQuota", namespace):
-            limit = quota["spec"].get("hard", {}).get("pods")
+            limit = quota.get("spec", {}).get("hard", {}).get("pods")
             if limit is not None and used >= int(limit):
                 quota_name = quota["metadata"]["name"]
                 why = f"exceeded quota: {quota_name}, requested: pods=1, used: pods={used}, "
@@ -287,30 +286,21 @@ class Controllers:
         revision = f"{meta['name']}-{_hash(spec['template'])}"
         first = spec.get("ordinals", {}).get("start", 0)
         ordinals = range(first, first + spec["replicas"])
-        parallel = spec["podManagementPolicy"] == "Parallel"
-        wanted = {f"{meta['name']}-{n}": n for n in ordinals}
+        names = {ordinal: f"{meta['name']}-{ordinal}" for ordinal in ordinals}
         for pod in store.owned(owner, "Pod"):
-            if pod["metadata"]["name"] not in wanted:
+            if pod["metadata"]["name"] not in names.values():
                 store.remove(pod)
         here: dict[int, Object] = {}
-        settled = True
-        for name, ordinal in wanted.items():
-            pod = store.get("Pod", meta["namespace"], name)
-            pod = self._run(pod) if pod else self._replica(owner, ordinal, revision)
-            if pod:
-                here[ordinal] = pod
-            settled = bool(pod and pods.is_ready(pod))
-            if not settled and not parallel:
-                break
-        rolling = spec["updateStrategy"]["type"] == "RollingUpdate"
-        partition = spec["updateStrategy"].get("rollingUpdate", {}).get("partition", 0)
-        for ordinal in sorted(here, reverse=True) if rolling and (settled or parallel) else []:
-            if ordinal >= partition and _revision(here[ordinal]) != revision:
-                store.remove(here.pop(ordinal))
-                if pod := self._replica(owner, ordinal, revision):
-                    here[ordinal] = pod
-            if ordinal not in here or not pods.is_ready(here[ordinal]):
-                break
+        go_on = True
+        for ordinal, name in names.items():
+            known = store.get("Pod", meta["namespace"], name)
+            if known or go_on:
+                replica = self._run(known) if known else self._replica(owner, ordinal, revision)
+                here |= {ordinal: replica} if replica else {}
+            parallel = spec["podManagementPolicy"] == "Parallel"
+            go_on = parallel or (go_on and ordinal in here and pods.is_ready(here[ordinal]))
+        if go_on and spec["updateStrategy"]["type"] == "RollingUpdate":
+            self._roll(owner, here, revision)
         ready = sum(pods.is_ready(pod) for pod in here.values())
         updated = sum(_revision(pod) == revision for pod in here.values())
         complete = updated == ready == len(here) == spec["replicas"]
@@ -330,6 +320,16 @@ class Controllers:
             "updateRevision": revision,
         }
         store.put(deepcopy(owner) | {"status": status | {k: n for k, n in counts.items() if n}})
+
+    def _roll(self, owner: Object, here: dict[int, Object], revision: str) -> None:
+        partition = owner["spec"]["updateStrategy"].get("rollingUpdate", {}).get("partition", 0)
+        for ordinal in sorted(here, reverse=True):
+            if ordinal >= partition and _revision(here[ordinal]) != revision:
+                self._store.remove(here.pop(ordinal))
+                replica = self._replica(owner, ordinal, revision)
+                here |= {ordinal: replica} if replica else {}
+            if ordinal not in here or not pods.is_ready(here[ordinal]):
+                break
 
     def _replica(self, owner: Object, ordinal: int, revision: str) -> Object | None:
         store, spec, meta = self._store, owner["spec"], owner["metadata"]
@@ -366,23 +366,21 @@ class Controllers:
         spec, meta = owner["spec"], owner["metadata"]
         mark = {"pod-template-hash": _hash(spec["template"])}
         name = f"{meta['name']}-{mark['pod-template-hash']}"
-        current = self._store.get("ReplicaSet", meta["namespace"], name)
         template, selector = deepcopy(spec["template"]), deepcopy(spec["selector"])
         for labelled, key in ((template["metadata"], "labels"), (selector, "matchLabels")):
             labelled[key] = labelled.get(key, {}) | mark
         wanted = {"replicas": spec["replicas"], "selector": selector, "template": template}
+        current = self._store.get("ReplicaSet", meta["namespace"], name)
         if current is None:
             described = {"labels": template["metadata"]["labels"]}
             described["ownerReferences"] = [_owner_reference(owner)]
             current = self._create("ReplicaSet", meta["namespace"], name, described, spec=wanted)
-        self._store.put(deepcopy(current) | {"spec": wanted})
-        current = self._store.get("ReplicaSet", meta["namespace"], name) or current
+        current = self._store.put(deepcopy(current) | {"spec": wanted})
         if self._replica_set(current) == spec["replicas"]:
             for old in self._store.owned(owner, "ReplicaSet"):
                 if old["metadata"]["name"] != name:
-                    old = deepcopy(old)
-                    old["spec"]["replicas"] = 0
-                    self._replica_set(self._store.put(old))
+                    emptied = deepcopy(old) | {"spec": old["spec"] | {"replicas": 0}}
+                    self._replica_set(self._store.put(emptied))
 
     def _replica_set(self, owner: Object) -> int:
         """Create or remove pods; how many are ready."""

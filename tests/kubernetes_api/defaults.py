@@ -166,11 +166,11 @@ def _service(obj: Object) -> None:
 
 
 def _claim(obj: Object) -> None:
-    _fill(obj["spec"], volumeMode="Filesystem")
+    _fill(obj.setdefault("spec", {}), volumeMode="Filesystem")
 
 
 def _network_policy(obj: Object) -> None:
-    spec = obj["spec"]
+    spec = obj.setdefault("spec", {})
     _fill(spec, policyTypes=["Ingress", *(["Egress"] if spec.get("egress") else [])])
     for rule in [*spec.get("ingress", []), *spec.get("egress", [])]:
         for port in rule.get("ports", []):

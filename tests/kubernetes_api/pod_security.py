@@ -86,17 +86,17 @@ def _restricted(spec: Object) -> Iterator[str]:
             f"allowPrivilegeEscalation != false ({where} must set "
             "securityContext.allowPrivilegeEscalation=false)"
         )
-    wrong = []
+    faults = []
     if where := _where(spec, lambda c: "ALL" not in c.get("capabilities", {}).get("drop", [])):
-        wrong.append(f'{where} must set securityContext.capabilities.drop=["ALL"]')
+        faults.append(f'{where} must set securityContext.capabilities.drop=["ALL"]')
     capabilities = [c.get("securityContext", {}).get("capabilities", {}) for c in _containers(spec)]
     added = {name for c in capabilities for name in c.get("add", [])} - {"NET_BIND_SERVICE"}
     if added:
         where = _where(spec, lambda c: bool(added & set(c.get("capabilities", {}).get("add", []))))
         listed = ", ".join(f'"{a}"' for a in sorted(added))
-        wrong.append(f"{where} must not include {listed} in securityContext.capabilities.add")
-    if wrong:
-        yield f"unrestricted capabilities ({'; '.join(wrong)})"
+        faults.append(f"{where} must not include {listed} in securityContext.capabilities.add")
+    if faults:
+        yield f"unrestricted capabilities ({'; '.join(faults)})"
     types = {
         v["name"]: kind
         for v in spec.get("volumes", [])

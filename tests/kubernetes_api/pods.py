@@ -52,7 +52,6 @@ def told(pod: Object, container: str, reason: str) -> Trouble:
             [
                 ("Failed", f'Failed to pull image "{image}": manifest for {image} not found'),
                 ("Failed", "Error: ErrImagePull"),
-                ("BackOff", f'Back-off pulling image "{image}"'),
                 ("Failed", "Error: ImagePullBackOff"),
             ],
         ),
@@ -125,7 +124,7 @@ def found(store: Store, pod: Object) -> Trouble | None:
 
 def _variables(container: Object) -> list[tuple[str, str, list[str]]]:
     """The (kind, name, keys) that the environment of a container comes from."""
-    found = []
+    found: list[tuple[str, Object, list[str]]] = []
     values = [variable.get("valueFrom", {}) for variable in container.get("env", [])]
     for kind in ("secret", "configMap"):
         sources = [s[f"{kind}Ref"] for s in container.get("envFrom", []) if f"{kind}Ref" in s]

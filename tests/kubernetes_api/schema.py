@@ -55,6 +55,8 @@ class Schemas:
         https://kubernetes.io/docs/reference/using-api/api-concepts/#field-validation.
         """
         unknown, mistyped, missing = [], [], []
+        if "spec" not in obj and self.child(self.of(kind), "spec").get("required"):
+            missing.append(("spec", "Required value"))
         for error in self._validator(kind).iter_errors(obj):
             path = field_path(error.absolute_path)
             if error.validator == "additionalProperties":
@@ -87,15 +89,16 @@ class Schemas:
         below = schema.get("items", {}) if not field else below
         reference = below.get("$ref") if isinstance(below, dict) else None
         if reference:
-            return self._definitions["$defs"][reference.rsplit("/", 1)[-1]] | below
+            referred: Object = self._definitions["$defs"][reference.rsplit("/", 1)[-1]]
+            return referred | below
         return below if isinstance(below, dict) else {}
 
     def merge(self, current: Any, patch: Any, schema: Object, keys: ListKeys) -> Any:
         """`current` with `patch` merged in: null deletes, and lists whose items `keys` tells apart
         are merged item by item, others replaced. With `no_keys` this is RFC 7386."""
         if isinstance(patch, dict):
-            if bad := [name for name in patch if name.startswith("$")]:
-                raise ApiError(415, "UnsupportedMediaType", f"the stand-in has no {bad[0]}")
+            if directives := [name for name in patch if name.startswith("$")]:
+                raise ApiError(415, "UnsupportedMediaType", f"the stand-in has no {directives[0]}")
             result = dict(current) if isinstance(current, dict) else {}
             for name, value in patch.items():
                 if value is None:

@@ -155,10 +155,7 @@ def field_filter(kind: Kind, selector: str, obj: Object) -> bool:
             raise bad_request(f'invalid selector: "{part}"; can\'t understand it')
         path, operator, wanted = match.groups()
         if path not in {"metadata.name", "metadata.namespace", *kind.fields}:
-            raise bad_request(
-                f'"{path}" is not a known field selector: only "metadata.name", '
-                f'"metadata.namespace"' + "".join(f', "{f}"' for f in kind.fields)
-            )
+            raise bad_request(f"field label not supported: {path}")
         value: Any = obj
         for name in path.split("."):
             value = value.get(name, "") if isinstance(value, dict) else ""

@@ -51,8 +51,8 @@ def _metadata(kind: Kind, meta: Object) -> Iterator[Cause]:
                 "metadata.name",
                 _wrong(
                     name,
-                    f"a lowercase RFC 1123 {what} must consist of lower case alphanumeric characters, "
-                    "'-'"
+                    f"a lowercase RFC 1123 {what} must consist of lower case alphanumeric "
+                    "characters, '-'"
                     + (" or '.'" if limit == 253 else "")
                     + ", and must start and end with an "
                     "alphanumeric character",
@@ -75,7 +75,8 @@ def _labels(path: str, labels: Object) -> Iterator[Cause]:
                 _wrong(
                     value,
                     "a valid label must be an empty string or consist of at most 63 alphanumeric "
-                    "characters, '-', '_' or '.', and must start and end with an alphanumeric character",
+                    "characters, '-', '_' or '.', and must start and end with an alphanumeric "
+                    "character",
                 ),
             )
 
@@ -96,9 +97,9 @@ def _data(obj: Object) -> Iterator[Cause]:
                     f"{field}[{key}]",
                     _wrong(
                         key,
-                        "a valid config key must consist of alphanumeric characters, '-', '_' or '.' "
-                        "(e.g. 'key.name',  or 'KEY_NAME',  or 'key-name', regex used for validation "
-                        "is '[-._a-zA-Z0-9]+')",
+                        "a valid config key must consist of alphanumeric characters, '-', '_' or "
+                        "'.' (e.g. 'key.name',  or 'KEY_NAME',  or 'key-name', regex used for "
+                        "validation is '[-._a-zA-Z0-9]+')",
                     ),
                 )
             if obj["kind"] == "Secret" or field == "binaryData":
@@ -211,6 +212,8 @@ def _workload(obj: Object) -> Iterator[Cause]:
     labels = template.get("metadata", {}).get("labels", {})
     wanted = obj["spec"]["selector"].get("matchLabels", {})
     yield from _labels("spec.template.metadata.labels", labels)
+    if not job and not any(obj["spec"]["selector"].values()):
+        yield "spec.selector", _wrong({}, f"empty selector is invalid for {obj['kind'].lower()}")
     if not wanted.items() <= labels.items():
         field = "spec.template.metadata.labels"
         yield field, _wrong(labels, "`selector` does not match template `labels`")
@@ -245,7 +248,7 @@ def _service(obj: Object) -> Iterator[Cause]:
 
 
 def _disruption_budget(obj: Object) -> Iterator[Cause]:
-    if {"minAvailable", "maxUnavailable"} <= set(obj["spec"]):
+    if {"minAvailable", "maxUnavailable"} <= set(obj.get("spec", {})):
         yield "spec", _wrong("...", "minAvailable and maxUnavailable cannot be both set")
 
 
