@@ -391,8 +391,8 @@ class Controllers:
         here = [self._run(pod) for pod in here[:count]]
         for number in range(len(here), count):
             suffix = _hash([meta["uid"], number, self._store.revision], 5)
-            pod = self._make_pod(owner, f"{meta['name']}-{suffix}", {}, {})
-            here += [pod] if pod else []
+            made = self._make_pod(owner, f"{meta['name']}-{suffix}", {}, {})
+            here += [made] if made else []
         ready = sum(pods.is_ready(pod) for pod in here)
         status = {"replicas": len(here), "observedGeneration": meta["generation"]}
         status |= {"readyReplicas": ready, "availableReplicas": ready} if ready else {}
