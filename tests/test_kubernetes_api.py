@@ -13,9 +13,9 @@ from typing import Any
 
 import kubernetes
 import pytest
-from conftest import StandIn
 from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import DynamicApiError, ResourceNotFoundError
+from kubernetes_api.process import StandIn, command, running
 
 Object = dict[str, Any]
 
@@ -79,6 +79,12 @@ class Namespace:
 
     def status(self, name: str = "web", kind: str = "StatefulSet") -> Object:
         return self.get(kind, name)["status"]
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
+    with running(tmp_path_factory.mktemp("kubernetes_api") / "kubeconfig") as stand_in:
+        yield stand_in
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +162,7 @@ def test_nothing_is_created_in_a_missing_namespace(client: DynamicClient, option
 def test_a_dry_run_refuses_and_answers_but_stores_nothing(
     namespace: Namespace, stand_in: StandIn
 ) -> None:
-    before = stand_in.objects
+    before = stand_in.ask("objects")
     answer = namespace.create("StatefulSet", stateful_set(), dry_run="All")
     assert answer.spec.template.spec.containers[0].imagePullPolicy == "IfNotPresent"
     bad = stateful_set(spec={"replica": 1})
@@ -170,7 +176,7 @@ def test_a_dry_run_refuses_and_answers_but_stores_nothing(
     namespace.resource("ConfigMap").delete(**options)
     assert namespace.get("ConfigMap", "kept")["data"] == {"a": "1"}
     namespace.delete("ConfigMap", "kept")
-    assert stand_in.objects == before
+    assert stand_in.ask("objects") == before
     assert namespace.names("Pod") == []
 
 
@@ -236,6 +242,17 @@ def test_selectors(namespace: Namespace) -> None:
     assert refused(namespace.names, "Secret", field_selector="data.x=1")[0] == 400
     namespace.resource("Secret").delete(namespace=namespace.name, label_selector="tier")
     assert namespace.names("Secret") == ["c"]
+
+
+def test_an_object_with_a_finalizer_stays_until_it_is_taken_away(namespace: Namespace) -> None:
+    held = {"metadata": {"name": "held", "finalizers": ["example.com/hold"]}}
+    namespace.create("ConfigMap", held)
+    namespace.delete("ConfigMap", "held")
+    assert namespace.get("ConfigMap", "held")["metadata"]["deletionTimestamp"]
+    code, message = refused(namespace.create, "ConfigMap", held)
+    assert (code, message) == (409, 'object is being deleted: configmaps "held" already exists')
+    namespace.patch("ConfigMap", "held", {"metadata": {"finalizers": None}})
+    assert namespace.names("ConfigMap") == ["kube-root-ca.crt"]
 
 
 def test_plain_text_of_a_secret_is_encoded(namespace: Namespace) -> None:
@@ -753,19 +770,20 @@ def test_logs(namespace: Namespace, stand_in: StandIn) -> None:
 
 
 def test_a_namespace_goes_with_what_is_in_it(client: DynamicClient, stand_in: StandIn) -> None:
-    before = stand_in.objects
+    before = stand_in.ask("objects")
     namespaces = client.resources.get(kind="Namespace")
-    namespaces.create({"metadata": {"name": "brief"}})
+    # A manifest of a cluster-wide kind may name a namespace, which is ignored.
+    namespaces.create({"metadata": {"name": "brief", "namespace": "brief"}})
     brief = Namespace(client, "brief")
     brief.create("StatefulSet", stateful_set({"volumeClaimTemplates": [claim()]}))
-    assert len(stand_in.objects) == len(before) + 2
+    assert len(stand_in.ask("objects")) == len(before) + 2
     assert namespaces.delete(name="brief").status.phase == "Terminating"
     code, message = refused(brief.create, "ConfigMap", {"metadata": {"name": "late"}})
     assert code == 403
     assert message.endswith("in namespace brief because it is being terminated")
     assert namespaces.get(name="brief").status.phase == "Terminating"
     assert refused(namespaces.get, name="brief") == (404, 'namespaces "brief" not found')
-    assert stand_in.objects == before
+    assert stand_in.ask("objects") == before
     assert client.resources.get(kind="PersistentVolume").get().items == []
     assert client.resources.get(kind="Pod").get().items == []
 
@@ -802,10 +820,9 @@ def test_a_level_that_is_none_is_refused(client: DynamicClient) -> None:
 
 def test_it_runs_in_the_background_and_ends_on_sigterm(tmp_path: Path) -> None:
     kubeconfig, pidfile = tmp_path / "kubeconfig", tmp_path / "pid"
-    command = [sys.executable, "-m", "kubernetes_api", "--detach", "--kubernetes-version", "1.35"]
-    command += ["--kubeconfig", kubeconfig, "--pidfile", pidfile, "--never-ready", "a=NotReady"]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    options = ["--detach", "--kubeconfig", kubeconfig, "--pidfile", pidfile]
+    options += ["--kubernetes-version", "1.35", "--never-ready"]
+    done = subprocess.run(**command(*options, "a=NotReady"), check=True, capture_output=True)
     pid = int(pidfile.read_text())
     waiting = os.pidfd_open(pid)
     try:
@@ -816,8 +833,7 @@ def test_it_runs_in_the_background_and_ends_on_sigterm(tmp_path: Path) -> None:
     finally:
         signal.pidfd_send_signal(waiting, signal.SIGTERM)
         os.close(waiting)
-    failing = [*command[:-1], "a=Tired"]
-    done = subprocess.run(failing, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(**command(*options, "a=Tired"), capture_output=True, check=False)
     assert done.returncode == 1
     assert "no such reason: Tired" in done.stderr
 
@@ -826,10 +842,13 @@ def test_ansible(stand_in: StandIn, tmp_path: Path) -> None:
     """The modules' own logic, on what the stand-in answers (kubernetes_api_test.yml)."""
     environment = os.environ | {"LC_ALL": "C.UTF-8", "TMPDIR": str(tmp_path)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling the client is most of the time
-    command = [Path(sys.executable).with_name("ansible-playbook"), HERE / "kubernetes_api_test.yml"]
-    command += ["-e", f"kubeconfig={stand_in.kubeconfig}", "-e", f"stand_in={stand_in.url}"]
+    arguments = [
+        Path(sys.executable).with_name("ansible-playbook"),
+        HERE / "kubernetes_api_test.yml",
+    ]
+    arguments += ["-e", f"kubeconfig={stand_in.kubeconfig}", "-e", f"stand_in={stand_in.url}"]
     done = subprocess.run(
-        command, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False
+        arguments, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert stand_in.objects == []
+    assert stand_in.ask("objects") == []
