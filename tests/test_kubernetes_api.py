@@ -42,6 +42,20 @@ def stateful_set(spec: Object | None = None, pod: Object | None = None, **fields
     return {"metadata": {"name": "web"}, "spec": whole | (spec or {})}
 
 
+def job(**fields: Any) -> Object:
+    pod = {"restartPolicy": "Never", "securityContext": RESTRICTED_POD}
+    pod["containers"] = [container(**fields)]
+    return {"metadata": {"name": "once"}, "spec": {"template": {"spec": pod}}}
+
+
+def claim(name: str = "data", **spec: Any) -> Object:
+    size = {"requests": {"storage": "1Gi"}}
+    return {
+        "metadata": {"name": name},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": size} | spec,
+    }
+
+
 class Namespace:
     """One namespace of the stand-in; `create("ConfigMap", …)` and so on are within it."""
 
@@ -195,6 +209,49 @@ def test_a_merge_patch_removes_and_defaults_come_back(namespace: Namespace) -> N
     spec = namespace.patch("StatefulSet", "web", patch)["spec"]
     assert spec["replicas"] == 1
     assert spec["template"]["spec"]["containers"][0]["terminationMessagePolicy"] == "File"
+
+
+SEVERAL = [
+    ("Secret", {"metadata": {"name": "x"}, "stringData": {"a": "1"}}),
+    ("Service", {"metadata": {"name": "x"}, "spec": {"ports": [{"port": 80}]}}),
+    (
+        "NetworkPolicy",
+        {
+            "metadata": {"name": "x"},
+            "spec": {"podSelector": {}, "egress": [{"ports": [{"port": 53}]}]},
+        },
+    ),
+    (
+        "RoleBinding",
+        {
+            "metadata": {"name": "x"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "x"},
+            "subjects": [{"kind": "User", "name": "x"}],
+        },
+    ),
+    ("PersistentVolumeClaim", claim("x")),
+    (
+        "StatefulSet",
+        stateful_set(
+            {"volumeClaimTemplates": [claim()]},
+            {"volumes": [{"name": "v", "configMap": {"name": "kube-root-ca.crt"}}]},
+            ports=[{"containerPort": 80}],
+            startupProbe={"httpGet": {"port": 80}},
+            env=[{"name": "E", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}],
+        ),
+    ),
+    ("Job", job()),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), SEVERAL, ids=[kind for kind, _ in SEVERAL])
+def test_what_is_applied_again_changes_nothing(
+    namespace: Namespace, kind: str, body: Object
+) -> None:
+    name = body["metadata"]["name"]
+    namespace.create(kind, body)
+    before = namespace.get(kind, name)
+    assert namespace.patch(kind, name, body) == before
 
 
 def test_a_strategic_patch_merges_lists_by_name(namespace: Namespace) -> None:
@@ -399,20 +456,6 @@ def test_fields_that_never_change(namespace: Namespace) -> None:
 
 
 # --- pods -----------------------------------------------------------------------------------------
-
-
-def job(**fields: Any) -> Object:
-    pod = {"restartPolicy": "Never", "securityContext": RESTRICTED_POD}
-    pod["containers"] = [container(**fields)]
-    return {"metadata": {"name": "once"}, "spec": {"template": {"spec": pod}}}
-
-
-def claim(name: str = "data", **spec: Any) -> Object:
-    size = {"requests": {"storage": "1Gi"}}
-    return {
-        "metadata": {"name": name},
-        "spec": {"accessModes": ["ReadWriteOnce"], "resources": size} | spec,
-    }
 
 
 def test_a_stateful_set_gets_its_pods_and_claims(
@@ -821,7 +864,7 @@ def test_a_level_that_is_none_is_refused(client: DynamicClient) -> None:
 def test_it_runs_in_the_background_and_ends_on_sigterm(tmp_path: Path) -> None:
     kubeconfig, pidfile = tmp_path / "kubeconfig", tmp_path / "pid"
     options = ["--detach", "--kubeconfig", kubeconfig, "--pidfile", pidfile]
-    options += ["--kubernetes-version", "1.35", "--never-ready"]
+    options += ["--kubernetes-version", "1.33", "--never-ready"]
     done = subprocess.run(**command(*options, "a=NotReady"), check=True, capture_output=True)
     pid = int(pidfile.read_text())
     waiting = os.pidfd_open(pid)
@@ -829,7 +872,7 @@ def test_it_runs_in_the_background_and_ends_on_sigterm(tmp_path: Path) -> None:
         configured = kubernetes.config.new_client_from_config(str(kubeconfig))
         assert configured.configuration.host == done.stdout.strip()
         version = kubernetes.client.VersionApi(configured).get_code()
-        assert version.git_version == "v1.35.0"
+        assert version.git_version == "v1.33.0"
     finally:
         signal.pidfd_send_signal(waiting, signal.SIGTERM)
         os.close(waiting)

@@ -26,6 +26,7 @@ or HorizontalPodAutoscaler has an effect, and nobody is asked who they are. Time
 rollouts, binding of claims and probes are over by the next read, nothing times out, nothing is
 retried. Requests for CPU and memory are not counted, of quotas only `pods` is. Deletion is at once:
 no grace period, no orphaning, no protection of claims in use. There is no watch, no exec, no scale,
-status or eviction subresource, no CustomResourceDefinition and no OpenAPI, and lists come in one
-piece. A playbook that passes here still has to pass on a cluster.
+status or eviction subresource, no CustomResourceDefinition, no OpenAPI, no JSON patch and no
+protobuf (kubectl reads here, but creates nothing), and lists come in one piece. A playbook that
+passes here still has to pass on a cluster.
 """

@@ -178,7 +178,6 @@ def _network_policy(obj: Object) -> None:
 
 
 def _role_binding(obj: Object) -> None:
-    _fill(obj["roleRef"], apiGroup="rbac.authorization.k8s.io")
     for subject in obj.get("subjects", []):
         if subject.get("kind") in {"User", "Group"}:
             _fill(subject, apiGroup="rbac.authorization.k8s.io")

@@ -219,6 +219,8 @@ def _parsed(body: bytes, content_type: str) -> Object:
     """A body is one JSON object; YAML only where its type says so."""
     if not body:
         return {}
+    if "protobuf" in content_type:  # which kubectl sends to create an object
+        raise errors.ApiError(415, "UnsupportedMediaType", "the stand-in has no protobuf")
     try:
         given = yaml.safe_load(body) if content_type.endswith("yaml") else json.loads(body)
     except (ValueError, yaml.YAMLError) as error:
