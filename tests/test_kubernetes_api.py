@@ -244,14 +244,39 @@ SEVERAL = [
 ]
 
 
+FILLED_IN = {
+    "Secret": "type=Opaque",
+    "Service": "spec.ports.0.targetPort=80 spec.ports.0.protocol=TCP spec.type=ClusterIP",
+    "NetworkPolicy": "spec.egress.0.ports.0.protocol=TCP spec.policyTypes.1=Egress",
+    "RoleBinding": "subjects.0.apiGroup=rbac.authorization.k8s.io",
+    "PersistentVolumeClaim": "spec.volumeMode=Filesystem spec.storageClassName=standard",
+    "StatefulSet": (
+        "spec.volumeClaimTemplates.0.kind=PersistentVolumeClaim spec.replicas=1 "
+        "spec.volumeClaimTemplates.0.status.phase=Pending spec.updateStrategy.type=RollingUpdate "
+        "spec.template.spec.containers.0.ports.0.protocol=TCP "
+        "spec.template.spec.containers.0.startupProbe.httpGet.scheme=HTTP "
+        "spec.template.spec.containers.0.startupProbe.failureThreshold=3 "
+        "spec.template.spec.containers.0.env.0.valueFrom.fieldRef.apiVersion=v1 "
+        "spec.template.spec.volumes.0.configMap.defaultMode=420"
+    ),
+    "Job": "spec.backoffLimit=6 spec.template.spec.dnsPolicy=ClusterFirst",
+}
+
+
 @pytest.mark.parametrize(("kind", "body"), SEVERAL, ids=[kind for kind, _ in SEVERAL])
-def test_what_is_applied_again_changes_nothing(
+def test_what_is_left_out_is_filled_in_each_time(
     namespace: Namespace, kind: str, body: Object
 ) -> None:
     name = body["metadata"]["name"]
     namespace.create(kind, body)
     before = namespace.get(kind, name)
     assert namespace.patch(kind, name, body) == before
+    for expected in FILLED_IN[kind].split():
+        path, value = expected.split("=")
+        found: Any = before
+        for part in path.split("."):
+            found = found[int(part) if part.isdigit() else part]
+        assert str(found) == value, path
 
 
 def test_a_strategic_patch_merges_lists_by_name(namespace: Namespace) -> None:
@@ -661,6 +686,13 @@ def test_a_reason_that_is_none_is_refused(stand_in: StandIn) -> None:
         stand_in.ask("never-ready", {"web": "Tired"})
 
 
+HOST_PORTS = [{"containerPort": 80, "hostPort": 80}, {"containerPort": 81, "hostPort": 81}]
+TWO_VOLUMES = {
+    "volumes": [
+        {"name": "a", "hostPath": {"path": "/"}},
+        {"name": "b", "nfs": {"server": "n", "path": "/"}},
+    ]
+}
 HOST_VOLUME = {"volumes": [{"name": "v", "hostPath": {"path": "/"}}]}
 ROOT = RESTRICTED | {"runAsUser": 0, "runAsNonRoot": True}
 ADDING = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"], "add": ["NET_RAW"]}}
@@ -717,8 +749,30 @@ ADDING = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"], "
         ),
         (
             {},
-            {"ports": [{"containerPort": 80, "hostPort": 80}]},
+            {"ports": HOST_PORTS[:1]},
             'hostPort (container "main" uses hostPort 80)',
+        ),
+        (
+            {"initContainers": [container(name="init", ports=HOST_PORTS)]},
+            {"ports": HOST_PORTS},
+            'hostPort (containers "init", "main" use hostPorts 80, 81)',
+        ),
+        (
+            TWO_VOLUMES,
+            {},
+            'restricted volume types (volumes "a", "b" use restricted volume types "hostPath", '
+            '"nfs")',
+        ),
+        (
+            {},
+            {"securityContext": RESTRICTED | {"privileged": True}},
+            'privileged (container "main" must not set securityContext.privileged=true)',
+        ),
+        (
+            {},
+            {"securityContext": RESTRICTED | {"runAsNonRoot": False}},
+            'runAsNonRoot != true (container "main" must not set '
+            "securityContext.runAsNonRoot=false)",
         ),
         (
             {"initContainers": [container(name="init", securityContext={})]},

@@ -27,6 +27,6 @@ rollouts, binding of claims and probes are over by the next read, nothing times 
 retried. Requests for CPU and memory are not counted, of quotas only `pods` is. Deletion is at once:
 no grace period, no orphaning, no protection of claims in use. There is no watch, no exec, no scale,
 status or eviction subresource, no CustomResourceDefinition, no OpenAPI, no JSON patch and no
-protobuf (kubectl reads here, but creates nothing), and lists come in one piece. A playbook that
-passes here still has to pass on a cluster.
+protobuf (kubectl gets, describes, applies and deletes here, but cannot create), and lists come in
+one piece. A playbook that passes here still has to pass on a cluster.
 """

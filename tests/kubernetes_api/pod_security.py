@@ -2,8 +2,8 @@
 
 Written after https://kubernetes.io/docs/concepts/security/pod-security-standards/ (the rules) and
 https://kubernetes.io/docs/concepts/security/pod-security-admission/ (the labels). Linux pods only.
-Of `baseline`, the rules on SELinux, AppArmor, seccomp, procMount, sysctls and Windows are left out,
-and so is that on the host field of probes.
+Of `baseline`, the rules on added capabilities, SELinux, AppArmor, seccomp, procMount, sysctls, the
+host field of probes and Windows are left out; `restricted` has its own on the first and the fourth.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,8 +32,12 @@ def _containers(spec: Object) -> list[Object]:
     return [container for name in names for container in spec.get(name, [])]
 
 
-def _named(what: str, names: list[str]) -> str:
-    return f"{what}{'s' * (len(names) > 1)} " + ", ".join(f'"{name}"' for name in names)
+def _named(what: str, names: list[str], verb: str = "") -> str:
+    """`containers "a", "b"`, or with a verb `container "a" uses`."""
+    listed = ", ".join(f'"{name}"' for name in names)
+    several = len(names) > 1
+    verb = f" {verb}{'' if several else 's'}" if verb else ""
+    return f"{what}{'s' * several} {listed}{verb}"
 
 
 def _where(spec: Object, wrong: Callable[[Object], bool]) -> str:
@@ -56,13 +60,14 @@ def _inherited(spec: Object, field: str, good: Callable[[Any], bool], must: str,
 def _baseline(spec: Object) -> Iterator[str]:
     if used := [f"{n}=true" for n in ("hostNetwork", "hostPID", "hostIPC") if spec.get(n)]:
         yield f"host namespaces ({', '.join(used)})"
-    for container in _containers(spec):
-        ports = [str(p["hostPort"]) for p in container.get("ports", []) if p.get("hostPort")]
-        if ports:
-            yield (
-                f'hostPort (container "{container["name"]}" uses '
-                f"hostPort{'s' * (len(ports) > 1)} {', '.join(ports)})"
-            )
+    ports = {
+        c["name"]: [str(p["hostPort"]) for p in c.get("ports", []) if p.get("hostPort")]
+        for c in _containers(spec)
+    }
+    if names := [name for name in ports if ports[name]]:
+        used = sorted({port for name in names for port in ports[name]})
+        several = "s" * (len(used) > 1)
+        yield f"hostPort ({_named('container', names, 'use')} hostPort{several} {', '.join(used)})"
     if where := _where(spec, lambda c: c.get("privileged", False)):
         yield f"privileged ({where} must not set securityContext.privileged=true)"
 
@@ -104,11 +109,10 @@ def _restricted(spec: Object) -> Iterator[str]:
         if kind != "name" and kind not in _ALLOWED_VOLUMES
     }
     if types:
-        several = "s" * (len(types) > 1)
-        kinds = ", ".join(f'"{kind}"' for kind in sorted(set(types.values())))
+        users = _named("volume", list(types), "use")
         yield (
-            f"restricted volume types ({_named('volume', list(types))} use{'' if several else 's'} "
-            f"restricted volume type{several} {kinds})"
+            f"restricted volume types ({users} restricted volume "
+            f"{_named('type', sorted(set(types.values())))})"
         )
     if wrong := _inherited(spec, "runAsNonRoot", bool, "runAsNonRoot=true", "runAsNonRoot=false"):
         yield f"runAsNonRoot != true ({wrong})"
