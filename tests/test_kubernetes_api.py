@@ -4,6 +4,7 @@ client and Ansible's kubernetes.core."""
 import itertools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -929,12 +930,15 @@ def test_it_runs_in_the_background_and_ends_on_sigterm(tmp_path: Path) -> None:
         assert version.git_version == "v1.33.0"
     finally:
         signal.pidfd_send_signal(waiting, signal.SIGTERM)
+        ended, _, _ = select.select([waiting], [], [], 10)
         os.close(waiting)
+    assert ended
     done = subprocess.run(**command(*options, "a=Tired"), capture_output=True, check=False)
     assert done.returncode == 1
     assert "no such reason: Tired" in done.stderr
 
 
+@pytest.mark.timeout(300)
 def test_ansible(stand_in: StandIn, tmp_path: Path) -> None:
     """The modules' own logic, on what the stand-in answers (kubernetes_api_test.yml)."""
     environment = os.environ | {"LC_ALL": "C.UTF-8", "TMPDIR": str(tmp_path)}
