@@ -75,6 +75,8 @@ lint: $(VENV)/.dev ## Check style and types
 	$(VENV)/bin/mypy
 	$(VENV)/bin/yamllint --strict .
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH ansible-lint
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH actionlint
+	$(VENV)/bin/shellcheck .ci/*
 
 .PHONY: molecule
 molecule: $(VENV)/.dev packages ## Deploy to a place and ports of its own, twice, verify, and take it down
