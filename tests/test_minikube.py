@@ -53,9 +53,10 @@ class Machine:
         (path / "bin").mkdir(parents=True)
         for name in PROGRAMS:
             self.install(name, HERE / "standin.py")
-        for name in ("which", "timeout", "df", "sh", "env"):
+        for name in ("which", "timeout", "sh", "env"):
             self.install(name, str(shutil.which(name)))
         self.install("python3", sys.executable)
+        self.disk(free=20)
 
     def install(self, name: str, program: str | Path) -> None:
         self.remove(name)
@@ -69,6 +70,10 @@ class Machine:
         self.remove(name)
         (self.path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (self.path / "bin" / name).chmod(0o755)
+
+    def disk(self, free: int) -> None:
+        """GiB, as df reports them."""
+        self.script("df", f"echo Filesystem\necho /dev/sda1 9 9 {free << 20} 9% /")
 
     @property
     def state(self) -> dict:
@@ -154,7 +159,10 @@ def test_a_cluster_is_started_once(tmp_path: Path) -> None:
 
 def test_a_cluster_that_does_not_run_is_started(tmp_path: Path) -> None:
     """Stopped, or without its container; it keeps what it has."""
-    machines = [Machine(tmp_path / host) for host in ("Stopped", "Nonexistent")]
+    machines = [
+        Machine(tmp_path / host, minikube_kubernetes_version="v1.36.0")
+        for host in ("Stopped", "Nonexistent")
+    ]
     for machine in machines:
         machine.has_cluster(machine.path.name)
     play(*machines)
@@ -211,7 +219,7 @@ STOPS: dict[str, tuple[Prepare, list[str]]] = {
         ["4096 MiB", "Docker has 4 processors and 2048 MiB"],
     ),
     "little disk": (
-        lambda machine: machine.script("df", "echo head\necho /dev/sda1 9 9 5242880 95% /"),
+        lambda machine: machine.disk(free=5),
         ["needs 8 GiB in /, where 5 GiB are free"],
     ),
     "damaged cluster": (

@@ -121,6 +121,10 @@ def start(state, name, flags):
             "Addons": {"default-storageclass": True, "storage-provisioner": True},
         }
         state["profiles"][name] = {"host": "Stopped", "config": config}
+    elif "kubernetes-version" in flags:
+        # Of all that a start may ask of an existing cluster, minikube changes this.
+        kubernetes = state["profiles"][name]["config"]["KubernetesConfig"]
+        kubernetes["KubernetesVersion"] = flags["kubernetes-version"]
     if "start" in state.get("fails", []):
         STATE.write_text(json.dumps(state))
         fail(
