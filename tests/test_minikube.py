@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+from kubernetes_validate.utils import all_versions
 
 HERE = Path(__file__).parent / "minikube_cli"
 ROOT = Path(__file__).parent.parent
@@ -133,6 +135,12 @@ def play(*machines: Machine, options: tuple[str, ...] = ()) -> None:
         machine.said = "\n".join(m if isinstance(m, str) else "\n".join(m) for m in messages)
         machine.changed = report["stats"][host]["changed"]
         machine.failed = report["stats"][host]["failures"] > 0
+
+
+def test_the_manifests_can_be_checked_for_the_kubernetes_of_the_defaults() -> None:
+    defaults = yaml.safe_load((ROOT / "roles/minikube/defaults/main.yml").read_text())
+    version = defaults["minikube_kubernetes_version"].removeprefix("v").split(".")
+    assert version[:2] in [known.split(".")[:2] for known in all_versions()]
 
 
 def test_a_cluster_is_started_once(tmp_path: Path) -> None:
