@@ -74,6 +74,7 @@ lint: $(VENV)/.dev ## Check style and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/yamllint --strict .
+	$(VENV)/bin/hadolint collector/Dockerfile
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH ansible-lint
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH actionlint
 	$(VENV)/bin/shellcheck .ci/*

@@ -1,5 +1,7 @@
 """The command ``iot-collector``."""
 
+import os
+import signal
 import sys
 
 import click
@@ -19,6 +21,8 @@ def main() -> None:
     Settings come from environment variables with the prefix IOT_.
     `iot-collector run --help` lists them.
     """
+    if os.getpid() == 1:  # the first process of a container is not ended by a signal it ignores
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _settings() -> Settings:
