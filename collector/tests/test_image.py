@@ -71,7 +71,8 @@ def _output(command: Sequence[str], timeout: float) -> str:
     except subprocess.TimeoutExpired:
         raise EngineError(f"{command[0]} took longer than {timeout:g} s") from None
     if done.returncode:
-        raise EngineError("\n".join((done.stdout + done.stderr).splitlines()[-20:]))
+        said = (done.stdout + done.stderr).splitlines()[-20:]
+        raise EngineError("\n".join([f"{command[0]}: exit status {done.returncode}", *said]))
     return done.stdout
 
 
@@ -98,20 +99,21 @@ def _base(engine: Engine, folder: Path) -> str:
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """The first engine that runs a container; without one, the test is skipped."""
-    reasons = []
+    reasons = {}
+    # Podman's own choice of a runtime does not run everywhere that runc does.
     for command in (("podman",), ("podman", "--runtime=runc"), ("docker",)):
         if not shutil.which(command[0]):
-            reasons.append(f"{command[0]} is not installed")
+            reasons[command[0]] = "not installed"
             continue
         try:
             Engine(command)("info")
             engine = Engine(command, _base(Engine(command), tmp_path_factory.mktemp("base")))
             engine.inside(engine.base, "true")
         except EngineError as error:
-            reasons.append(f"{' '.join(command)}: {error}")
+            reasons[" ".join(command)] = str(error).splitlines()[-1]
         else:
             return engine
-    pytest.skip("no container engine works here: " + "; ".join(reasons))
+    pytest.skip(f"no container engine works here: {reasons}")
 
 
 def _build(engine: Engine, folder: Path, *options: str) -> str:
