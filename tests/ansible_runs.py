@@ -1,0 +1,23 @@
+"""Runs of Ansible, as a person would start them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def playbook(path: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a playbook of the project; return what it printed, both streams in one."""
+    return subprocess.run(
+        [Path(sys.executable).with_name("ansible-playbook"), ROOT / path, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"ANSIBLE_NOCOLOR": "1", "LC_ALL": "C.UTF-8"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )

@@ -1,0 +1,75 @@
+"""The platforms run on the same files: what is rendered for them differs in addresses and paths alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from ansible_runs import playbook
+
+# What may differ, with what it is replaced by before the comparison.
+DIFFERENCES = [
+    (r"(?<![\w.])/(?:[\w.-]+/)*[\w.*-]*", "PATH"),
+    (r"\b(?:127\.0\.0\.1|0\.0\.0\.0|localhost|[a-z]+-service)\b", "ADDRESS"),
+    (r"(?m)^http_port = (?:3000|3001)$", "http_port = PORT"),  # one machine has one port 3000
+]
+FILES = [
+    "accounts",
+    "acl",
+    "dashboards.yml",
+    "datasources.yml",
+    "grafana.ini",
+    "mosquitto.conf",
+    "pg_hba.conf",
+    "postgresql.conf",
+    "prometheus.yml",
+    "roles.sql",
+]
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The directory with the files of each platform, by the name of its group."""
+    folders = {}
+    for target in ("host", "local"):
+        folders[target] = tmp_path_factory.mktemp(target)
+        # "never" are the tasks of the roles, which are there for their variables.
+        done = playbook(
+            "tests/render.yml",
+            f"-etarget={target}",
+            f"-erender_to={folders[target]}",
+            "--skip-tags=never",
+        )
+        assert done.returncode == 0, done.stdout
+    return folders
+
+
+def comparable(text: str) -> str:
+    for pattern, replacement in DIFFERENCES:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_same_but_for_addresses_and_paths(rendered: dict[str, Path], name: str) -> None:
+    texts = {target: (folder / name).read_text() for target, folder in rendered.items()}
+    if name == "prometheus.yml":
+        for target, text in texts.items():
+            document = yaml.safe_load(text)
+            (collector,) = (
+                job for job in document["scrape_configs"] if job["job_name"] == "collector"
+            )
+            # Where the collector is: at an address on one machine, to be found out on Kubernetes.
+            for key in ("static_configs", "kubernetes_sd_configs", "relabel_configs"):
+                collector.pop(key, None)
+            texts[target] = yaml.safe_dump(document)
+    assert comparable(texts["host"]) == comparable(texts["local"])
+
+
+def test_the_comparison_sees_what_matters(rendered: dict[str, Path]) -> None:
+    text = (rendered["local"] / "mosquitto.conf").read_text()
+    for setting in ("max_queued_messages 1000000", "listener 1883", "allow_anonymous false"):
+        assert setting in text
+        assert comparable(text.replace(setting, f"{setting}0")) != comparable(text)
