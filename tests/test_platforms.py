@@ -1,4 +1,4 @@
-"""The platforms run on the same files: what is rendered for them differs in addresses and paths alone."""
+"""The platforms run on the same files, which differ in addresses and paths alone."""
 
 from __future__ import annotations
 
@@ -58,12 +58,10 @@ def test_same_but_for_addresses_and_paths(rendered: dict[str, Path], name: str) 
     if name == "prometheus.yml":
         for target, text in texts.items():
             document = yaml.safe_load(text)
-            (collector,) = (
-                job for job in document["scrape_configs"] if job["job_name"] == "collector"
-            )
+            jobs = {job["job_name"]: job for job in document["scrape_configs"]}
             # Where the collector is: at an address on one machine, to be found out on Kubernetes.
             for key in ("static_configs", "kubernetes_sd_configs", "relabel_configs"):
-                collector.pop(key, None)
+                jobs["collector"].pop(key, None)
             texts[target] = yaml.safe_dump(document)
     assert comparable(texts["host"]) == comparable(texts["local"])
 

@@ -1,4 +1,4 @@
-"""The script that prepares the database before each start on Kubernetes, run by a real PostgreSQL."""
+"""What prepares the database before each start on Kubernetes, run by a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from services import IS_ROOT, Postgres, postgres_binary
 
 
 class Pod(Postgres):
-    """What the pod of the database has: its configuration, passwords, volume and socket; and no user but one."""
+    """What the database's pod has: configuration, passwords, volume, socket, and one user."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -1,8 +1,8 @@
-"""Follow one message: published as a device does, found in the table once, counted, seen by Prometheus.
+"""Follow one message: published as a device does, found in the table once, counted, seen.
 
-Runs where the collector is installed, with its settings (IOT_*): they say where broker and database are, and what topic
-is stored. Where the collector and Prometheus are, VERIFY_COLLECTOR and VERIFY_PROMETHEUS say, as host:port. Fails with a
-line that says which step did not happen.
+Runs where the collector is installed, with its settings (IOT_*): they say where broker and database
+are, and what topic is stored. Where the collector and Prometheus are, VERIFY_COLLECTOR and
+VERIFY_PROMETHEUS say, as host:port. Fails with a line that says which step did not happen.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SETTLED = {"db_inserts_total", "db_duplicates_total", "db_dead_letters_total", "
 
 
 def other_accounts() -> None:
-    """Be a device that publishes and somebody who reads, in place of the collector. Their passwords lie beside its own."""
+    """Be a device and a reader; their passwords lie beside the collector's."""
     if "IOT_MQTT_USERNAME" in os.environ:
         os.environ["IOT_MQTT_USERNAME"] = "iot-simulator"
         beside("IOT_MQTT_PASSWORD_FILE", "simulator_mqtt_password")

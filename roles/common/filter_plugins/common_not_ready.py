@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 _EVENTS = 5  # at the most
+_IMAGE = (
+    "set common_image_{name} to an image that the cluster can get, or load it: minikube image load"
+)
+_CLASS = "set common_storage_class to a class that provides volumes"
 
 # What a reason or message contains -> the next step. The first that fits.
 NEXT_STEPS = {
     "exceeded quota": "raise the namespace's ResourceQuota, or lower the component's resources",
     "PodSecurity": "the namespace enforces the restricted profile; the manifest violates it",
-    "ImagePull": "set common_image_{name} to an image that the cluster can get, or load it: minikube image load",
-    "ErrImage": "set common_image_{name} to an image that the cluster can get, or load it: minikube image load",
+    "ImagePull": _IMAGE,
+    "ErrImage": _IMAGE,
     "InvalidImageName": "set common_image_{name} to a name and tag as in postgres:17.6",
-    "unbound immediate PersistentVolumeClaims": "set common_storage_class to a class that provides volumes",
-    "ProvisioningFailed": "set common_storage_class to a class that provides volumes",
+    "unbound immediate PersistentVolumeClaims": _CLASS,
+    "ProvisioningFailed": _CLASS,
     "FailedScheduling": "give the cluster more nodes, CPU or memory, or lower {name}'s resources",
     "OOMKilled": "raise the memory limit in {name}'s resources",
     "exit code": "read what it says: kubectl -n {namespace} logs {pod} --all-containers",
@@ -46,7 +50,7 @@ def _pod_reasons(pod: dict) -> list[str]:
 
 
 def _event_reasons(component: str, events: list[dict]) -> list[str]:
-    """Return the last warnings about a component's objects; older ones may be about what is mended."""
+    """Return the last warnings about a component's objects; older ones may be mended by now."""
     about = [
         e
         for e in events
@@ -68,7 +72,7 @@ def common_not_ready(component: str, error: str, namespace: str, pods: dict, eve
     now = [f"pod {name}: {reason}" for name, reasons in found.items() for reason in reasons]
     lately = _event_reasons(component, events.get("resources") or [])
     lines = dict.fromkeys(" ".join(line.split()) for line in now + lately)
-    # What is the case now says more than what has happened, and that more than that it took too long.
+    # What is so now says more than what has happened, and that more than that it took too long.
     texts = ["\n".join(now), "\n".join(lately[::-1]), error]
     step = next(
         (step for text in texts for sign, step in NEXT_STEPS.items() if sign in text),
@@ -79,7 +83,10 @@ def common_not_ready(component: str, error: str, namespace: str, pods: dict, eve
         pod=next((name for name, reasons in found.items() if reasons), f"{component}-0"),
     )
     said = "\n".join(lines) or "The cluster names no reason."
-    return f"{component} is not ready. {error}\n{said}\nNext: {step}; then run the playbook again, it goes on from here."
+    return (
+        f"{component} is not ready. {error}\n{said}\n"
+        f"Next: {step}; then run the playbook again, it goes on from here."
+    )
 
 
 class FilterModule:
