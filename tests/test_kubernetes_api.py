@@ -349,6 +349,7 @@ def test_plain_text_of_a_secret_is_encoded(namespace: Namespace) -> None:
 
 PROBE = {"livenessProbe": {"httpGet": {"port": 80}, "successThreshold": 2}}
 BOTH = {"minAvailable": 1, "maxUnavailable": 1}
+VOLUME_V = {"name": "v", "emptyDir": {}}
 TWO_PORTS = [{"port": 1}, {"port": 2, "name": "b"}]
 
 
@@ -444,6 +445,11 @@ TWO_PORTS = [{"port": 1}, {"port": 2, "name": "b"}]
             *(422, "minAvailable and maxUnavailable cannot be both set"),
         ),
         ("StatefulSet", {"metadata": {"name": "s"}}, 422, "spec: Required value"),
+        ("StatefulSet", stateful_set(pod={"volumes": [VOLUME_V] * 2}), 422, "Duplicate value: "),
+        (
+            *("StatefulSet", stateful_set(pod={"volumes": [VOLUME_V | {"secret": {}}]})),
+            *(422, "may not specify more than 1 volume type"),
+        ),
         ("StatefulSet", stateful_set({"selector": {}}), 422, "empty selector is invalid"),
     ],
 )
@@ -479,6 +485,36 @@ def test_fields_that_never_change(namespace: Namespace) -> None:
     assert message.endswith("field is immutable")
     namespace.create("ConfigMap", {"metadata": {"name": "c"}, "immutable": True})
     assert refused(namespace.patch, "ConfigMap", "c", {"data": {"a": "1"}})[0] == 422
+
+
+CHANGES = {
+    "Secret": ({"type": "other"}, 'type: Invalid value: "other": field is immutable'),
+    "Service": ({"spec": {"clusterIP": "10.96.0.9"}}, "spec.clusterIP: Invalid value"),
+    "RoleBinding": ({"roleRef": {"name": "y"}}, "cannot change roleRef"),
+    "PersistentVolumeClaim": (
+        {"spec": {"accessModes": ["ReadOnlyMany"]}},
+        "spec: Forbidden: spec is immutable after creation",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_other_fields_that_never_change(namespace: Namespace, kind: str) -> None:
+    namespace.create(kind, dict(SEVERAL)[kind])
+    patch, message = CHANGES[kind]
+    code, told = refused(namespace.patch, kind, "x", patch)
+    assert code == 422
+    assert message in told
+
+
+def test_of_a_pod_only_the_image_changes(namespace: Namespace) -> None:
+    namespace.create("StatefulSet", stateful_set())
+    image = {"spec": {"containers": [container(image="new:2")]}}
+    namespace.patch("Pod", "web-0", image, "application/strategic-merge-patch+json")
+    assert namespace.get("Pod", "web-0")["spec"]["containers"][0]["image"] == "new:2"
+    code, message = refused(namespace.patch, "Pod", "web-0", {"spec": {"hostname": "x"}})
+    assert code == 422
+    assert "pod updates may not change fields other than" in message
 
 
 # --- pods -----------------------------------------------------------------------------------------
@@ -695,6 +731,7 @@ TWO_VOLUMES = {
     ]
 }
 HOST_VOLUME = {"volumes": [{"name": "v", "hostPath": {"path": "/"}}]}
+HOST_POD = HOST_VOLUME | {"containers": [container()], "restartPolicy": "Never"}
 ROOT = RESTRICTED | {"runAsUser": 0, "runAsNonRoot": True}
 ADDING = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"], "add": ["NET_RAW"]}}
 
@@ -794,6 +831,20 @@ def test_the_restricted_standard(
     ]
     assert namespace.names("Pod") == []
     assert namespace.status()["replicas"] == 0
+
+
+def test_the_baseline_standard_and_a_warning(namespace: Namespace) -> None:
+    levels = {"enforce": "baseline", "warn": "restricted"}
+    labels = {f"pod-security.kubernetes.io/{mode}": level for mode, level in levels.items()}
+    namespace.client.resources.get(kind="Namespace").patch(
+        {"metadata": {"labels": labels}}, name=namespace.name, content_type=MERGE
+    )
+    answer = namespace.create("StatefulSet", stateful_set(securityContext={}), serialize=False)
+    assert 'would violate PodSecurity \\"restricted:latest\\"' in answer.headers["Warning"]
+    assert namespace.status()["readyReplicas"] == 1
+    namespace.create("Job", job() | {"spec": {"template": {"spec": HOST_POD}}})
+    (refusal,) = namespace.events("FailedCreate")
+    assert refusal.endswith('violates PodSecurity "baseline:latest": hostPath volumes (volume "v")')
 
 
 def test_a_quota_of_pods(namespace: Namespace) -> None:
