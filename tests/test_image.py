@@ -19,7 +19,7 @@ from services import Collector, Database, Mosquitto, eventually, publish
 
 pytestmark = pytest.mark.timeout(900)  # seconds: a base and all dependencies are downloaded
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "collector/Dockerfile"
 OWN_BASE = "localhost/iot-collector-test-base"  # stays in the engine's store for the next run
 IMAGE = "localhost/iot-collector-test"
