@@ -6,6 +6,8 @@ MAKEFLAGS += --no-print-directory
 
 # Ansible insists on UTF-8, and a minimal system has no other UTF-8 locale.
 export LC_ALL := C.UTF-8
+# Ansible starts a Python for each task; compiling what it imports anew takes longer than most of them.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
 VENV := .venv
@@ -80,11 +82,11 @@ lint: $(VENV)/.dev ## Check style and types
 	$(VENV)/bin/shellcheck .ci/*
 
 .PHONY: molecule
-molecule: $(VENV)/.dev packages ## Deploy to a place and ports of its own, twice, verify, and take it down
-	PATH=$(CURDIR)/$(VENV)/bin:$$PATH molecule test
+molecule: $(VENV)/.dev packages ## Deploy each platform to a place of its own, twice, verify, and take it down
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH molecule test --all
 
 .PHONY: pytest
-pytest: $(VENV)/.dev packages ## Run the tests in Python
+pytest: $(VENV)/.dev $(VENV)/checkov/.stamp packages ## Run the tests in Python
 	$(VENV)/bin/python -m pytest
 
 .PHONY: bench
@@ -114,6 +116,13 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
 	@echo 'Installing the test tools into $(VENV) (once, about a minute)'
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.deploy
+
+# In an environment of its own: it insists on old releases of what the others use.
+$(VENV)/checkov/.stamp: pyproject.toml | $(VENV)/bin/pip
+	@echo 'Installing checkov into $(VENV)/checkov (once, about a minute)'
+	@$(PYTHON) -m venv $(VENV)/checkov
+	@$(VENV)/checkov/bin/python -m pip install --quiet --no-compile --disable-pip-version-check 'checkov>=3.2,<4'
+	@touch $@
 
 # A fresh Debian has Python without what it takes to make an environment.
 $(VENV)/bin/pip:
