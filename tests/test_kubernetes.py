@@ -7,6 +7,7 @@ in check mode, molecule/kubernetes tries.
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import re
 import subprocess
@@ -38,6 +39,19 @@ CHECKOV_SKIPS = {
     # Pinned by version; each image's variable takes a digest as well.
     "CKV_K8S_43": COMPONENTS,
 }
+
+
+def load_filter() -> Any:
+    path = ROOT / "roles/common/filter_plugins/common_not_ready.py"
+    spec = importlib.util.spec_from_file_location("common_not_ready", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.common_not_ready
+
+
+common_not_ready = load_filter()
 
 
 class Cluster:
@@ -261,26 +275,71 @@ def test_a_change_restarts_what_reads_it_and_nothing_else(cluster: Cluster) -> N
 @pytest.mark.parametrize(
     ("reason", "named", "step"),
     [
-        ("ImagePullBackOff", "Back-off pulling image", "set common_image_mosquitto"),
-        (
-            "CrashLoopBackOff",
-            "ended with Error, exit code 1",
-            "kubectl -n iot-system logs mosquitto-0",
-        ),
-        ("Unschedulable", "Insufficient memory", "lower mosquitto's resources"),
-        ("NotReady", "it runs and is not ready", "kubectl -n iot-system logs mosquitto-0"),
+        ("ImagePullBackOff", "Back-off pulling image", "set common_image_web"),
+        ("InvalidImageName", "InvalidImageName", "set common_image_web"),
+        ("CrashLoopBackOff", "ended with Error, exit code 1", "kubectl -n iot-system logs web-0"),
+        ("Unschedulable", "Insufficient memory", "lower web's resources"),
+        ("NotReady", "it runs and is not ready", "kubectl -n iot-system logs web-0"),
+        ("quota", "exceeded quota: none", "raise the namespace's ResourceQuota"),
+        ("PodSecurity", 'violates PodSecurity "restricted', "the manifest violates it"),
+        ("storage", "storageclass.storage.k8s.io", "set common_storage_class"),
     ],
 )
-def test_a_component_that_does_not_get_ready(
-    empty: Cluster, reason: str, named: str, step: str
-) -> None:
-    empty.stand_in.ask("never-ready", {"mosquitto": reason})
-    done = empty.run("local", common_ready_seconds=3)
-    assert done.returncode != 0
-    for text in ("mosquitto is not ready", named, step, "it goes on from here"):
-        assert text in done.stdout
-    # What comes after it has not been begun.
-    assert [w["metadata"]["name"] for w in empty.objects("StatefulSet")] == ["mosquitto"]
+def test_reasons_and_next_steps(empty: Cluster, reason: str, named: str, step: str) -> None:
+    """What the role's filter makes of pods and events that say why."""
+    empty.stand_in.ask(
+        "never-ready", {"web": reason} if reason[0].isupper() and reason != "PodSecurity" else {}
+    )
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"} if reason == "PodSecurity" else {}
+    create(empty, "Namespace", {"metadata": {"name": NAMESPACE, "labels": labels}})
+    if reason == "quota":
+        create(
+            empty, "ResourceQuota", {"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
+        )
+    claim = {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": "1Gi"}},
+        "storageClassName": "fast",
+    }
+    pod = {
+        "metadata": {"labels": {"app": "web"}},
+        "spec": {"containers": [{"name": "web", "image": "web:1"}]},
+    }
+    spec: Object = {
+        "serviceName": "web",
+        "selector": {"matchLabels": {"app": "web"}},
+        "template": pod,
+    }
+    if reason == "storage":
+        spec["volumeClaimTemplates"] = [{"metadata": {"name": "data"}, "spec": claim}]
+    create(empty, "StatefulSet", {"metadata": {"name": "web"}, "spec": spec})
+    found = {
+        kind: {
+            "resources": [
+                o.to_dict()
+                for o in empty.client.resources.get(kind=kind, api_version="v1")
+                .get(namespace=NAMESPACE)
+                .items
+            ]
+        }
+        for kind in ("Pod", "Event")
+    }
+    message = common_not_ready("web", "Timed out.", NAMESPACE, found["Pod"], found["Event"])
+    assert message.startswith("web is not ready. Timed out.\n")
+    assert named in message
+    assert step in message.rpartition("\nNext: ")[2]
+
+
+def test_no_reason_and_what_was_once() -> None:
+    assert "The cluster names no reason." in common_not_ready(
+        "web", "Late.", NAMESPACE, {"msg": "x"}, {}
+    )
+    event = {"involvedObject": {"name": "web-0"}, "reason": "Failed", "message": "ImagePullBackOff"}
+    running = {"state": {"running": {}}, "ready": False, "name": "web"}
+    pod = {"metadata": {"name": "web-0"}, "status": {"containerStatuses": [running]}}
+    message = common_not_ready("web", "", NAMESPACE, {"resources": [pod]}, {"resources": [event]})
+    # The pull failed before; what is wrong now decides.
+    assert "ask it why" in message.rpartition("Next: ")[2]
 
 
 @pytest.mark.timeout(400)
@@ -288,21 +347,17 @@ def test_the_next_run_completes_a_half_finished_one(empty: Cluster) -> None:
     empty.stand_in.ask("never-ready", {"postgres/init": "CrashLoopBackOff"})
     done = empty.run("local", common_ready_seconds=3)
     assert done.returncode != 0
-    assert "postgres is not ready" in done.stdout
+    for text in ("postgres is not ready", "init: CrashLoopBackOff", "it goes on from here"):
+        assert text in done.stdout
+    # What comes after it has not been begun.
+    assert {w["metadata"]["name"] for w in empty.objects("StatefulSet")} == {
+        "mosquitto",
+        "postgres",
+    }
     empty.stand_in.ask("never-ready", {})
     done = empty.run("local")
     assert done.returncode == 0, done.stdout
     assert empty.revisions().keys() == COMPONENTS
-
-
-def test_a_quota_that_is_exceeded(empty: Cluster) -> None:
-    labels = {"app.kubernetes.io/part-of": "iot-system"}
-    create(empty, "Namespace", {"metadata": {"name": NAMESPACE, "labels": labels}})
-    create(empty, "ResourceQuota", {"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}})
-    done = empty.run("local", common_ready_seconds=3)
-    assert done.returncode != 0
-    assert "exceeded quota: none" in done.stdout
-    assert "raise the namespace's ResourceQuota" in done.stdout
 
 
 def create(cluster: Cluster, kind: str, body: Object) -> None:
