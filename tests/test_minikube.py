@@ -312,7 +312,7 @@ def test_an_image_is_built_once(tmp_path: Path) -> None:
     bad.set(profiles={"iot-system": {"host": "Running", "config": CONFIG}}, fails=["build"])
     play(good, bad)
     assert (good.failed, good.changed) == (False, 1)
-    assert good.state["images"] == [f"docker.io/library/{IMAGE}"]
+    assert good.state["images"] == [f"registry.example/library/{IMAGE}"]
 
     # Although minikube has said that it succeeded.
     assert bad.failed

@@ -11,7 +11,8 @@ sources of kubernetes/minikube and not recorded from a running one:
   0 for a node whose container is gone: cmd/minikube/cmd/status.go, pkg/minikube/cluster/status.go.
 - `addons list -o json`: cmd/minikube/cmd/config/addons_list.go.
 - `image ls`: ListImages in pkg/minikube/machine/cache_images.go; one name a line, a stopped cluster
-  lists nothing and succeeds. The prefix docker.io/library/ for short names: pull request 16214.
+  lists nothing and succeeds. Short names get the host of a registry and /library/ before them: pull
+  request 16214.
 - `image build` succeeds when the build fails: issues 12556 and 16576, BuildImage in
   pkg/minikube/machine/build_images.go.
 - `start` and `delete`: exit codes from pkg/minikube/reason/exitcodes.go; texts from issues.
@@ -143,7 +144,7 @@ def build(state, flags, context):
     if not dockerfile.is_file() or "build" in state.get("fails", []):
         fail('#5 ERROR: process "/bin/sh -c false" did not complete successfully: exit code: 1', 0)
     name = flags["tag"]
-    state["images"].append(name if "/" in name else f"docker.io/library/{name}")
+    state["images"].append(name if "/" in name else f"registry.example/library/{name}")
 
 
 def minikube(state, arguments):
