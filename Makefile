@@ -17,6 +17,9 @@ ROOT := $(filter 0,$(shell id -u))
 STATE ?= $(if $(ROOT),/var/lib/iot-system,$(HOME)/.local/state/iot-system)
 PLAYBOOK = $(VENV)/bin/ansible-playbook $(if $(filter-out file,$(origin STATE)),-e common_state_dir=$(STATE))
 
+# What verify and clean are about: this machine (host) or Kubernetes (local).
+TARGET ?= host
+
 # More options for ansible-playbook: make up EXTRA='-e postgres_port=15432'
 EXTRA ?=
 
@@ -30,7 +33,8 @@ ASK_BECOME = $(if $(ROOT),,$(shell dpkg-query --show $(PACKAGES) >/dev/null 2>&1
 help: ## Show this list
 	@echo 'make <target>, where <target> is one of'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
-	@echo "Options: EXTRA='-e postgres_port=15432'   any option of ansible-playbook, for up, test, down and clean"
+	@echo "Options: EXTRA='-e postgres_port=15432'   any option of ansible-playbook, for up, local, test, down and clean"
+	@echo "         TARGET=local   verify and clean what \`make local\` has deployed"
 	@echo "         STATE=$(STATE)   where everything is kept"
 
 .PHONY: up
@@ -45,6 +49,10 @@ up: $(VENV)/.deploy ## Install what is missing, start everything, send some mess
 	fi
 	@echo
 	@$(STATE)/bin/iot-status --next
+
+.PHONY: local
+local: $(VENV)/.deploy ## The same on Kubernetes: start minikube, deploy, wait until all of it is ready
+	@$(PLAYBOOK) playbooks/local.yml $(EXTRA)
 
 .PHONY: simulate
 simulate: ## Let five simulated devices publish 500 messages in 10 seconds
@@ -61,11 +69,11 @@ down: $(VENV)/.deploy ## Stop everything and keep the data
 
 .PHONY: clean
 clean: $(VENV)/.deploy ## Stop everything and delete the data (asks first; YES=1 does not)
-	@$(PLAYBOOK) playbooks/teardown.yml -e remove_data=true $(if $(filter 1 yes,$(YES)),-e confirm=true) $(EXTRA)
+	@$(PLAYBOOK) playbooks/teardown.yml -e target=$(TARGET) -e remove_data=true $(if $(filter 1 yes,$(YES)),-e confirm=true) $(EXTRA)
 
 .PHONY: verify
 verify: $(VENV)/.deploy ## Follow one message from the broker to the table and to Prometheus
-	@$(PLAYBOOK) playbooks/verify.yml $(EXTRA)
+	@$(PLAYBOOK) playbooks/verify.yml -e target=$(TARGET) $(EXTRA)
 
 .PHONY: test
 test: lint molecule pytest ## Run every check (installs what the checks need)
