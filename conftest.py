@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from services import Collector, Database, Mosquitto, Postgres, Proxy, run_command
+from proxy import Proxy
+from services import Collector, Database, Mosquitto, Postgres, run_command
 
 # A busy machine fails no test: what must not take long has a timeout of its own.
 settings.register_profile("here", deadline=None, max_examples=50)

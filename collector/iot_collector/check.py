@@ -6,15 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import psycopg2
-from paho.mqtt.client import Client, ConnectFlags
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
 
-from .link import WINDOW_BUG, Connection
+from .connection import WINDOW_BUG, Connection
+from .database import HINTS, connect, explain
 from .migrate import migrations
 from .rows import decode, head
 from .settings import Settings
-from .store import connect, kind_of
 
 BROKER_FAILED = 4
 DATABASE_FAILED = 8
@@ -30,12 +27,6 @@ _BROKER_HINTS = {
     "certificate verify failed": "check IOT_MQTT_CA_FILE and the host name in IOT_MQTT_URL",
     "timed out": "check host and port in IOT_MQTT_URL, and the network in between",
 }
-_DATABASE_HINTS = {
-    "authentication": "check the user in IOT_DATABASE_URL and IOT_DATABASE_PASSWORD_FILE",
-    "connection": "is PostgreSQL running? Check host and port in IOT_DATABASE_URL",
-    "schema": "run `iot-collector migrate`",
-    "permission": "grant the user of IOT_DATABASE_URL INSERT on messages and dead_letters",
-}
 
 
 def check(settings: Settings) -> Iterator[tuple[bool, str, int]]:
@@ -45,11 +36,15 @@ def check(settings: Settings) -> Iterator[tuple[bool, str, int]]:
     try:
         version = _ask_broker(settings)
     except (OSError, ValueError) as error:
-        hint = next((hint for sign, hint in _BROKER_HINTS.items() if sign in str(error)), None)
-        yield False, f"{where}: {error}" + (f"; {hint}" if hint else ""), BROKER_FAILED
+        hint = next((f"; {hint}" for sign, hint in _BROKER_HINTS.items() if sign in str(error)), "")
+        yield False, f"{where}: {error}{hint}", BROKER_FAILED
     else:
         yield True, f"{where}: connected as {settings.mqtt_client_id}-check{_remark(version)}", 0
-    yield _database(settings)
+    try:
+        fault, text = _ask_database(settings)
+    except psycopg2.Error as error:
+        fault, text = True, f"database: {explain(error)}"
+    yield not fault, text, DATABASE_FAILED if fault else 0
 
 
 def _ask_broker(settings: Settings) -> str:
@@ -60,28 +55,13 @@ def _ask_broker(settings: Settings) -> str:
     """
     probe = settings.model_copy(update={"mqtt_client_id": f"{settings.mqtt_client_id}-check"})
     connection = Connection(probe, keep_session=False)
-    answers: list[ReasonCode] = []
-
-    def on_connect(
-        client: Client,
-        _data: object,
-        _flags: ConnectFlags,
-        reason: ReasonCode,
-        _p: Properties | None,
-    ) -> None:
-        answers.append(reason)
-        client.subscribe("$SYS/broker/version")
-
-    client = connection.client
-    client.on_connect = on_connect
     connection.open()
-    _read_until(connection, lambda: bool(answers), _PATIENCE)
-    if not answers:
+    _read_until(connection, lambda: connection.accepted, _PATIENCE)
+    if not connection.accepted:
         raise ConnectionError(connection.end or "connected, but no answer to CONNECT")
-    if answers[0].is_failure:
-        raise ConnectionError(f"refused: {answers[0]}")
+    connection.client.subscribe("$SYS/broker/version")
     _read_until(connection, lambda: bool(connection.inbox.rows), 1.0)
-    client.disconnect()
+    connection.client.disconnect()
     rows, _ = connection.inbox.empty()
     return decode(head(0) + rows[0]).payload.decode(errors="replace") if rows else ""
 
@@ -102,22 +82,16 @@ def _remark(version: str) -> str:
     return f"; note: {version} {WINDOW_BUG}"
 
 
-def _database(settings: Settings) -> tuple[bool, str, int]:
-    try:
-        with closing(connect(settings)) as connection, connection.cursor() as cursor:
-            info = connection.info
-            where = f"database {info.host}:{info.port}/{info.dbname} as {info.user}"
-            cursor.execute("SELECT name FROM schema_migrations")
-            missing = {name for name, _ in migrations()} - {name for (name,) in cursor.fetchall()}
-            if missing:
-                text = f"{where}: migrations {sorted(missing)} are missing"
-                return False, f"{text}; {_DATABASE_HINTS['schema']}", DATABASE_FAILED
-            cursor.execute("SELECT has_table_privilege('messages', 'INSERT')")
-            if cursor.fetchone() != (True,):
-                text = f"{where}: may not insert into messages"
-                return False, f"{text}; {_DATABASE_HINTS['permission']}", DATABASE_FAILED
-    except psycopg2.Error as error:
-        text = f"database: {' '.join(str(error).split())}"
-        hint = _DATABASE_HINTS.get(kind_of(error))
-        return False, text + (f"; {hint}" if hint else ""), DATABASE_FAILED
-    return True, f"{where}: connected, schema up to date", 0
+def _ask_database(settings: Settings) -> tuple[bool, str]:
+    """Return whether the schema is not as it has to be, and where and what it is."""
+    with closing(connect(settings)) as connection, connection.cursor() as cursor:
+        info = connection.info
+        where = f"database {info.host}:{info.port}/{info.dbname} as {info.user}"
+        cursor.execute("SELECT name FROM schema_migrations")
+        missing = {name for name, _ in migrations()} - {name for (name,) in cursor.fetchall()}
+        if missing:
+            return True, f"{where}: migrations {sorted(missing)} are missing; {HINTS['schema']}"
+        cursor.execute("SELECT has_table_privilege('messages', 'INSERT')")
+        if cursor.fetchone() != (True,):
+            return True, f"{where}: may not insert into messages; {HINTS['permission']}"
+    return False, f"{where}: connected, schema up to date"

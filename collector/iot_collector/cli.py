@@ -6,9 +6,10 @@ import sys
 
 import click
 import psycopg2
+from iot_simulator.command import simulate
 
 from . import __version__, log
-from .settings import Settings, SettingsError, load, table
+from .settings import Settings, SettingsError, load, variable
 
 SETTINGS_WRONG = 2
 
@@ -25,7 +26,11 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def _settings() -> Settings:
+main.add_command(simulate)
+
+
+def load_or_exit() -> Settings:
+    """Return the settings, with the log set up as they say, or end the process."""
     try:
         settings = load()
     except SettingsError as error:
@@ -40,20 +45,21 @@ def _fail(error: SettingsError) -> None:
     sys.exit(SETTINGS_WRONG)
 
 
-def _epilog() -> str:
-    lines = (
-        f"  {name}{f' ({default})' if default else ''}\n      {text}"
-        for name, default, text in table()
-    )
-    return "\b\nSettings, from the environment (with their defaults):\n" + "\n".join(lines)
+def _table_of_settings() -> str:
+    lines = ["\b\nSettings, from the environment (with their defaults):"]
+    for name, info in Settings.model_fields.items():
+        default = ",".join(info.default) if isinstance(info.default, list) else info.default
+        shown = "" if default in (None, "") else f" ({default})"
+        lines.append(f"  {variable(name)}{shown}\n      {info.description}")
+    return "\n".join(lines)
 
 
-@main.command(epilog=_epilog())
+@main.command(epilog=_table_of_settings())
 def run() -> None:
     """Collect messages until told to stop."""
     from .run import run as run_collector
 
-    settings = _settings()
+    settings = load_or_exit()
     try:
         sys.exit(run_collector(settings))
     except SettingsError as error:
@@ -65,16 +71,12 @@ def migrate() -> None:
     """Bring the database's schema up to date."""
     from .migrate import migrate as apply_migrations
 
-    settings = _settings()
     try:
-        applied = apply_migrations(settings)
+        applied = apply_migrations(load_or_exit())
     except psycopg2.Error as error:
         click.echo(f"migration failed, nothing was changed: {error}", err=True)
         sys.exit(1)
-    for name in applied:
-        click.echo(f"applied {name}")
-    if not applied:
-        click.echo("up to date")
+    click.echo("\n".join(f"applied {name}" for name in applied) or "up to date")
 
 
 @main.command()
@@ -86,46 +88,8 @@ def check() -> None:
     from .check import check as run_check
 
     status = 0
-    for right, text, bit in run_check(_settings()):
-        click.echo(
-            click.style("ok    " if right else "wrong ", fg="green" if right else "red") + text
-        )
+    for right, text, bit in run_check(load_or_exit()):
+        sign = click.style("ok    ", fg="green") if right else click.style("wrong ", fg="red")
+        click.echo(sign + text)
         status |= bit
     sys.exit(status)
-
-
-@main.command()
-@click.option("--devices", default=5, show_default=True, type=click.IntRange(1, 100_000))
-@click.option(
-    "--rate",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Messages per second; as fast as can be when left out.",
-)
-@click.option("--count", type=click.IntRange(1), help="Stop after so many messages.")
-@click.option(
-    "--duration", type=click.FloatRange(min=0, min_open=True), help="Stop after so many seconds."
-)
-@click.option(
-    "--topic", default="iot/data", show_default=True, help="{device} stands for the device's name."
-)
-@click.option(
-    "--payload",
-    default="text",
-    show_default=True,
-    type=click.Choice(["text", "json", "garbage", "mix"]),
-)
-@click.option("--qos", default=1, show_default=True, type=click.IntRange(0, 2))
-@click.option(
-    "--connections",
-    default=1,
-    show_default=True,
-    type=click.IntRange(1, 1000),
-    help="Devices share this many connections.",
-)
-@click.option("--seed", default=1, show_default=True, help="The same seed sends the same messages.")
-def simulate(**options: object) -> None:
-    """Publish as devices do, to the broker of the settings, and count what it acknowledged."""
-    from .simulate import Plan
-    from .simulate import simulate as run_simulation
-
-    sys.exit(run_simulation(_settings(), Plan(**options)))  # type: ignore[arg-type]

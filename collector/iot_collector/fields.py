@@ -11,6 +11,7 @@ import orjson
 # A number as JSON writes it (RFC 8259 §6), so that what is stored is what jsonb accepts.
 _NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _NAME = re.compile(rb"[A-Za-z_][\w.\- ]{0,127}")
+_BRACKET, _BACKSLASH = b"[\\"  # as numbers, which `in` finds at once
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
@@ -29,7 +30,7 @@ def fields_of(payload: bytes) -> bytes | None:
             return None
         # With no second bracket it cannot nest, with no backslash it cannot hold U+0000: to see
         # that costs a third of looking at the values.
-        if len(payload.translate(None, b"{[\\")) == len(payload) - 1:
+        if payload.find(b"{", 1) < 0 and _BRACKET not in payload and _BACKSLASH not in payload:
             return payload
         flat = _SCALARS.issuperset(map(type, document.values()))
         return payload if flat and b"\\u0000" not in payload else None

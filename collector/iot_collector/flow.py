@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(slots=True, eq=False)
@@ -147,10 +147,7 @@ class Flow:
     def account(self) -> Account:
         """Return a consistent copy of the account."""
         with self._changed:
-            a = self._account
-            return Account(
-                a.received, a.inserted, a.duplicates, Counter(a.dead_letters), a.in_flight
-            )
+            return replace(self._account, dead_letters=Counter(self._account.dead_letters))
 
     def oldest_age(self) -> float:
         """Return how long the oldest message that is not committed has waited, in seconds."""

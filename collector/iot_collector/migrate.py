@@ -5,8 +5,9 @@ from importlib import resources
 import psycopg2
 import structlog
 
+from .database import connect
 from .settings import Settings
-from .store import MONTHS_AHEAD, connect
+from .store import MONTHS_AHEAD
 
 log = structlog.get_logger(__name__)
 

@@ -26,15 +26,8 @@ from .settings import Settings
 log = structlog.get_logger(__name__)
 
 _READ_SIZE = 1 << 18
-_INTERNALS = (
-    "_sock_recv",
-    "_packet_queue",
-    "_packet_handle",
-    "_handle_pubrel",
-    "_loop_rc_handle",
-    "_send_pubcomp",
-    "_send_pingreq",
-)
+_INTERNALS = ["_sock_recv", "_packet_queue", "_packet_handle", "_handle_pubrel"]
+_INTERNALS += ["_loop_rc_handle", "_send_pubcomp", "_send_pingreq"]
 
 # Packet types, MQTT 5 §2.1.2, as the first byte of their packets.
 _PUBLISH = 0x30
@@ -264,10 +257,9 @@ class BulkClient(StockClient):
         if header & 0xF0 == 0x60:  # PUBREL: its message is stored, or PUBREC had not been sent
             self._send_pubcomp(body[0] << 8 | body[1])
             return
-        self._in_packet["command"] = header
-        self._in_packet["remaining_length"] = len(body)
-        self._in_packet["packet"] = bytearray(body)
-        self._in_packet["pos"] = 0
+        self._in_packet.update(
+            {"command": header, "remaining_length": len(body), "packet": bytearray(body), "pos": 0}
+        )
         rc = self._packet_handle()
         if rc == MQTTErrorCode.MQTT_ERR_PROTOCOL:
             raise ValueError(f"unexpected packet of type {header >> 4}, {len(body)} bytes long")

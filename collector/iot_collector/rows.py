@@ -5,16 +5,20 @@ encoded once, when it is read, and travels as bytes from there on; only the rare
 PostgreSQL refuses is decoded again.
 """
 
+import io
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import orjson
+import psycopg2.extensions
 
 from .fields import fields_of
 
 COLUMNS = "received_at, qos, retained, topic, properties, fields, payload"
 HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
+_COPY = f"COPY messages ({COLUMNS}) FROM STDIN BINARY".encode()
 
 _COLUMN_COUNT = 7
 _EPOCH = 946_684_800  # PostgreSQL counts timestamptz in microseconds from 2000-01-01 UTC.
@@ -86,6 +90,17 @@ class RowEncoder:
                 cache.clear()
             cache[topic] = prefix
         return prefix
+
+
+def copy(
+    cursor: psycopg2.extensions.cursor,
+    tuples: Iterable[bytes],
+    opening: bytes = b"",
+    closing: bytes = b"",
+) -> None:
+    """Copy tuples, with their heads, into ``messages``; SQL before and after in the same query."""
+    data = io.BytesIO(b"".join((HEADER, *tuples, TRAILER)))
+    cursor.copy_expert(opening + _COPY + closing, data, size=1 << 18)
 
 
 def decode(row: bytes) -> Message:

@@ -49,7 +49,7 @@ def run(settings: Settings) -> int:
                 return 1
     log.info("draining", in_flight=flow.account().in_flight)
     until = time.monotonic() + settings.drain_seconds
-    if settings.session_on_stop == "leave":
+    if settings.leave_on_stop:
         link.leave()
         if not link.left.wait(settings.drain_seconds):
             log.warning("session kept: the broker has messages that this process did not get done")

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable
 from importlib import resources
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from wsgiref.types import StartResponse, WSGIEnvironment
 
 import orjson
@@ -30,19 +30,15 @@ class Server(threading.Thread):
         :raises SettingsError: it cannot be bound.
         """
         super().__init__(name="http", daemon=True)
-        where = f"{settings.http_host}:{settings.http_port}"
+        host, port = settings.http_host, settings.http_port
+        options: dict[str, Any] = {"threads": 2, "channel_timeout": 10, "ident": "iot-collector"}
         try:
             self._server = waitress.server.create_server(
-                _application(health, metrics),
-                host=settings.http_host,
-                port=settings.http_port,
-                threads=2,
-                channel_timeout=10,
-                ident="iot-collector",
+                _application(health, metrics), host=host, port=port, **options
             )
         except OSError as error:
             raise SettingsError(
-                f"IOT_HTTP_PORT: cannot listen on {where} ({error.strerror}); "
+                f"IOT_HTTP_PORT: cannot listen on {host}:{port} ({error.strerror}); "
                 "stop what uses it or choose another port, for example 3100"
             ) from error
 

@@ -9,36 +9,33 @@ import difflib
 import os
 import re
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
 import psycopg2.extensions
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    SecretStr,
-    ValidationError,
-    model_validator,
-)
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "IOT_"
 
+Transport = Literal["tcp", "websockets"]
+
 # Scheme of IOT_MQTT_URL -> (transport, TLS, default port). Ports: IANA's registrations for MQTT;
 # WebSocket listeners use HTTP's.
-SCHEMES: Mapping[str, tuple[Literal["tcp", "websockets"], bool, int]] = {
+SCHEMES: dict[str, tuple[Transport, bool, int]] = {
     "mqtt": ("tcp", False, 1883),
     "mqtts": ("tcp", True, 8883),
     "ws": ("websockets", False, 80),
     "wss": ("websockets", True, 443),
 }
-
-
 _QUOTING = "in user name and password, / ? # [ ] @ are written as %2F %3F %23 %5B %5D %40"
+
+# MQTT 5 §4.7.1, §4.8.2: levels, the last of which may be #, after $share/<group>/ or not.
+_FILTER = re.compile(r"(\$share/[^/+#]+/(?=.)|(?!\$share(/|$)))(([^/+#\0]*|\+)/)*([^/+#\0]*|\+|#)")
+_ORDINAL = re.compile(r".*-(0|[1-9][0-9]*)")  # how a StatefulSet numbers its pods
 
 
 class SettingsError(Exception):
@@ -62,39 +59,30 @@ def _valid_url(url: str) -> str:
 
 
 def _valid_filter(topic_filter: str) -> str:
-    """Check a topic filter as MQTT 5 §4.7 and §4.8.2 define it."""
-    if topic_filter.startswith("$share/"):
-        _, _, group_and_filter = topic_filter.partition("/")
-        group, _, topic_filter_part = group_and_filter.partition("/")
-        if not group or not topic_filter_part or any(c in group for c in "+#"):
-            raise ValueError(f"{topic_filter!r} is not of the form $share/<group>/<filter>")
-    levels = topic_filter.split("/")
-    for i, level in enumerate(levels):
-        if "#" in level and (level != "#" or i != len(levels) - 1):
-            raise ValueError(f"in {topic_filter!r}, # must stand alone and last")
-        if "+" in level and level != "+":
-            raise ValueError(f"in {topic_filter!r}, + must stand alone between slashes")
-    if not topic_filter or "\0" in topic_filter or len(topic_filter.encode()) > 65535:
-        raise ValueError("a topic filter has 1 to 65535 bytes and no NUL")
+    if not 0 < len(topic_filter.encode()) <= 65535 or not _FILTER.fullmatch(topic_filter):
+        raise ValueError(
+            f"{topic_filter[:80]!r} is no topic filter: 1 to 65535 bytes, no NUL; + must stand "
+            "alone between slashes, # must stand alone and last; a shared one has the form "
+            "$share/<group>/<filter>"
+        )
     return topic_filter
 
 
 def _valid_conninfo(conninfo: str) -> str:
-    if conninfo:
-        try:
-            psycopg2.extensions.parse_dsn(conninfo)
-        except psycopg2.ProgrammingError:
-            # libpq quotes the text it could not read, and the text may hold a password.
-            raise ValueError("libpq cannot read it as a URI or key=value string") from None
+    try:
+        psycopg2.extensions.parse_dsn(conninfo)
+    except psycopg2.ProgrammingError:
+        # libpq quotes the text it could not read, and the text may hold a password.
+        raise ValueError("libpq cannot read it as a URI or key=value string") from None
     return conninfo
 
 
 def _readable(path: Path) -> Path:
     try:
-        with path.open("rb"):
-            return path
+        path.open("rb").close()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    return path
 
 
 def _split(value: object) -> object:
@@ -102,13 +90,16 @@ def _split(value: object) -> object:
 
 
 ReadableFile = Annotated[Path, AfterValidator(_readable)]
+Topics = Annotated[
+    list[Annotated[str, AfterValidator(_valid_filter)]], NoDecode, BeforeValidator(_split)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Broker:
-    """Where the broker is."""
+    """Where the broker is, and who we are to it."""
 
-    transport: Literal["tcp", "websockets"]
+    transport: Transport
     tls: bool
     host: str
     port: int
@@ -119,8 +110,9 @@ class Broker:
         return f"{self.host}:{self.port}"
 
 
-def _setting(default: object, example: object, description: str, **limits: Any) -> Any:
-    return Field(default, examples=[example], description=description, **limits)
+def _setting(default: object, description: str, example: object = None, **more: Any) -> Any:
+    example = default if example is None else example
+    return pydantic.Field(default, description=description, examples=[example], **more)
 
 
 class Settings(BaseSettings):
@@ -133,123 +125,101 @@ class Settings(BaseSettings):
 
     # fmt: off
     mqtt_url: Annotated[str, AfterValidator(_valid_url)] = _setting(
-        "mqtt://127.0.0.1:1883", "mqtts://broker.example:8883",
-        "Broker: mqtt://, mqtts://, ws:// or wss://", repr=False,
-    )
-    mqtt_username: str | None = _setting(None, "collector", "User name for the broker")
+        "mqtt://127.0.0.1:1883", "Broker: mqtt://, mqtts://, ws:// or wss://", repr=False)
+    mqtt_username: str | None = _setting(None, "User name for the broker", "collector")
     mqtt_password: SecretStr | None = _setting(
-        None, "(better: IOT_MQTT_PASSWORD_FILE)", "Its password"
-    )
+        None, "Its password", "(better: IOT_MQTT_PASSWORD_FILE)")
     mqtt_password_file: ReadableFile | None = _setting(
-        None, "/run/secrets/mqtt_password", "File with its password, read at every connection"
-    )
+        None, "File with its password, read at every connection", "/run/secrets/mqtt_password")
     mqtt_ca_file: ReadableFile | None = _setting(
-        None, "/etc/ssl/certs/broker-ca.pem", "Certificates to trust in place of the system's"
-    )
+        None, "Certificates to trust in place of the system's", "/etc/ssl/certs/broker-ca.pem")
     mqtt_cert_file: ReadableFile | None = _setting(
-        None, "/run/secrets/client.crt", "Client certificate"
-    )
+        None, "Client certificate", "/run/secrets/client.crt")
     mqtt_key_file: ReadableFile | None = _setting(
-        None, "/run/secrets/client.key", "Key of the client certificate"
-    )
-    mqtt_topics: Annotated[
-        list[Annotated[str, AfterValidator(_valid_filter)]], NoDecode, BeforeValidator(_split)
-    ] = _setting(
-        ["iot/data"], "iot/data,plant/+/telemetry",
-        "Topic filters to store, separated by commas; $share/<group>/<filter> shares one between "
-        "collectors", min_length=1,
-    )
+        None, "Key of the client certificate", "/run/secrets/client.key")
+    mqtt_topics: Topics = _setting(
+        ["iot/data"], "Topic filters to store, separated by commas; $share/<group>/<filter> shares "
+        "one between collectors", "iot/data,plant/+/telemetry", min_length=1)
     # 0 is not offered, because it loses messages.
     mqtt_qos: int = _setting(
-        1, 1, "Highest quality of service to ask for; at 1 the broker sends what was published at "
-        "2 with a round trip less", ge=1, le=2,
-    )
+        1, "Highest quality of service to ask for; at 1 the broker sends what was published at 2 "
+        "with a round trip less", ge=1, le=2)
     mqtt_client_id: str = _setting(
-        f"iot-collector-{socket.gethostname()}", "iot-collector-0",
-        "Name of the session with the broker; one collector each", min_length=1,
-    )
-    mqtt_version: Literal["5", "3.1.1"] = _setting("5", "5", "Version of the protocol")
-    mqtt_keepalive_seconds: int = _setting(
-        30, 30, "Longest silence on the connection", ge=5, le=65535
-    )
+        f"iot-collector-{socket.gethostname()}", "Name of the session with the broker; one "
+        "collector each", "iot-collector-0", min_length=1)
+    mqtt_version: Literal["5", "3.1.1"] = _setting("5", "Version of the protocol")
+    mqtt_keepalive_seconds: int = _setting(30, "Longest silence on the connection", ge=5, le=65535)
     # Far below 65 535, so that packet ids are not reused while they still mean something.
     mqtt_max_inflight: int = _setting(
-        10_000, 10_000, "Most un-acknowledged messages the broker may send", ge=1, le=20_000
-    )
+        10_000, "Most un-acknowledged messages the broker may send", ge=1, le=20_000)
     mqtt_session_expiry_seconds: int = _setting(
-        7 * 86400, 7 * 86400, "How long the broker queues while no collector is there",
-        ge=60, le=0xFFFFFFFF,
-    )
+        7 * 86400, "How long the broker queues while no collector is there", ge=60, le=0xFFFFFFFF)
 
     packet_ledger: bool = _setting(
-        True, "true", "Whether the broker sends again under the same packet id (MQTT 5 §4.4; AWS "
-        "IoT Core does not): then what it sends again is stored once",
-    )
+        True, "Whether the broker sends again under the same packet id (MQTT 5 §4.4; AWS IoT Core "
+        "does not): then what it sends again is stored once")
     message_id_key: str | None = _setting(
-        None, "message_id", "JSON key or MQTT 5 user property with which devices name each "
-        "message: each name is stored once", min_length=1,
-    )
-    session_on_stop: Literal["keep", "leave"] = _setting(
-        "keep", "keep", "At the end, keep the session, so that the broker queues for the next "
-        "start, or leave it, so that other members of a shared subscription get what would wait",
-    )
+        None, "JSON key or MQTT 5 user property with which devices name each message: each name is "
+        "stored once", "message_id", min_length=1)
+    session_on_stop: Literal["keep", "leave", "ordinal"] = _setting(
+        "keep", "At the end, keep the session, so that the broker queues for the next start; leave "
+        "it, so that other members of a shared subscription get what would wait; or, in a "
+        "StatefulSet, ordinal: keep it if the client id ends in -0, else leave it")
 
     database_url: Annotated[str, AfterValidator(_valid_conninfo)] = _setting(
-        "", "postgresql://collector@db.example:5432/iot?sslmode=verify-full",
-        "PostgreSQL, as libpq's URI or key=value string; empty: libpq's own variables (PGHOST, "
-        "PGSERVICE, PGPASSFILE, …)", repr=False,
-    )
+        "", "PostgreSQL, as libpq's URI or key=value string; empty: libpq's own variables (PGHOST, "
+        "PGSERVICE, PGPASSFILE, …)", "postgresql://collector@db.example:5432/iot", repr=False)
     database_password: SecretStr | None = _setting(
-        None, "(better: IOT_DATABASE_PASSWORD_FILE)", "Password for the database"
-    )
+        None, "Password for the database", "(better: IOT_DATABASE_PASSWORD_FILE)")
     database_password_file: ReadableFile | None = _setting(
-        None, "/run/secrets/database_password", "File with it, read at every connection"
-    )
+        None, "File with it, read at every connection", "/run/secrets/database_password")
 
     batch_linger_ms: float = _setting(
-        5, 5, "After a read that brought little, how long the next one waits for more",
-        ge=0, le=1_000,
-    )
-    batch_rows: int = _setting(
-        5_000, 5_000, "About the most rows of a transaction; half of IOT_MQTT_MAX_INFLIGHT if less",
-        ge=1, le=100_000,
-    )
-    batch_bytes: int = _setting(
-        8 << 20, 8 << 20, "About the most bytes of a transaction", ge=1 << 10, le=256 << 20
-    )
+        5, "After a read that brought little, how long the next one waits for more", ge=0, le=1_000)
     buffer_bytes: int = _setting(
-        64 << 20, 64 << 20,
-        "Memory for what is not stored yet; beyond it nothing is read from the broker", ge=1 << 20,
-    )
+        64 << 20, "Memory for what is not stored yet; beyond it nothing is read from the broker",
+        ge=1 << 20)
 
-    http_host: str = _setting("127.0.0.1", "0.0.0.0", "Where to serve HTTP")  # noqa: S104
-    http_port: int = _setting(3000, 3000, "Its port", ge=1, le=65535)
+    http_host: str = _setting("127.0.0.1", "Where to serve HTTP", "0.0.0.0")  # noqa: S104
+    http_port: int = _setting(3000, "Its port", ge=1, le=65535)
     unhealthy_after_seconds: float = _setting(
-        30, 30, "/health is 503 when a message has waited this long for its COMMIT", gt=0
-    )
+        30, "/health is 503 when a message has waited this long for its COMMIT", gt=0)
     drain_seconds: float = _setting(
-        20, 20, "After SIGTERM, how long to try to store what has been received", ge=0
-    )
+        20, "After SIGTERM, how long to try to store what has been received", ge=0)
 
-    log_format: Literal["json", "console"] = _setting("console", "json", "json or console")
+    log_format: Literal["json", "console"] = _setting("console", "json or console")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        "info", "info", "debug, info, warning or error"
-    )
+        "info", "debug, info, warning or error")
     # fmt: on
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
-        for name in ("mqtt", "database"):
-            if getattr(self, f"{name}_password") and getattr(self, f"{name}_password_file"):
-                raise ValueError(f"{name}_password: set it or {name}_password_file, not both")
+        for kind in ("mqtt", "database"):
+            if getattr(self, f"{kind}_password") and getattr(self, f"{kind}_password_file"):
+                name = f"{PREFIX}{kind.upper()}_PASSWORD"
+                raise ValueError(f"{name}: set it or {name}_FILE, not both")
         has_password = self.mqtt_password or self.mqtt_password_file
-        if has_password and not (self.mqtt_username or urlsplit(self.mqtt_url).username):
-            raise ValueError("mqtt_username: a password is set and no user name; set both")
+        if has_password and not self.broker.username:
+            raise ValueError("IOT_MQTT_USERNAME: a password is set and no user name; set both")
         if bool(self.mqtt_cert_file) != bool(self.mqtt_key_file):
-            raise ValueError("mqtt_cert_file: a client certificate needs mqtt_key_file too")
+            raise ValueError("IOT_MQTT_CERT_FILE: a client certificate needs IOT_MQTT_KEY_FILE too")
         if self.mqtt_ca_file and not self.broker.tls:
-            raise ValueError("mqtt_ca_file: is for mqtts:// or wss://, and mqtt_url is neither")
+            raise ValueError(
+                "IOT_MQTT_CA_FILE: is for mqtts:// or wss://, and IOT_MQTT_URL is neither"
+            )
+        if self.session_on_stop == "ordinal" and not _ORDINAL.fullmatch(self.mqtt_client_id):
+            raise ValueError(
+                f"IOT_MQTT_CLIENT_ID: {self.mqtt_client_id!r} does not end in an ordinal, by which "
+                "IOT_SESSION_ON_STOP=ordinal decides; for example collector-0"
+            )
         return self
+
+    @property
+    def leave_on_stop(self) -> bool:
+        """Whether to leave the broker's session at the end, rather than to keep it."""
+        if self.session_on_stop == "ordinal":
+            return not self.mqtt_client_id.endswith("-0")
+        return self.session_on_stop == "leave"
 
     @property
     def broker(self) -> Broker:
@@ -284,18 +254,9 @@ def _secret(value: SecretStr | None, path: Path | None) -> str | None:
     return value.get_secret_value() if value else None
 
 
-def table() -> list[tuple[str, str, str]]:
-    """Return (variable, default, description) of every setting."""
-    rows = []
-    for name, info in Settings.model_fields.items():
-        default = info.default
-        text = ",".join(default) if isinstance(default, list) else str(default)
-        if name == "mqtt_client_id":
-            text = "iot-collector-<host name>"
-        rows.append(
-            (PREFIX + name.upper(), "" if default is None else text, info.description or "")
-        )
-    return rows
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return PREFIX + name.upper()
 
 
 def load() -> Settings:
@@ -304,7 +265,7 @@ def load() -> Settings:
     :raises SettingsError: a value is wrong, or a variable with our prefix is unknown.
     """
     faults = []
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = {variable(name) for name in Settings.model_fields}
     for name in sorted(name for name in os.environ if name.startswith(PREFIX)):
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -312,7 +273,7 @@ def load() -> Settings:
             faults.append(f"{name}: there is no such setting{hint}")
     try:
         settings = Settings()
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         faults += [_explain(fault) for fault in error.errors()]
     if faults:
         raise SettingsError("\n".join(faults))
@@ -320,12 +281,9 @@ def load() -> Settings:
 
 
 def _explain(fault: Any) -> str:
-    message = fault["msg"].removeprefix("Value error, ")
+    message: str = fault["msg"].removeprefix("Value error, ")
     if not fault["loc"]:  # from _consistent, which names the setting itself
-        name, _, message = message.partition(": ")
-        for other in Settings.model_fields:
-            message = re.sub(rf"\b{other}\b", f"{PREFIX}{other.upper()}", message)
-        return f"{PREFIX}{name.upper()}: {message}"
+        return message
     name = str(fault["loc"][0])
-    example = Settings.model_fields[name].examples
-    return f"{PREFIX}{name.upper()}: {message}; for example {example[0] if example else ''}"
+    (example,) = Settings.model_fields[name].examples or [None]
+    return f"{variable(name)}: {message}; for example {example}"

@@ -1,75 +1,29 @@
-"""The database connection: one batch, one transaction.
+"""Batches in the database: one batch, one transaction, with its entry in the ledger."""
 
-What PostgreSQL refuses for the data's sake is found by bisection and kept in ``dead_letters``;
-every other error is the caller's to retry, with nothing stored.
-"""
-
-import io
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 import psycopg2
-import psycopg2.errorcodes
 import psycopg2.extensions
 import structlog
 
-from . import rows as copy
+from .database import connect, kind_of, one_line
+from .dead_letters import store_or_bury
 from .flow import Chunk
 from .message_ids import drop_known, forget_old
+from .rows import copy
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
 
 MONTHS_AHEAD = 3
-_COPY = f"COPY messages ({copy.COLUMNS}) FROM STDIN BINARY".encode()
 _PRUNE_EVERY = 64  # batches: what the ledger does not need any more costs little until then
 
-# SQLSTATE -> kind of error, by the longest prefix that fits
-# (https://www.postgresql.org/docs/current/errcodes-appendix.html).
-_KINDS = {
-    "08": "connection",
-    "22": "data",
-    "23": "data",
-    "25006": "read_only",
-    "28": "authentication",
-    "3D": "schema",
-    "3F": "schema",
-    "40": "conflict",
-    "42": "schema",
-    "42501": "permission",
-    "53": "resources",
-    "53100": "disk_full",
-    "53300": "too_many_connections",
-    "44": "data",  # WITH CHECK OPTION
-    "54": "data",  # program limit exceeded: a topic too long for the index
-    "57": "shutdown",
-    "57014": "timeout",
-    "P0": "data",  # a trigger's RAISE: somebody's own rule refuses the row
-}
-
-
-# The classes of SQLSTATE that PostgreSQL has itself.
-_CLASSES = {v for k, v in vars(psycopg2.errorcodes).items() if k.startswith("CLASS_")}
-
-
-def kind_of(error: psycopg2.Error) -> str:
-    """Return the kind of an error, one of a small fixed set."""
-    if isinstance(error, psycopg2.InterfaceError) or not error.pgcode:
-        return "authentication" if "authentication failed" in str(error) else "connection"
-    if error.diag.constraint_name == "ledger_pkey":
-        return "client_id"  # another process writes batches under ours
-    if error.pgcode == "23514" and error.diag.table_name and not error.diag.constraint_name:
-        return "schema"  # neither a CHECK nor a RAISE: there is no partition for the row
-    for size in (5, 2):
-        if error.pgcode[:size] in _KINDS:
-            return _KINDS[error.pgcode[:size]]
-    # A class that PostgreSQL does not have comes from a trigger's RAISE, like P0.
-    return "other" if error.pgcode[:2] in _CLASSES else "data"
+Cursor = psycopg2.extensions.cursor
 
 
 @dataclass(slots=True)
@@ -79,35 +33,6 @@ class Stored:
     inserted: int = 0
     duplicates: int = 0
     dead_letters: Counter[str] = field(default_factory=Counter)
-
-
-def connect(settings: Settings) -> psycopg2.extensions.connection:
-    """Open a connection as the settings say, libpq's variables filling what they leave open.
-
-    :raises psycopg2.OperationalError: the database is not reached or refuses the login.
-    """
-    options: dict[str, Any] = {
-        "fallback_application_name": "iot-collector",
-        "client_encoding": "UTF8",  # which is what MQTT's topics are in
-        "connect_timeout": 10,
-        # A peer that vanished is noticed in seconds, not in TCP's quarter of an hour.
-        "keepalives_idle": 10,
-        "keepalives_interval": 5,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 30_000,
-    }
-    given = psycopg2.extensions.parse_dsn(settings.database_url) if settings.database_url else {}
-    options = {name: value for name, value in options.items() if name not in given}
-    try:
-        password = settings.database_secret
-    except OSError as error:  # a secret being rotated may be away for a moment
-        raise psycopg2.OperationalError(f"password file: {error}") from error
-    except UnicodeDecodeError:  # whose text has a part of what it could not read
-        raise psycopg2.OperationalError("password file: it is not UTF-8 text") from None
-    if password is not None:
-        options["password"] = password
-    connection: psycopg2.extensions.connection = psycopg2.connect(settings.database_url, **options)
-    return connection
 
 
 class Store:
@@ -120,7 +45,7 @@ class Store:
         self._connection: psycopg2.extensions.connection | None = None
         self._days_done: set[int] = set()
         self._seq: int | None = None  # of the last batch in the ledger; None: not known
-        # The batch, and what became of it, of a COMMIT that got no answer.
+        # A batch whose COMMIT was sent and not answered, and what becomes of it if it took place.
         self._unsure: tuple[int, Stored] | None = None
 
     def ping(self) -> None:
@@ -139,8 +64,8 @@ class Store:
         :raises psycopg2.Error: nothing was noted.
         """
         client = (self._client_id,)
+        stale: list[str] = []
         with self._transaction() as cursor:
-            stale: list[str] = []
             if present:
                 cursor.execute("SELECT filters FROM sessions WHERE client_id = %s", client)
                 stale = [f for (old,) in cursor.fetchall() for f in old if f not in filters]
@@ -158,7 +83,7 @@ class Store:
         with self._cursor() as cursor:
             return self._batches(cursor)
 
-    def _batches(self, cursor: psycopg2.extensions.cursor) -> list[bytes]:
+    def _batches(self, cursor: Cursor) -> list[bytes]:
         cursor.execute(
             "SELECT seq, packets FROM ledger WHERE client_id = %s ORDER BY seq", (self._client_id,)
         )
@@ -174,67 +99,76 @@ class Store:
         :param packets: what the ledger says of it; ``keep`` is how many of the last batches'
             the ledger needs, this one included.
         :raises psycopg2.Error: nothing was stored as far as is known. To be called again with the
-            same batch, which then looks whether it was. Never of the kind "data".
+            same batch, which then looks whether it was. Of the kind "data" only when the table
+            ``dead_letters`` refuses what ``messages`` refused.
         """
         if (stored := self._find_unsure()) is not None:
             return stored
-        self._do_daily(chunks)
+        unsure = self._unsure
         try:
-            with self._booking(packets, keep) as (cursor, opening, stored):
-                if self._settings.message_id_key is None:
-                    stored.inserted = _copy(cursor, b"".join(_tuples(chunks)), opening)
-                else:
-                    cursor.execute(opening)
-                    new = self._drop_known(cursor, chunks, stored)
-                    stored.inserted = _copy(cursor, b"".join(_tuples(new)))
+            self._do_daily(chunks)
+            return self._write(chunks, packets, keep)
         except psycopg2.Error as error:
-            if kind_of(error) == "client_id" and (stored := self._find_unsure()) is not None:
-                return stored  # our COMMIT without an answer was still under way when we looked
-            if kind_of(error) != "data":
-                raise
-            log.warning("a row was refused, searching the batch for it", error=one_line(error))
-            with self._booking(packets, keep) as (cursor, opening, stored):
-                # What is checked only at COMMIT could not be found by bisection.
-                cursor.execute(opening + b"SET CONSTRAINTS ALL IMMEDIATE")
-                new = self._drop_known(cursor, chunks, stored)
-                _bisect(cursor, [c.head + row for c in new for row in c.rows], stored)
+            if kind_of(error) == "client_id":
+                # Our COMMIT without an answer may have been still under way when we looked.
+                self._unsure = unsure
+                if (stored := self._find_unsure()) is not None:
+                    return stored
+            raise
+
+    def _write(self, chunks: list[Chunk], packets: bytes, keep: int) -> Stored:
+        if self._settings.message_id_key is None:
+            try:
+                return self._write_at_once(chunks, packets, keep)
+            except psycopg2.Error as error:
+                if kind_of(error) != "data":
+                    raise
+                log.warning("a row was refused, searching the batch for it", error=one_line(error))
+        return self._write_in_steps(chunks, packets, keep)
+
+    def _write_at_once(self, chunks: list[Chunk], packets: bytes, keep: int) -> Stored:
+        """Store a batch with one query, because round trips cost both sides a lot (benchmarks/)."""
+        with self._cursor() as cursor:
+            seq, opening = self._opening(cursor, packets, keep)
+            stored = Stored(inserted=sum(len(chunk.rows) for chunk in chunks))
+            self._unsure = (seq, stored)
+            copy(cursor, _tuples(chunks), opening, b"; COMMIT")
+        self._seq, self._unsure = seq, None
         return stored
 
-    def _drop_known(
-        self, cursor: psycopg2.extensions.cursor, chunks: list[Chunk], stored: Stored
-    ) -> list[Chunk]:
-        if self._settings.message_id_key is None:
-            return chunks
-        new, stored.duplicates = drop_known(cursor, chunks, self._settings.message_id_key)
-        return new
-
-    @contextmanager
-    def _booking(
-        self, packets: bytes, keep: int
-    ) -> Iterator[tuple[psycopg2.extensions.cursor, bytes, Stored]]:
-        """Run a transaction that enters its batch in the ledger.
-
-        It has to begin with the SQL that comes with the cursor. That goes with the first
-        statement, because each round trip costs both sides what ten rows do (benchmarks/).
-        """
-        seq = (self._last_seq() if self._seq is None else self._seq) + 1
+    def _write_in_steps(self, chunks: list[Chunk], packets: bytes, keep: int) -> Stored:
+        """Store what can be stored of a batch, and each message id once."""
         stored = Stored()
         with self._cursor() as cursor:
-            opening = cursor.mogrify(
-                "BEGIN; INSERT INTO ledger (client_id, seq, writer, packets)"
-                " VALUES (%s, %s, %s, %s);",
-                (self._client_id, seq, self._writer, packets),
-            )
-            if seq % _PRUNE_EVERY == 0:
-                opening += cursor.mogrify(
-                    "DELETE FROM ledger WHERE client_id = %s AND seq <= %s;",
-                    (self._client_id, seq - keep),
+            seq, opening = self._opening(cursor, packets, keep)
+            # What is checked only at COMMIT could not be found by bisection.
+            cursor.execute(opening + b"SET CONSTRAINTS ALL IMMEDIATE")
+            if self._settings.message_id_key is not None:
+                chunks, stored.duplicates = drop_known(
+                    cursor, chunks, self._settings.message_id_key
                 )
-            yield cursor, opening, stored
+            rows = [chunk.head + row for chunk in chunks for row in chunk.rows]
+            stored.inserted = store_or_bury(cursor, rows, stored.dead_letters)
             self._unsure = (seq, stored)
             cursor.execute("COMMIT")
-        self._unsure = None
-        self._seq = seq
+        self._seq, self._unsure = seq, None
+        return stored
+
+    def _opening(self, cursor: Cursor, packets: bytes, keep: int) -> tuple[int, bytes]:
+        """Return a batch's number, and the SQL that begins its transaction and enters it."""
+        if self._seq is None:
+            self._batches(cursor)
+        seq = (self._seq or 0) + 1
+        opening = cursor.mogrify(
+            "BEGIN; INSERT INTO ledger (client_id, seq, writer, packets) VALUES (%s, %s, %s, %s);",
+            (self._client_id, seq, self._writer, packets),
+        )
+        if seq % _PRUNE_EVERY == 0:
+            opening += cursor.mogrify(
+                "DELETE FROM ledger WHERE client_id = %s AND seq <= %s;",
+                (self._client_id, seq - keep),
+            )
+        return seq, opening
 
     def _find_unsure(self) -> Stored | None:
         """Return what the transaction did whose COMMIT got no answer, or None if it did nothing."""
@@ -246,20 +180,10 @@ class Store:
                 "SELECT 1 FROM ledger WHERE client_id = %s AND seq = %s AND writer = %s",
                 (self._client_id, seq, self._writer),
             )
-            committed = cursor.fetchone() is not None
-        if not committed:
-            return None  # or not yet: then its place in the ledger turns out to be taken
-        self._unsure = None
-        self._seq = seq
+            if cursor.fetchone() is None:
+                return None  # or not yet: then its place in the ledger turns out to be taken
+        self._seq, self._unsure = seq, None
         return stored
-
-    def _last_seq(self) -> int:
-        with self._cursor() as cursor:
-            cursor.execute(
-                "SELECT coalesce(max(seq), 0) FROM ledger WHERE client_id = %s", (self._client_id,)
-            )
-            (seq,) = cursor.fetchone() or (0,)
-        return int(seq)
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -269,7 +193,7 @@ class Store:
             self._connection = None
 
     @contextmanager
-    def _transaction(self) -> Iterator[psycopg2.extensions.cursor]:
+    def _transaction(self) -> Iterator[Cursor]:
         """COMMIT at the end of the block, ROLLBACK on any error."""
         with self._cursor() as cursor:
             cursor.execute("BEGIN")
@@ -277,12 +201,10 @@ class Store:
             cursor.execute("COMMIT")
 
     @contextmanager
-    def _cursor(self) -> Iterator[psycopg2.extensions.cursor]:
+    def _cursor(self) -> Iterator[Cursor]:
         """A cursor outside of any transaction, or in one that an error rolls back."""
         if self._connection is None:
             self._connection = connect(self._settings)
-            # Transactions are begun and ended in SQL, where that saves round trips.
-            self._connection.autocommit = True
             self._warn_if_not_durable()
         with self._connection.cursor() as cursor:
             try:
@@ -304,13 +226,14 @@ class Store:
     def _do_daily(self, chunks: list[Chunk]) -> None:
         # With the first batch of each day: partitions are made months ahead of use.
         days = {int(chunk.timestamp // 86400) for chunk in chunks}
-        if not days <= self._days_done:
-            with self._transaction() as cursor:
-                for day in days:
-                    start = datetime.fromtimestamp(day * 86400, UTC)
-                    cursor.execute("SELECT ensure_partitions(%s, %s)", (start, MONTHS_AHEAD))
-                forget_old(cursor)
-            self._days_done = days
+        if days <= self._days_done:
+            return
+        with self._transaction() as cursor:
+            for day in days:
+                start = datetime.fromtimestamp(day * 86400, UTC)
+                cursor.execute("SELECT ensure_partitions(%s, %s)", (start, MONTHS_AHEAD))
+            forget_old(cursor)
+        self._days_done = days
 
 
 def _tuples(chunks: list[Chunk]) -> Iterator[bytes]:
@@ -318,73 +241,3 @@ def _tuples(chunks: list[Chunk]) -> Iterator[bytes]:
         if chunk.rows:
             yield chunk.head
             yield chunk.head.join(chunk.rows)
-
-
-def _copy(cursor: psycopg2.extensions.cursor, tuples: bytes, opening: bytes = b"") -> int:
-    data = io.BytesIO(b"".join((copy.HEADER, tuples, copy.TRAILER)))
-    cursor.copy_expert(opening + _COPY, data, size=1 << 18)
-    return cursor.rowcount
-
-
-def one_line(error: psycopg2.Error) -> str:
-    """Return the text of an error without line breaks."""
-    return " ".join(str(error).split())
-
-
-def _bisect(cursor: psycopg2.extensions.cursor, rows: list[bytes], stored: Stored) -> None:
-    """Store the rows that can be stored; keep the others as dead letters."""
-    refusal = _try_copy(cursor, rows, stored)
-    if refusal is None:
-        return
-    if len(rows) > 1:
-        middle = len(rows) // 2
-        _bisect(cursor, rows[:middle], stored)
-        _bisect(cursor, rows[middle:], stored)
-    elif (bare := copy.without_fields(rows[0])) != rows[0]:
-        # Perhaps only our reading of the payload is at fault.
-        _bisect(cursor, [bare], stored)
-    else:
-        _bury(cursor, rows[0], refusal)
-        stored.dead_letters[_reason(refusal)] += 1
-
-
-def _try_copy(
-    cursor: psycopg2.extensions.cursor, rows: list[bytes], stored: Stored
-) -> psycopg2.Error | None:
-    """Store the rows and return None, or store none and return why the data was refused."""
-    cursor.execute("SAVEPOINT part")
-    try:
-        stored.inserted += _copy(cursor, b"".join(rows))
-    except psycopg2.Error as error:
-        if kind_of(error) != "data":
-            raise
-        cursor.execute("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
-        return error
-    cursor.execute("RELEASE SAVEPOINT part")
-    return None
-
-
-def _reason(error: psycopg2.Error) -> str:
-    return {"22": "invalid_data", "23": "constraint", "54": "too_large"}.get(
-        (error.pgcode or "")[:2], "refused"
-    )
-
-
-def _bury(cursor: psycopg2.extensions.cursor, row: bytes, error: psycopg2.Error) -> None:
-    message = copy.decode(row)
-    cursor.execute(
-        "INSERT INTO dead_letters"
-        " (received_at, topic, payload, properties, qos, retained, reason, sqlstate)"
-        " VALUES (to_timestamp(%s), %s, %s, %s, %s, %s, %s, %s)",
-        (
-            message.timestamp,
-            message.topic,
-            message.payload,
-            message.properties,
-            message.qos,
-            message.retained,
-            (error.diag.message_primary or str(error)),
-            error.pgcode,
-        ),
-    )
-    log.error("message kept as dead letter", topic=message.topic, sqlstate=error.pgcode)

@@ -1,28 +1,31 @@
 """The writer thread: takes batches, stores them, and only then has them acknowledged."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import psycopg2
 import structlog
 import tenacity
 
+from .database import explain, kind_of
 from .flow import Chunk, Flow, Greeting
 from .ledger import Ledger
 from .metrics import Metrics
 from .settings import Settings
-from .store import Store, Stored, kind_of, one_line
+from .store import Store, Stored
 
 log = structlog.get_logger(__name__)
 
-_HINTS = {
-    "schema": "run `iot-collector migrate`",
-    "client_id": "another collector has this client id; give each its own IOT_MQTT_CLIENT_ID",
-    "authentication": "check the user in IOT_DATABASE_URL and IOT_DATABASE_PASSWORD_FILE",
-}
 # How often an idle writer asks the database for a sign of life, so that /health tells the truth.
 _PING_SECONDS = 5.0
+_BATCH_ROWS = 5_000  # about the most in a transaction
+_BATCH_BYTES = 8 << 20
+
+T = TypeVar("T")
 
 
 class Writer(threading.Thread):
@@ -33,17 +36,17 @@ class Writer(threading.Thread):
         settings: Settings,
         flow: Flow,
         metrics: Metrics,
-        acknowledge: Callable[[Chunk | Greeting], None],
+        acknowledge: Callable[[Sequence[Chunk | Greeting]], None],
     ) -> None:
         super().__init__(name="writer", daemon=True)
         self._acknowledge = acknowledge
-        self._settings = settings
+        self._filters = settings.mqtt_topics
         self._flow = flow
         self._metrics = metrics
         self._store = Store(settings)
         self._ledger = Ledger(settings.mqtt_max_inflight if settings.packet_ledger else 0)
         # Writing at half the window keeps the broker sending meanwhile.
-        self._batch_rows = min(settings.batch_rows, max(1, settings.mqtt_max_inflight // 2))
+        self._batch_rows = min(_BATCH_ROWS, max(1, settings.mqtt_max_inflight // 2))
         # What the ledger says of the batch in hand; None when it has to be asked again.
         self._recorded: tuple[list[Chunk], bytes] | None = None
         self._abandon = threading.Event()
@@ -52,7 +55,6 @@ class Writer(threading.Thread):
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
             sleep=tenacity.sleep_using_event(self._abandon),
             stop=tenacity.stop_when_event_set(self._abandon),
-            before_sleep=self._failed,
         )
         self.error: str | None = "not connected yet"  # why the database is not usable, or None
         self.beat = time.monotonic()  # when the thread last made a step
@@ -64,7 +66,8 @@ class Writer(threading.Thread):
             self._ping()
             while (item := self._next()) is not None:
                 if isinstance(item, Greeting):
-                    self._greet(item)
+                    self._persist(partial(self._greet, item))
+                    self._acknowledge([item])
                 elif item:
                     self._write(item)
                 else:
@@ -81,40 +84,31 @@ class Writer(threading.Thread):
     def _next(self) -> list[Chunk] | Greeting | None:
         self.beat = time.monotonic()
         self.in_database = False
-        item = self._flow.take(
-            rows=self._batch_rows,
-            size=self._settings.batch_bytes,
-            patience=_PING_SECONDS,
-        )
+        item = self._flow.take(rows=self._batch_rows, size=_BATCH_BYTES, patience=_PING_SECONDS)
         self.in_database = True
         return item
 
     def _greet(self, greeting: Greeting) -> None:
-        greeting.stale, batches = self._retrying(
-            self._store.begin_session,
-            present=greeting.session_present,
-            filters=self._settings.mqtt_topics,
+        greeting.stale, batches = self._store.begin_session(
+            present=greeting.session_present, filters=self._filters
         )
-        self._succeeded()
         self._ledger.reset(batches)
-        self._acknowledge(greeting)
 
     def _write(self, batch: list[Chunk]) -> None:
         started = time.monotonic()
         self._recorded = self._ledger.record(batch)
-        stored = self._retrying(self._store_batch, batch)
-        self._succeeded()
+        stored = self._persist(partial(self._store_batch, batch))
         now = time.monotonic()
         self._flow.settle(
             inserted=stored.inserted,
             duplicates=stored.duplicates,
             dead_letters=stored.dead_letters,
         )
+        self._acknowledge(batch)
         self._metrics.batch_rows.observe(sum(len(chunk.tags) for chunk in batch))
         self._metrics.flush_seconds.observe(now - started)
         for chunk in batch:
             self._metrics.message_delay.observe(now - chunk.at, len(chunk.tags))
-            self._acknowledge(chunk)
 
     def _store_batch(self, batch: list[Chunk]) -> Stored:
         if self._recorded is None:
@@ -135,27 +129,33 @@ class Writer(threading.Thread):
         stored.duplicates += known
         return stored
 
-    def _ping(self) -> None:
-        try:
-            self._store.ping()
-            self._succeeded()
-        except psycopg2.Error as error:
-            self._note(error)
+    def _persist(self, step: Callable[[], T]) -> T:
+        """Return a step's result as soon as the database lets it succeed.
 
-    def _succeeded(self) -> None:
+        :raises tenacity.RetryError: the drain time was over first.
+        """
+        try:
+            return self._noted(step)
+        except psycopg2.Error:
+            # Only now: tenacity's bookkeeping costs as much as five messages (benchmarks/).
+            result: T = self._retrying(self._noted, step)
+            return result
+
+    def _noted(self, step: Callable[[], T]) -> T:
+        """Do a step, and note whether the database is usable."""
+        try:
+            result = step()
+        except psycopg2.Error as error:
+            self._store.close()
+            self._metrics.db_errors.labels(kind_of(error)).inc()
+            self.error = explain(error)
+            log.warning("database is not usable, will retry", error=self.error)
+            raise
         if self.error is not None:
             log.info("database is usable")
             self.error = None
+        return result
 
-    def _failed(self, state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, psycopg2.Error):
-            self._note(error)
-
-    def _note(self, error: psycopg2.Error) -> None:
-        kind = kind_of(error)
-        self._store.close()
-        self._metrics.db_errors.labels(kind).inc()
-        self.error = f"{kind}: {one_line(error)}"
-        hint = _HINTS.get(kind)
-        log.warning("database is not usable, will retry", kind=kind, error=self.error, hint=hint)
+    def _ping(self) -> None:
+        with contextlib.suppress(psycopg2.Error):
+            self._noted(self._store.ping)

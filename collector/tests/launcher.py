@@ -31,43 +31,33 @@ def die_at(fault: str) -> None:
 
 
 class Halves:
-    """A file that is read in two halves, the second of which never comes."""
+    """A file that is read in two halves, with places to die at: half-way, and at its end.
+
+    The end of the file is what ends COPY, and with it lets the COMMIT take place.
+    """
 
     def __init__(self, file: Any) -> None:
-        self._data = file.read()
-        self._read = False
+        data = file.read()
+        middle = len(data) // 2
+        self._parts = [(b"", "before commit"), (data[middle:], "copying"), (data[:middle], "")]
 
     def read(self, size: int = -1) -> bytes:
-        if self._read:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self._read = True
-        half: bytes = self._data[: len(self._data) // 2]
-        return half
+        part, moment = self._parts.pop()
+        die_at(moment)
+        return part
 
 
 class Cursor(psycopg2.extensions.cursor):
     """A cursor with places to die at."""
 
-    copied = False
-
     def execute(self, query: Any, values: Any = None) -> None:
-        commit = query == "COMMIT" and self.copied
-        if commit:
-            die_at("before commit")
         super().execute(query, values)
-        if commit:
-            die_at("after commit")
         if isinstance(query, str) and query.startswith("SAVEPOINT"):
             die_at("bisecting")
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
-        global _left
-        if FAULT == "copying" and _left == 1:
-            file = Halves(file)
-        elif FAULT == "copying":
-            _left -= 1
-        super().copy_expert(sql, file, size)
-        self.copied = True
+        super().copy_expert(sql, Halves(file), size)
+        die_at("after commit")
 
 
 _connect = psycopg2.connect

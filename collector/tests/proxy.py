@@ -17,15 +17,15 @@ Way = Literal["up", "down"]
 
 
 class Wire:
-    """One connection through a `Cable`, two threads."""
+    """One connection through a `Proxy`, two threads."""
 
-    def __init__(self, cable: "Cable", client: socket.socket, service: socket.socket) -> None:
-        self._cable = cable
+    def __init__(self, proxy: "Proxy", client: socket.socket, service: socket.socket) -> None:
+        self._proxy = proxy
         self._sockets = (client, service)
         self._end = threading.Event()
         self._lock = threading.Lock()
         self._running = 2
-        self.up: Mode | None = None  # a mode of its own, or the cable's
+        self.up: Mode | None = None  # a mode of its own, or the proxy's
         self.down: Mode | None = None
         for sock in self._sockets:
             sock.setblocking(False)
@@ -63,7 +63,7 @@ class Wire:
                     target.shutdown(socket.SHUT_WR)
 
     def _mode(self, way: Way) -> Mode:
-        mode: Mode = getattr(self, way) or getattr(self._cable, way)
+        mode: Mode = getattr(self, way) or getattr(self._proxy, way)
         return mode
 
     def _pump(self, source: socket.socket, target: socket.socket, way: Way) -> None:
@@ -73,12 +73,12 @@ class Wire:
                 continue
             if not select.select([source], [], [], _TICK)[0]:
                 continue
-            rate = self._cable.rate
+            rate = self._proxy.rate
             data = source.recv(max(1, int(rate * _TICK)) if rate else 1 << 16)
             if not data:
                 return
-            if way == "up" and self._cable.on_up is not None:
-                self._cable.on_up(self, data)
+            if way == "up" and self._proxy.on_up is not None:
+                self._proxy.on_up(self, data)
             mode = self._mode(way)
             if mode == "lose":
                 self.cut()
@@ -89,7 +89,7 @@ class Wire:
                 self._end.wait(_TICK)
 
 
-class Cable:
+class Proxy:
     """A port that leads to another one. ``up`` is towards the service, ``down`` back.
 
     :param port: of the service, on 127.0.0.1.
@@ -104,6 +104,7 @@ class Cable:
         self.port: int = self._server.getsockname()[1]
         self.up: Mode = "pass"
         self.down: Mode = "pass"
+        self.refusing = False  # new connections are ended at once
         self.rate: float | None = None  # bytes per second and way
         # Called with what goes up, before it does, in the wire's own thread.
         self.on_up: Callable[[Wire, bytes], None] | None = None
@@ -129,6 +130,9 @@ class Cable:
         while not self._closed.is_set():
             with contextlib.suppress(OSError):  # TimeoutError is one: nobody has come
                 client, _ = self._server.accept()
+                if self.refusing:
+                    client.close()
+                    continue
                 try:
                     service = socket.create_connection((HOST, self._service), timeout=5)
                 except OSError:

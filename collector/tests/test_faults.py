@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -24,7 +24,7 @@ from iot_collector.flow import Chunk
 from iot_collector.ledger import Ledger
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion
-from proxy import Cable, Wire
+from proxy import Proxy, Wire
 from services import (
     HOST,
     PATIENCE,
@@ -216,18 +216,11 @@ def without_fault(collector: Collector) -> Collector:
     return collector
 
 
-@pytest.fixture
-def make_cable() -> Iterator[Callable[[int], Cable]]:
-    """Make cables (see `Cable`) to a port; they end with the test."""
-    with contextlib.ExitStack() as stack:
-        yield lambda port: stack.enter_context(contextlib.closing(Cable(port)))
-
-
-def through(cable: Cable, part: Mosquitto | Database) -> dict[str, str]:
-    """The settings that lead a collector through a cable to a broker or a database."""
+def through(proxy: Proxy, part: Mosquitto | Database) -> dict[str, str]:
+    """The settings that lead a collector through a proxy to a broker or a database."""
     if isinstance(part, Mosquitto):
-        return {"IOT_MQTT_URL": f"mqtt://{HOST}:{cable.port}"}
-    url = part.url.replace(f":{part.server.port}/", f":{cable.port}/")
+        return {"IOT_MQTT_URL": f"mqtt://{HOST}:{proxy.port}"}
+    url = part.url.replace(f":{part.server.port}/", f":{proxy.port}/")
     return {"IOT_DATABASE_URL": url}
 
 
@@ -359,21 +352,21 @@ def test_postgres_killed(
         complete(load, broker, own_database, collector)
 
 
-COMMIT = b"Q\0\0\0\x0bCOMMIT\0"  # PostgreSQL's protocol: a simple query
+COPY_DONE = b"c\0\0\0\4"  # PostgreSQL's protocol; the COMMIT that follows has been sent before
 AT_COMMIT = ["answer lost", "request lost", "cut at once", "server killed"]
 
 
 def test_commit_without_an_answer(
     make_collector: MakeCollector,
-    make_cable: Callable[[int], Cable],
+    make_proxy: Callable[[int], Proxy],
     broker: Mosquitto,
     own_database: Database,
 ) -> None:
     """Whether it took place or not, and whether it is through yet: each row is there once."""
     random = dice()
     server = own_database.server
-    cable = make_cable(server.port)
-    collector = make_collector(broker, own_database, **through(cable, own_database)).start()
+    proxy = make_proxy(server.port)
+    collector = make_collector(broker, own_database, **through(proxy, own_database)).start()
     happened = Counter[str]()
 
     def arm(kind: str) -> None:
@@ -381,9 +374,9 @@ def test_commit_without_an_answer(
 
         def at(wire: Wire, data: bytes) -> None:
             nonlocal left
-            if not data.endswith(COMMIT) or (left := left - 1) > 0:
+            if not data.endswith(COPY_DONE) or (left := left - 1) > 0:
                 return
-            cable.on_up = None
+            proxy.on_up = None
             happened[kind] += 1
             if kind == "request lost":
                 wire.up = "lose"
@@ -392,18 +385,18 @@ def test_commit_without_an_answer(
             else:
                 wire.down = "drop"
 
-        cable.on_up = at
+        proxy.on_up = at
 
     with Load(broker) as load:
         for i in range(times(6, 80)):
             kind = AT_COMMIT[i % 3] if i % 8 < 7 else AT_COMMIT[3]
             arm(kind)
-            eventually(lambda: cable.on_up is None, what="it commits")
+            eventually(lambda: proxy.on_up is None, what="it commits")
             if kind == "cut at once":
-                cable.cut()
+                proxy.cut()
             elif kind == "server killed":
                 server.kill()
-                cable.cut()
+                proxy.cut()
                 server.start()
             load.more(random.randint(1, 50))
         collector.wait_ready()
@@ -541,56 +534,56 @@ def test_no_connections_left_and_read_only(
 def test_network_to_broker(
     silence: str,
     make_collector: MakeCollector,
-    make_cable: Callable[[int], Cable],
+    make_proxy: Callable[[int], Proxy],
     broker: Mosquitto,
     database: Database,
 ) -> None:
     """Resets, silence that only keepalive notices, and a line that is slow."""
     random = dice()
-    cable = make_cable(broker.port)
-    settings = through(cable, broker) | {"IOT_MQTT_KEEPALIVE_SECONDS": "5"}
+    proxy = make_proxy(broker.port)
+    settings = through(proxy, broker) | {"IOT_MQTT_KEEPALIVE_SECONDS": "5"}
     collector = make_collector(broker, database, **settings).start()
     with Load(broker, rate=300) as load:
         # Each doubles the longest wait before the next attempt, unless the connection lasted.
         for _ in range(times(1, 6)):
             load.more(random.randint(1, 300))
-            cable.cut()
+            proxy.cut()
             collector.wait_ready()
         load.more(100)
         if silence != "none":
-            stay_silent(silence, cable, collector)
-        cable.rate = 20_000  # bytes per second: what waits takes seconds
+            stay_silent(silence, proxy, collector)
+        proxy.rate = 20_000  # bytes per second: what waits takes seconds
         load.more(times(100, 1000))
-        cable.rate = None
+        proxy.rate = None
         complete(load, broker, database, collector)
 
 
-def stay_silent(way: str, cable: Cable, collector: Collector) -> None:
+def stay_silent(way: str, proxy: Proxy, collector: Collector) -> None:
     """Let nothing through until keepalive notices, then everything."""
     before = collector.metrics()["mqtt_reconnects_total"]
     if way in ("both", "up"):
-        cable.up = "drop"
+        proxy.up = "drop"
     if way in ("both", "down"):
-        cable.down = "drop"
+        proxy.down = "drop"
     if way == "stuck":
-        cable.up = cable.down = "stuck"
+        proxy.up = proxy.down = "stuck"
     eventually(lambda: collector.get("/readyz").status == 503, what="silence is noticed")
     assert collector.get("/livez").status == 200
-    cable.up = cable.down = "pass"
-    cable.cut()  # attempts that were swallowed
+    proxy.up = proxy.down = "pass"
+    proxy.cut()  # attempts that were swallowed
     eventually(lambda: collector.metrics()["mqtt_reconnects_total"] > before, what="it reconnects")
 
 
 def test_network_to_database(
     make_collector: MakeCollector,
-    make_cable: Callable[[int], Cable],
+    make_proxy: Callable[[int], Proxy],
     broker: Mosquitto,
     database: Database,
 ) -> None:
     """Resets, a line that stands still for a while, one that swallows, and one that is slow."""
     random = dice()
-    cable = make_cable(database.server.port)
-    collector = make_collector(broker, database, **through(cable, database)).start()
+    proxy = make_proxy(database.server.port)
+    collector = make_collector(broker, database, **through(proxy, database)).start()
 
     def waits() -> None:
         eventually(
@@ -601,22 +594,22 @@ def test_network_to_database(
     with Load(broker) as load:
         for _ in range(times(3, 20)):
             load.more(random.randint(1, 300))
-            cable.cut()
+            proxy.cut()
         for _ in range(times(1, 5)):
             load.more(random.randint(1, 300))
-            cable.up = cable.down = "stuck"
+            proxy.up = proxy.down = "stuck"
             waits()
-            cable.up = cable.down = "pass"
+            proxy.up = proxy.down = "pass"
             well(collector)
             load.more(random.randint(1, 300))
-            cable.up = cable.down = "drop"
+            proxy.up = proxy.down = "drop"
             waits()
-            cable.cut()
-            cable.up = cable.down = "pass"
+            proxy.cut()
+            proxy.up = proxy.down = "pass"
             collector.wait_ready()
-        cable.rate = 50_000
+        proxy.rate = 50_000
         load.more(times(100, 1000))
-        cable.rate = None
+        proxy.rate = None
         complete(load, broker, database, collector)
 
 
@@ -653,14 +646,17 @@ def test_two_with_one_client_id(
 def test_scale_out_and_in(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """1 → 3 → 1 members of a shared subscription, one of them killed in between."""
+    """1 → 3 → 1 members of a shared subscription, as a StatefulSet does it.
+
+    One is killed in between; the highest ordinals are stopped first.
+    """
     members = [
         make_collector(
             broker,
             database,
             IOT_MQTT_CLIENT_ID=f"collector-{i}",
             IOT_MQTT_TOPICS="$share/collectors/iot/#",
-            IOT_SESSION_ON_STOP="leave" if i else "keep",
+            IOT_SESSION_ON_STOP="ordinal",
         )
         for i in range(3)
     ]
@@ -679,10 +675,14 @@ def test_scale_out_and_in(
             load.more(100)
             members[1].start()
             received(members[1])
-            for member in members[1:]:
+            for member in reversed(members[1:]):
                 assert member.stop() == 0
                 assert "session kept" not in member.log()
             load.more(100)
+        assert members[0].stop() == 0
+        load.more(100)  # waits for the first one, which comes back
+        members[0].start()
+        assert members[0].health()["broker"]["session_present"]
         complete(load, broker, database, members[0])
 
 

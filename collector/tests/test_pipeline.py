@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from proxy import Proxy
 from services import (
     HOST,
     Collector,
@@ -21,7 +22,6 @@ from services import (
     Letter,
     Mosquitto,
     Postgres,
-    Proxy,
     Row,
     Stream,
     eventually,
@@ -239,6 +239,22 @@ def test_refused_row(
     publish(broker, numbered(10, start=100))
     collector.wait_settled(111)
     assert database.count() == 110, "the flow goes on"
+
+
+def test_row_refused_by_dead_letters_too(
+    collector: Collector, broker: Mosquitto, database: Database
+) -> None:
+    """Somebody's rule on the last resort: it is named, nothing is lost, and it can be mended."""
+    for table in ("messages", "dead_letters"):
+        database.query(f"ALTER TABLE {table} ADD CONSTRAINT no CHECK (payload <> 'poison'::bytea)")
+    publish(broker, [*numbered(10), ("iot/data", b"poison")])
+    problem(collector, 'relation "dead_letters" violates check constraint', "/health")
+    problem(collector, "remove the constraint", "/health")
+    assert collector.get("/livez").status == 200
+    database.query("ALTER TABLE dead_letters DROP CONSTRAINT no")
+    collector.wait_settled(11)
+    assert database.payloads() == payloads(numbered(10))
+    assert [letter.payload for letter in database.dead_letters()] == [b"poison"]
 
 
 def test_row_refused_with_a_code_of_its_own(
@@ -484,7 +500,7 @@ def test_read_only_database(
     cut(database)
     acknowledged |= publish(broker, numbered(50, start=50))
     problem(collector, "database: read_only")
-    assert collector.metrics()["messages_in_flight"] == 50
+    eventually(lambda: collector.metrics()["messages_in_flight"] == 50, what="all wait")
     server.query(f"ALTER DATABASE {database.name} RESET default_transaction_read_only")
     settled(collector, database, acknowledged)
     assert database.dead_letters() == []
@@ -599,6 +615,20 @@ def test_wrong_broker_password(
     assert "right-one" not in collector.log()
 
 
+def test_window_of_the_broker_smaller_than_ours(
+    make_collector: MakeCollector, make_broker: MakeBroker, database: Database
+) -> None:
+    """It sends 20 and waits: lingering for more would make it 20 messages a linger."""
+    broker = make_broker("max_inflight_messages 20").start()
+    # With MQTT 5, Mosquitto's window is the one that we ask for.
+    settings = {"IOT_MQTT_VERSION": "3.1.1", "IOT_BATCH_LINGER_MS": "500"}
+    collector = make_collector(broker, database, **settings).start()
+    messages = numbered(2000)  # 50 s at 20 in half a second
+    publish(broker, messages)
+    collector.wait_settled(2000, timeout=20)
+    assert database.payloads() == payloads(messages)
+
+
 def test_same_client_id_twice(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
@@ -690,6 +720,13 @@ CREATE CONSTRAINT TRIGGER wait_for_test AFTER INSERT ON messages DEFERRABLE INIT
 """
 
 
+def committing(database: Database) -> int:
+    """How many transactions wait in their COMMIT, where the trigger above runs."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND wait_event = 'advisory'"
+    count: int = database.query(waiting, database.name)[0][0]
+    return count
+
+
 @contextlib.contextmanager
 def waiting_commit(database: Database) -> Iterator[Callable[[], None]]:
     """Make every COMMIT of messages wait until the end of the block.
@@ -697,12 +734,11 @@ def waiting_commit(database: Database) -> Iterator[Callable[[], None]]:
     Yields a function that waits until a COMMIT waits.
     """
     database.query(COMMIT_WAITS)
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND query = 'COMMIT'"
     with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(1)")
 
         def wait() -> None:
-            eventually(lambda: database.query(waiting, database.name)[0][0], what="it commits")
+            eventually(lambda: committing(database), what="it commits")
 
         yield wait
 
@@ -722,13 +758,14 @@ def test_answer_to_commit_is_lost(
     with waiting_commit(database) as commit_waits:
         acknowledged = publish(broker, numbered(50))
         commit_waits()
-        proxy.closed = True
+        proxy.refusing = True
+        proxy.cut()
         problem(collector, "database: connection")
         if late:
-            proxy.closed = False
+            proxy.refusing = False
             eventually(lambda: "ledger" in blocked(database), what="the retry waits for it")
     eventually(database.count, what="the COMMIT takes place")
-    proxy.closed = False
+    proxy.refusing = False
     settled(collector, database, acknowledged)
     assert collector.metrics()["mqtt_messages_total"] == 50
 
@@ -753,19 +790,19 @@ def test_acknowledgements_are_lost(
     proxy = make_proxy(broker.port)
     url = f"mqtt://{HOST}:{proxy.port}"
     collector = make_collector(broker, database, IOT_MQTT_URL=url).start()
-    proxy.deaf = True
+    proxy.up = "drop"
     acknowledged = publish(broker, numbered(50))
     collector.wait_settled(50)
-    proxy.closed = True
-    proxy.deaf = proxy.closed = False
+    proxy.up = "pass"
+    proxy.cut()
     metrics = collector.wait_settled(100)
     assert metrics["db_duplicates_total"] == 50, "in the same process"
     eventually(lambda: broker.log().count("Received PUBACK") >= 50, what="acknowledged now")
-    proxy.deaf = True
+    proxy.up = "drop"
     acknowledged |= publish(broker, numbered(50, start=50))
     collector.wait_settled(150)
     collector.kill()
-    proxy.deaf = False
+    proxy.up = "pass"
     collector.start()
     metrics = collector.wait_settled(50)
     assert metrics["db_duplicates_total"] == 50, "and in the next"
@@ -798,8 +835,7 @@ def test_killed_while_a_commit_takes_place(
     with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(1)")
         acknowledged = publish(broker, numbered(50))
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND query = 'COMMIT'"
-        eventually(lambda: database.query(waiting, database.name) == [(1,)], what="it commits")
+        eventually(lambda: committing(database) == 1, what="it commits")
         collector.kill()
         collector.start()
         eventually(lambda: collector.metrics()["messages_in_flight"] == 50, what="sent again")

@@ -13,7 +13,7 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
-from iot_collector.link import Connection
+from iot_collector.connection import Connection
 from iot_collector.reader import BulkClient, Inbox, StockClient, make_client
 from iot_collector.rows import decode, head
 from iot_collector.settings import Settings

@@ -48,8 +48,6 @@ FULL = {
     "IOT_SESSION_ON_STOP": ("leave", "leave"),
     "IOT_DATABASE_URL": ("host=db dbname=iot", "host=db dbname=iot"),
     "IOT_BATCH_LINGER_MS": ("2.5", 2.5),
-    "IOT_BATCH_ROWS": ("100", 100),
-    "IOT_BATCH_BYTES": ("100000", 100_000),
     "IOT_BUFFER_BYTES": ("2000000", 2_000_000),
     "IOT_HTTP_HOST": ("0.0.0.0", "0.0.0.0"),
     "IOT_HTTP_PORT": ("3100", 3100),
@@ -111,14 +109,12 @@ WRONG = [
     ("IOT_MQTT_MAX_INFLIGHT", "many", "integer"),
     ("IOT_MQTT_SESSION_EXPIRY_SECONDS", "1", "greater than or equal to 60"),
     ("IOT_PACKET_LEDGER", "perhaps", "boolean"),
-    ("IOT_SESSION_ON_STOP", "drop", "'keep' or 'leave'"),
+    ("IOT_SESSION_ON_STOP", "drop", "'keep', 'leave' or 'ordinal'"),
     ("IOT_DATABASE_URL", "postgresql://[", "URI"),
     ("IOT_DATABASE_URL", "nonsense", "URI"),
     ("IOT_DATABASE_URL", "postgresql://h/db?no_such_option=1", "URI"),
     ("IOT_BATCH_LINGER_MS", "-1", "greater than or equal to 0"),
     ("IOT_BATCH_LINGER_MS", "nan", "less than or equal to"),
-    ("IOT_BATCH_ROWS", "1.5", "integer"),
-    ("IOT_BATCH_BYTES", "1", "greater than or equal to 1024"),
     ("IOT_BUFFER_BYTES", "64MB", "integer"),
     ("IOT_HTTP_PORT", "0", "greater than or equal to 1"),
     ("IOT_HTTP_PORT", "65536", "less than or equal to 65535"),
@@ -225,6 +221,33 @@ def test_two_forms_of_a_secret(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_password_without_user(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = faults(monkeypatch, {"IOT_MQTT_PASSWORD": "two"})
     assert line.startswith("IOT_MQTT_USERNAME: ")
+
+
+@pytest.mark.parametrize(
+    ("on_stop", "client_id", "leave"),
+    [
+        ("keep", "collector", False),
+        ("leave", "collector-0", True),
+        ("ordinal", "collector-0", False),
+        ("ordinal", "collector-1", True),
+        ("ordinal", "collector-10", True),
+    ],
+)
+def test_who_leaves_the_session(
+    on_stop: str, client_id: str, leave: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_SESSION_ON_STOP", on_stop)
+    monkeypatch.setenv("IOT_MQTT_CLIENT_ID", client_id)
+    assert load().leave_on_stop is leave
+
+
+@pytest.mark.parametrize("client_id", ["collector", "collector-a", "collector-", "collector-00"])
+def test_client_id_without_ordinal(client_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"IOT_SESSION_ON_STOP": "ordinal", "IOT_MQTT_CLIENT_ID": client_id}
+    (line,) = faults(monkeypatch, variables)
+    assert line.startswith(f"IOT_MQTT_CLIENT_ID: {client_id!r} ")
+    assert "IOT_SESSION_ON_STOP=ordinal" in line
+    assert line.endswith("for example collector-0")
 
 
 @pytest.mark.parametrize("which", ["CERT", "KEY"])

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from iot_collector.link import set_up_transport
+from iot_collector.connection import set_up_transport
+from iot_collector.database import connect
 from iot_collector.settings import Settings, load
-from iot_collector.store import connect
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 

@@ -1,0 +1,194 @@
+"""One connection to the broker, from CONNECT to its end: session, subscriptions, and window.
+
+Used by the network thread alone. What comes from one connection is never acknowledged on another,
+where its packet ids may mean other messages.
+"""
+
+import time
+from typing import Any
+
+import structlog
+from paho.mqtt.client import Client, ConnectFlags
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from .flow import Greeting
+from .reader import Inbox, make_client
+from .settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_RESUBSCRIBE = 15.0  # seconds until a refused subscription is asked for again
+_GREETING = 2.0  # seconds that the database gets to note a new session before it is used
+_SESSION_TAKEN_OVER = 0x8E  # MQTT 5 §3.14.2.1
+_SAME = 8  # times in a row that a read ended with as many un-acknowledged: the broker's window
+
+WINDOW_BUG = (
+    "sends more un-acknowledged messages than IOT_MQTT_MAX_INFLIGHT, as Mosquitto does before "
+    "2.0.21 (each PUBACK releases a whole window): memory is not bounded by it, and a crash may "
+    "store more than that many messages twice; use 2.0.21 or newer"
+)
+
+
+class Connection:
+    """A client, and what is known of its session."""
+
+    def __init__(self, settings: Settings, *, keep_session: bool = True) -> None:
+        self._settings = settings
+        self._keep_session = keep_session
+        self.inbox = Inbox()
+        self.client = make_client(settings, self.inbox, keep_session=keep_session)
+        # Of paho's arguments for each, we need neither the first two nor the last.
+        self.client.on_connect = lambda _c, _u, flags, why, _p: self._on_connect(flags, why)
+        self.client.on_subscribe = lambda _c, _u, _m, reasons, _p: self._on_subscribe(reasons)
+        self.client.on_unsubscribe = lambda *_: self._on_unsubscribe()
+        self.client.on_disconnect = lambda _c, _u, _f, why, _p: self._on_disconnect(why)
+        self.accepted = False
+        self.session_present = False
+        self.greeting: Greeting | None = None  # to be put before the first messages
+        self.refused: dict[str, str] = {}  # topic filter -> why the broker refused it
+        self.subscribed = False
+        self.unsubscribing = self.unsubscribed = False  # for good, to leave
+        self.quiet_at: int | None = None  # messages received when the broker was last asked
+        self.end: str | None = None  # why the connection ended
+        self._filters: list[str] = []  # in the order of the SUBSCRIBE that is under way
+        self._subscribe_at: float | None = None
+        self._resubscribe_at = 0.0
+        self._unacked = self._last_unacked = self._repeated = 0
+        self._window = settings.mqtt_max_inflight
+        self._warned = False  # that it exceeds its window
+
+    def open(self) -> None:
+        """Connect, with credentials as they are now.
+
+        :raises OSError: the broker is not reached, or TLS or a secret file fails.
+        :raises ValueError: TLS files do not fit each other.
+        """
+        settings = self._settings
+        broker = settings.broker
+        set_up_transport(self.client, settings)
+        options: dict[str, Any] = {}
+        if settings.mqtt_version == "5":
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            if self._keep_session:
+                properties.SessionExpiryInterval = settings.mqtt_session_expiry_seconds
+            properties.ReceiveMaximum = settings.mqtt_max_inflight
+            options = {"clean_start": not self._keep_session, "properties": properties}
+        self.client.connect(broker.host, broker.port, settings.mqtt_keepalive_seconds, **options)
+
+    def tend(self) -> None:
+        """Do what is due; called at least once a second."""
+        now = time.monotonic()
+        if self._subscribe_at is not None and now >= self._subscribe_at:
+            self._subscribe(self._settings.mqtt_topics)
+        if self.refused and now >= self._resubscribe_at:
+            self._subscribe(list(self.refused))
+
+    def received(self, tags: list[int]) -> None:
+        """Count messages that the broker waits to have acknowledged."""
+        self._unacked += len(tags)
+        announced = self._settings.mqtt_max_inflight
+        # The broker's own window may be smaller, and it does not say so. Where it was only traffic
+        # that was so regular, there are soon more.
+        self._repeated = self._repeated + 1 if self._unacked == self._last_unacked else 0
+        self._last_unacked = self._unacked
+        if self._repeated == _SAME:
+            self._window = self._unacked
+        elif self._unacked > self._window:
+            self._window = announced
+        if self._unacked > announced and not self._warned:
+            self._warned = bool(min(tags) & 0x06 << 16)  # with QoS 0 there is no window
+            if self._warned:
+                log.warning(f"the broker {WINDOW_BUG}", unacked=self._unacked)
+
+    @property
+    def window_fills(self) -> bool:
+        """Whether the broker stops sending, or soon will, until it gets acknowledgements."""
+        announced = self._settings.mqtt_max_inflight
+        return self._window < announced or self._unacked >= announced // 2
+
+    def acknowledge(self, tags: list[int]) -> None:
+        """Acknowledge stored messages."""
+        self.client.acknowledge(tags)
+        self._unacked -= len(tags)
+
+    def _subscribe(self, filters: list[str]) -> None:
+        self._filters = filters
+        self._subscribe_at = None
+        self._resubscribe_at = time.monotonic() + _RESUBSCRIBE
+        qos = min(self._settings.mqtt_qos, self.client.max_qos)
+        if self._settings.mqtt_version == "5":
+            # Retained messages only for a new subscription, or each reconnect stores them again.
+            new_only = SubscribeOptions.RETAIN_SEND_IF_NEW_SUB
+            options = SubscribeOptions(qos=qos, retainHandling=new_only)
+            self.client.subscribe([(f, options) for f in filters])
+        else:
+            self.client.subscribe([(f, qos) for f in filters])
+
+    def _on_connect(self, flags: ConnectFlags, reason: ReasonCode) -> None:
+        if reason.is_failure:
+            self.end = f"broker refused the connection: {reason}"
+            return
+        self.accepted = True
+        self.session_present = flags.session_present
+        self.greeting = Greeting(self, flags.session_present)
+        if flags.session_present:
+            self._subscribe(self._settings.mqtt_topics)
+        else:
+            # A session that is new makes the ledger void. That is to be noted before the first
+            # message can be sent, so that no process can take it for one of the old session;
+            # but a database that is away shall not cost messages.
+            self._subscribe_at = time.monotonic() + _GREETING
+
+    def session_noted(self, stale: list[str]) -> None:
+        """Go on: the database knows about the session, and of ``stale`` filters in it."""
+        if self._subscribe_at is not None:
+            self._subscribe(self._settings.mqtt_topics)
+        if stale:
+            log.info("unsubscribing from topics that are no longer set", filters=stale)
+            self.client.unsubscribe(stale)
+
+    def _on_subscribe(self, reasons: list[ReasonCode]) -> None:
+        self.refused = {}
+        for topic_filter, reason in zip(self._filters, reasons, strict=False):
+            if reason.is_failure:
+                self.refused[topic_filter] = str(reason)
+                fault = "broker refused the subscription; check IOT_MQTT_TOPICS and its ACL"
+                log.error(fault, filter=topic_filter, reason=str(reason))
+            elif reason.value == 0:
+                log.warning("broker granted QoS 0 only: it may lose messages", filter=topic_filter)
+        self.subscribed = not self.refused
+
+    def _on_unsubscribe(self) -> None:
+        self.unsubscribed = self.unsubscribing
+
+    def _on_disconnect(self, reason: ReasonCode) -> None:
+        if reason.value == _SESSION_TAKEN_OVER:
+            self.end = f"another client {twin(self._settings)}"
+        self.end = self.end or self.client.fault or f"connection ended: {reason}"
+
+
+def twin(settings: Settings) -> str:
+    """Say what a client with our name does, and what to change."""
+    return (
+        f"connects with the client id {settings.mqtt_client_id!r}; "
+        "give each collector its own IOT_MQTT_CLIENT_ID"
+    )
+
+
+def set_up_transport(client: Client, settings: Settings) -> None:
+    """Give a client its credentials, as they are now, its TLS and its WebSocket path.
+
+    :raises OSError: a secret or TLS file cannot be read.
+    """
+    broker = settings.broker
+    if broker.username is not None:
+        client.username_pw_set(broker.username, settings.mqtt_secret)
+    if broker.transport == "websockets":
+        client.ws_set_options(path=broker.path)
+    if broker.tls:
+        files = (settings.mqtt_ca_file, settings.mqtt_cert_file, settings.mqtt_key_file)
+        ca, cert, key = (str(file) if file else None for file in files)
+        client.tls_set(ca, cert, key)

@@ -1,0 +1,102 @@
+"""Connections to PostgreSQL, and what its errors mean."""
+
+from typing import Any
+
+import psycopg2
+import psycopg2.errorcodes
+import psycopg2.extensions
+
+from .settings import Settings
+
+# SQLSTATE -> kind of error, by the longest prefix that fits
+# (https://www.postgresql.org/docs/current/errcodes-appendix.html).
+_KINDS = {
+    "08": "connection",
+    "22": "data",
+    "23": "data",
+    "25006": "read_only",
+    "28": "authentication",
+    "3D": "schema",
+    "3F": "schema",
+    "40": "conflict",
+    "42": "schema",
+    "42501": "permission",
+    "53": "resources",
+    "53100": "disk_full",
+    "53300": "too_many_connections",
+    "44": "data",  # WITH CHECK OPTION
+    "54": "data",  # program limit exceeded: a topic too long for the index
+    "57": "shutdown",
+    "57014": "timeout",
+    "P0": "data",  # a trigger's RAISE: somebody's own rule refuses the row
+}
+# The classes of SQLSTATE that PostgreSQL has itself.
+_CLASSES = {v for k, v in vars(psycopg2.errorcodes).items() if k.startswith("CLASS_")}
+
+HINTS = {
+    "authentication": "check the user in IOT_DATABASE_URL and IOT_DATABASE_PASSWORD_FILE",
+    "client_id": "another collector has this client id; give each its own IOT_MQTT_CLIENT_ID",
+    "connection": "is PostgreSQL running? Check host and port in IOT_DATABASE_URL",
+    # Met only where dead_letters, too, refuses a row; the text names the table.
+    "data": "remove the constraint or trigger that refuses it; until then nothing more is stored",
+    "permission": "grant the user of IOT_DATABASE_URL INSERT on messages and dead_letters",
+    "schema": "run `iot-collector migrate`",
+}
+
+
+def kind_of(error: psycopg2.Error) -> str:
+    """Return the kind of an error, one of a small fixed set."""
+    if isinstance(error, psycopg2.InterfaceError) or not error.pgcode:
+        return "authentication" if "authentication failed" in str(error) else "connection"
+    if error.diag.constraint_name == "ledger_pkey":
+        return "client_id"  # another process writes batches under ours
+    if error.pgcode == "23514" and error.diag.table_name and not error.diag.constraint_name:
+        return "schema"  # neither a CHECK nor a RAISE: there is no partition for the row
+    for size in (5, 2):
+        if error.pgcode[:size] in _KINDS:
+            return _KINDS[error.pgcode[:size]]
+    # A class that PostgreSQL does not have comes from a trigger's RAISE, like P0.
+    return "other" if error.pgcode[:2] in _CLASSES else "data"
+
+
+def one_line(error: psycopg2.Error) -> str:
+    """Return the text of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
+def explain(error: psycopg2.Error) -> str:
+    """Return kind and text of an error, and what to do about it."""
+    kind = kind_of(error)
+    hint = HINTS.get(kind)
+    return f"{kind}: {one_line(error)}" + (f"; {hint}" if hint else "")
+
+
+def connect(settings: Settings) -> psycopg2.extensions.connection:
+    """Open a connection as the settings say, libpq's variables filling what they leave open.
+
+    :raises psycopg2.OperationalError: the database is not reached or refuses the login.
+    """
+    options: dict[str, Any] = {
+        "fallback_application_name": "iot-collector",
+        "client_encoding": "UTF8",  # which is what MQTT's topics are in
+        "connect_timeout": 10,
+        # A peer that vanished is noticed in seconds, not in TCP's quarter of an hour.
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 30_000,
+    }
+    given = psycopg2.extensions.parse_dsn(settings.database_url)
+    options = {name: value for name, value in options.items() if name not in given}
+    try:
+        password = settings.database_secret
+    except OSError as error:  # a secret being rotated may be away for a moment
+        raise psycopg2.OperationalError(f"password file: {error}") from error
+    except UnicodeDecodeError:  # whose text has a part of what it could not read
+        raise psycopg2.OperationalError("password file: it is not UTF-8 text") from None
+    if password is not None:
+        options["password"] = password
+    connection: psycopg2.extensions.connection = psycopg2.connect(settings.database_url, **options)
+    # Transactions are begun and ended in SQL, where that saves round trips.
+    connection.autocommit = True
+    return connection
