@@ -98,7 +98,7 @@ pytest: $(VENV)/.dev $(VENV)/checkov/.stamp packages ## Run the tests in Python
 	$(VENV)/bin/python -m pytest
 
 .PHONY: bench
-bench: $(VENV)/.dev packages ## Measure the collector against others, side by side (BENCH='--full' takes half an hour)
+bench: $(VENV)/.dev packages ## Measure the collector against others, side by side (BENCH='--full' takes 25 minutes)
 	$(PIP) -e '.[bench]'
 	$(VENV)/bin/python -m benchmarks $(BENCH)
 

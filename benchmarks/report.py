@@ -90,6 +90,9 @@ def tables(results: list[Result]) -> str:
         if mode == "idle":
             lines += _idle(competitors)
             continue
+        if mode == "memory":
+            lines += _memory(competitors)
+            continue
         ours = competitors.get("collector", [])
         head: tuple[str, ...] = _HEAD
         if paced := mode.endswith("/s"):
@@ -123,6 +126,22 @@ def tables(results: list[Result]) -> str:
         others = [r.cores_others for runs in competitors.values() for r in runs]
         lines += [f"Other programs on this machine meanwhile used {_range(others, 2)} cores.", ""]
     return "\n".join(lines)
+
+
+def _memory(competitors: dict[str, list[Result]]) -> list[str]:
+    rows = [
+        (
+            BY_NAME[name].title,
+            _range([r.rate]),
+            _range([r.client_us]),
+            *(f"{megabytes:.1f}" for megabytes in r.memory),
+            _verdict([r]),
+        )
+        for name, runs in competitors.items()
+        for r in runs
+    ]
+    head = ("competitor", "msg/s", "client µs", "MB after a tenth", "after half", "at the end")
+    return _table(rows, (*head, "at most", "rows stored / sent"))
 
 
 def _idle(competitors: dict[str, list[Result]]) -> list[str]:

@@ -309,11 +309,9 @@ class Stage:
     py_spy: bool = False
 
 
-def drain(
-    stage: Stage, competitor: Competitor, count: int, *, mode: str = "drain", limit: float = 120
-) -> Result:
+def drain(stage: Stage, competitor: Competitor, count: int, *, limit: float = 120) -> Result:
     """Have a competitor take a backlog that waits in its session."""
-    result = Result(competitor.name, mode)
+    result = Result(competitor.name, "drain")
     with _prepared(competitor, stage.place, stage.database, stage.mosquitto) as run:
         with load(stage.place.broker_port, "--count", str(count)) as generator:
             sent = _said_by(generator).sent
@@ -340,10 +338,20 @@ def drain(
     return result
 
 
-def live(stage: Stage, competitor: Competitor, seconds: float, rate: float | None = None) -> Result:
-    """Have a competitor keep up with a load generator on the same cores."""
-    result = Result(competitor.name, f"{rate:.0f}/s" if rate else "live")
-    if rate is None and competitor.speed < _SLOW:
+def live(
+    stage: Stage,
+    competitor: Competitor,
+    seconds: float = 600,
+    rate: float | None = None,
+    count: int | None = None,
+) -> Result:
+    """Have a competitor keep up with a load generator on the same cores.
+
+    :param count: end after so many messages; to see what becomes of its memory.
+    """
+    mode = f"{rate:.0f}/s" if rate else "memory" if count else "live"
+    result = Result(competitor.name, mode)
+    if mode == "live" and competitor.speed < _SLOW:
         rate = result.offered = competitor.speed / 2
     with _prepared(competitor, stage.place, stage.database, stage.mosquitto) as run:
         run.start()
@@ -356,6 +364,8 @@ def live(stage: Stage, competitor: Competitor, seconds: float, rate: float | Non
             # full speed, each would have the share of the subscriber's acknowledgements, and the
             # queue would grow whoever subscribes.
             options += ["--connections", "1"]
+        if count:
+            options += ["--count", str(count)]
         with _profiled(run, stage, seconds, result):
             said = run.watch_load(*options)
         result.generator_late_ms = said.late * 1000
@@ -364,7 +374,7 @@ def live(stage: Stage, competitor: Competitor, seconds: float, rate: float | Non
         run.watch_rest(expected, _CATCH_UP)
         finished = time.time() - before < _CATCH_UP
         run.evaluate(result, said.began + _WARM_UP, said.ended)
-        if competitor.stores and result.mode != "live":
+        if competitor.stores and rate and not result.offered:
             run.delays(result, said.began + _WARM_UP, said.ended)
         run.verify(result, said.sent, finished=finished)
         if competitor.metrics and finished:  # else it goes on storing between the two counts
