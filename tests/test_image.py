@@ -282,8 +282,9 @@ def test_the_build_sees_what_the_wheel_is_made_of(engine: Engine, tmp_path: Path
     found = engine.inside(
         _build(engine, tmp_path, f"--file={dockerfile}"), "find", "/context", "-type", "f"
     )
-    package = (ROOT / "collector/iot_collector").rglob("*")
-    expected = {str(f.relative_to(ROOT)) for f in package if f.is_file()}
+    packages = (*(ROOT / "collector/iot_collector").rglob("*"),)
+    packages += (*(ROOT / "collector/iot_simulator").rglob("*"),)
+    expected = {str(f.relative_to(ROOT)) for f in packages if f.is_file()}
     expected |= {"pyproject.toml", "README.md", "LICENSE", "collector/Dockerfile"}
     assert {path.removeprefix("/context/") for path in found.split()} == {
         path for path in expected if "__pycache__" not in path

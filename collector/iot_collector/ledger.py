@@ -57,7 +57,7 @@ class Ledger:
                 pairs = [(t, r) for t, r in zip(tags, rows, strict=True) if t >= _QOS1_TAG]
                 tags, rows = [t for t, _ in pairs], [r for _, r in pairs]
             ids.extend([tag & 0xFFFF for tag in tags])
-            sums.extend([crc32(row) for row in rows])
+            sums.extend(map(crc32, rows))
         if self._known is not None:
             self._known.update(zip(ids, sums, strict=True))
         packets = _encode(ids, sums)

@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 _MAX_WAIT = 30.0  # seconds between attempts to connect, at most; each is random below its limit
 _SETTLED = 10.0  # a connection that lasted this long was a good one
 _LARGE_READ = 1 << 17  # bytes of rows: there is a backlog
+_LOOK = 0.5  # seconds between looks at keepalive and subscriptions; each costs what a message does
 _FINISH = 5.0  # seconds to wait for the broker to have read the last acknowledgements
 
 
@@ -43,7 +44,7 @@ class Link(threading.Thread):
         self._wake_writer.setblocking(False)
         self._draining = self._leaving = self._connected_before = False
         self._stopping = threading.Event()
-        self._next_read = 0.0
+        self._next_read = self._next_look = 0.0
         self.left = threading.Event()
         self.connection: Connection | None = None
         self.error: str | None = "not connected yet"
@@ -157,13 +158,15 @@ class Link(threading.Thread):
             self._read(connection)
         if writable:
             client.loop_write()
-        if not willing:
-            client.excuse_ping()
-        client.loop_misc()
         if self._leaving:
             self._see_off(connection)
-        else:
-            connection.tend()
+        if self.beat >= self._next_look:
+            self._next_look = self.beat + _LOOK
+            if not willing:
+                client.excuse_ping()
+            client.loop_misc()
+            if not self._leaving:
+                connection.tend()
 
     def _see_off(self, connection: Connection) -> None:
         """Take a step towards leaving: unsubscribe, empty the session, and be sure that it is."""

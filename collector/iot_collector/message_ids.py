@@ -4,12 +4,9 @@ For brokers that send again under another packet id, as AWS IoT Core does, and f
 publish again themselves. The id is a JSON key of the payload or an MQTT 5 user property.
 """
 
-from dataclasses import replace
-
 import orjson
 import psycopg2.extensions
 
-from .flow import Chunk
 from .rows import decode
 
 # How long ids are remembered; nothing is sent again after its session has expired.
@@ -17,16 +14,11 @@ REMEMBER = "8 days"
 _MAX_LENGTH = 255
 
 
-def drop_known(
-    cursor: psycopg2.extensions.cursor, chunks: list[Chunk], key: str
-) -> tuple[list[Chunk], int]:
-    """Enter the ids of a batch; return it without the rows whose ids were known, and their number.
-
-    A row without an id is always kept.
-    """
-    ids = [[message_id(chunk.head + row, key) for row in chunk.rows] for chunk in chunks]
+def drop_known(cursor: psycopg2.extensions.cursor, rows: list[bytes], key: str) -> list[bytes]:
+    """Enter the ids of tuples; return those whose ids were not known, or that have none."""
+    ids = [message_id(row, key) for row in rows]
     # In one order, so that two collectors with ids in common cannot lock each other out.
-    wanted = sorted({i for chunk_ids in ids for i in chunk_ids if i is not None})
+    wanted = sorted({i for i in ids if i is not None})
     cursor.execute(
         "INSERT INTO message_ids (id) SELECT unnest(%s::text[])"
         " ON CONFLICT DO NOTHING RETURNING id",
@@ -34,16 +26,11 @@ def drop_known(
     )
     new = {i for (i,) in cursor.fetchall()}
     kept = []
-    dropped = 0
-    for chunk, chunk_ids in zip(chunks, ids, strict=True):
-        rows = []
-        for row, i in zip(chunk.rows, chunk_ids, strict=True):
-            if i is None or i in new:
-                new.discard(i or "")
-                rows.append(row)
-        dropped += len(chunk.rows) - len(rows)
-        kept.append(replace(chunk, rows=rows))
-    return kept, dropped
+    for row, i in zip(rows, ids, strict=True):
+        if i is None or i in new:
+            new.discard(i or "")  # the next with this id is one too many
+            kept.append(row)
+    return kept
 
 
 def forget_old(cursor: psycopg2.extensions.cursor) -> None:

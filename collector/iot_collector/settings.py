@@ -175,7 +175,7 @@ class Settings(BaseSettings):
         None, "File with it, read at every connection", "/run/secrets/database_password")
 
     batch_linger_ms: float = _setting(
-        5, "After a read that brought little, how long the next one waits for more", ge=0, le=1_000)
+        10, "After a read that brought little, how long the next waits for more", ge=0, le=1_000)
     buffer_bytes: int = _setting(
         64 << 20, "Memory for what is not stored yet; beyond it nothing is read from the broker",
         ge=1 << 20)

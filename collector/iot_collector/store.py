@@ -143,11 +143,10 @@ class Store:
             seq, opening = self._opening(cursor, packets, keep)
             # What is checked only at COMMIT could not be found by bisection.
             cursor.execute(opening + b"SET CONSTRAINTS ALL IMMEDIATE")
-            if self._settings.message_id_key is not None:
-                chunks, stored.duplicates = drop_known(
-                    cursor, chunks, self._settings.message_id_key
-                )
             rows = [chunk.head + row for chunk in chunks for row in chunk.rows]
+            if self._settings.message_id_key is not None:
+                new = drop_known(cursor, rows, self._settings.message_id_key)
+                stored.duplicates, rows = len(rows) - len(new), new
             stored.inserted = store_or_bury(cursor, rows, stored.dead_letters)
             self._unsure = (seq, stored)
             cursor.execute("COMMIT")

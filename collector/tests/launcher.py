@@ -36,8 +36,8 @@ class Halves:
     The end of the file is what ends COPY, and with it lets the COMMIT take place.
     """
 
-    def __init__(self, file: Any) -> None:
-        data = file.read()
+    def __init__(self, file: Any, size: int) -> None:
+        data = b"".join(iter(lambda: file.read(size), b""))
         middle = len(data) // 2
         self._parts = [(b"", "before commit"), (data[middle:], "copying"), (data[:middle], "")]
 
@@ -56,7 +56,7 @@ class Cursor(psycopg2.extensions.cursor):
             die_at("bisecting")
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
-        super().copy_expert(sql, Halves(file), size)
+        super().copy_expert(sql, Halves(file, size), size)
         die_at("after commit")
 
 
