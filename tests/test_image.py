@@ -1,152 +1,26 @@
 """The image: built by a real engine, run as Kubernetes runs it, against real services."""
 
-import base64
 import importlib.metadata
 import json
-import os
 import re
-import shutil
 import signal
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from engines import LIMITS, ROOT, Engine, build
 from services import Collector, Database, Mosquitto, eventually, publish
 
 pytestmark = pytest.mark.timeout(900)  # seconds: a base and all dependencies are downloaded
 
-ROOT = Path(__file__).parents[1]
-DOCKERFILE = ROOT / "collector/Dockerfile"
-OWN_BASE = "localhost/iot-collector-test-base"  # stays in the engine's store for the next run
-IMAGE = "localhost/iot-collector-test"
-
-# An engine asks for more than this by default, and may not have it to give.
-LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
 # As a pod that is "restricted", with nothing that can be written to.
 RESTRICTED = (
     *("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"),
     *("--network=host", *LIMITS),
 )
-
-
-class EngineError(Exception):
-    """A command of an engine failed; the text is the end of what it said."""
-
-
-class Engine(NamedTuple):
-    """Podman or Docker, and an image to build on."""
-
-    command: Sequence[str]
-    base: str = ""
-
-    def __call__(self, *arguments: str, timeout: float = 60) -> str:
-        """Run a command of the engine and return what it printed.
-
-        :raises EngineError: it failed, or took longer than ``timeout`` seconds.
-        """
-        return _output([*self.command, *arguments], timeout)
-
-    def has(self, image: str) -> bool:
-        """Whether the image is in the engine's store."""
-        try:
-            return bool(self("image", "inspect", image))
-        except EngineError:
-            return False
-
-    def inside(self, image: str, program: str, *arguments: str, user: str = "0") -> str:
-        """Return what a program prints in a container of the image."""
-        options = (*LIMITS, f"--user={user}", f"--entrypoint={program}")
-        return self("run", "--rm", *options, image, *arguments)
-
-
-def _output(command: Sequence[str], timeout: float) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT
-        )
-    except subprocess.TimeoutExpired:
-        raise EngineError(f"{command[0]} took longer than {timeout:g} s") from None
-    if done.returncode:
-        said = (done.stdout + done.stderr).splitlines()[-20:]
-        raise EngineError("\n".join([f"{command[0]}: exit status {done.returncode}", *said]))
-    return done.stdout
-
-
-def _base(engine: Engine, folder: Path) -> str:
-    """Return the base image that the Dockerfile names, or where it is not reached, one of ours."""
-    (official,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
-    for image in (official, OWN_BASE):
-        if engine.has(image):
-            return image
-    try:
-        engine("pull", official, timeout=120)
-    except EngineError as error:
-        if not shutil.which("mmdebstrap"):
-            raise EngineError(f"no base: mmdebstrap is not installed, and {error}") from error
-        packages = "--include=python3-venv,ca-certificates"
-        archive = folder / "base.tar"
-        _output(["mmdebstrap", "--variant=essential", packages, "bookworm", str(archive)], 300)
-        engine("import", str(archive), OWN_BASE)
-        archive.unlink()
-        return OWN_BASE
-    return official
-
-
-@pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """The first engine that runs a container; without one, the test is skipped."""
-    reasons = {}
-    # Podman's own choice of a runtime does not run everywhere that runc does.
-    for command in (("podman",), ("podman", "--runtime=runc"), ("docker",)):
-        if not shutil.which(command[0]):
-            reasons[command[0]] = "not installed"
-            continue
-        try:
-            Engine(command)("info")
-            engine = Engine(command, _base(Engine(command), tmp_path_factory.mktemp("base")))
-            engine.inside(engine.base, "true")
-        except EngineError as error:
-            reasons[" ".join(command)] = str(error).splitlines()[-1]
-        else:
-            return engine
-    pytest.skip(f"no container engine works here: {reasons}")
-
-
-def _build(engine: Engine, folder: Path, *options: str) -> str:
-    """Build with the repository as context, and return the id of the image."""
-    name = folder / "id"
-    options = ("--network=host", LIMITS[0], f"--iidfile={name}", *options)
-    engine("build", *options, ".", timeout=600)
-    return name.read_text().strip()
-
-
-@pytest.fixture(scope="session")
-def certificates() -> str:
-    """What this machine trusts besides the public certificates, as the build wants it."""
-    files = sorted(Path("/usr/local/share/ca-certificates").glob("**/*.crt"))
-    return base64.b64encode(b"".join(file.read_bytes() for file in files)).decode()
-
-
-@pytest.fixture(scope="session")
-def image(engine: Engine, certificates: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The image of this repository, by its id."""
-    arguments = {
-        "BASE_IMAGE": engine.base,
-        "CA_CERTIFICATES": certificates,
-        "PIP_INDEX_URL": os.environ.get("PIP_INDEX_URL", ""),
-        "REVISION": "a-revision",
-    }
-    return _build(
-        engine,
-        tmp_path_factory.mktemp("image"),
-        f"--file={DOCKERFILE}",
-        f"--tag={IMAGE}",
-        *(f"--build-arg={name}={value}" for name, value in arguments.items() if value),
-    )
 
 
 class Container(Collector):
@@ -280,7 +154,7 @@ def test_the_build_sees_what_the_wheel_is_made_of(engine: Engine, tmp_path: Path
     dockerfile = tmp_path / "Dockerfile"
     dockerfile.write_text(f"FROM {engine.base}\nCOPY . /context\n")
     found = engine.inside(
-        _build(engine, tmp_path, f"--file={dockerfile}"), "find", "/context", "-type", "f"
+        build(engine, tmp_path, f"--file={dockerfile}"), "find", "/context", "-type", "f"
     )
     packages = (*(ROOT / "collector/iot_collector").rglob("*"),)
     packages += (*(ROOT / "collector/iot_simulator").rglob("*"),)

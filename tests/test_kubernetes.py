@@ -15,17 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import kubernetes
 import kubernetes_validate
 import pytest
 import yaml
-from ansible_runs import ROOT, playbook
-from kubernetes.dynamic import DynamicClient
-from kubernetes_api.process import StandIn, running
+from ansible_runs import ROOT
+from cluster import NAMESPACE, Cluster, Object, pod_spec
+from kubernetes_api.process import running
 
-Object = dict[str, Any]
-
-NAMESPACE = "iot-system"
 COMPONENTS = {"mosquitto", "postgres", "collector", "prometheus", "grafana"}
 VERSIONS = ("1.33", "1.34", "1.35", "1.36", "1.37")
 # What checkov asks for and we do not do: of which components, and why.
@@ -54,40 +50,6 @@ def load_filter() -> Any:
 common_not_ready = load_filter()
 
 
-class Cluster:
-    """A stand-in, and the playbooks that are run against it."""
-
-    def __init__(self, stand_in: StandIn) -> None:
-        self.stand_in = stand_in
-        configuration = kubernetes.config.new_client_from_config(str(stand_in.kubeconfig))
-        self.client = DynamicClient(configuration)
-
-    def run(self, name: str, **variables: object) -> subprocess.CompletedProcess[str]:
-        """Run a playbook; `minikube_enabled` and the image are as for a cluster of one's own."""
-        given = {
-            "target": "local",
-            "minikube_enabled": False,
-            "kubeconfig": str(self.stand_in.kubeconfig),
-            "common_image_collector": "iot-collector:test",
-            **variables,
-        }
-        return playbook(f"playbooks/{name}.yml", "-e", json.dumps(given))
-
-    def objects(self, kind: str | None = None) -> list[Object]:
-        """What the playbook has applied, as it did."""
-        found: list[Object] = self.stand_in.ask("objects")
-        return [o for o in found if kind in (None, o["kind"])]
-
-    def object(self, kind: str, name: str) -> Object:
-        (found,) = (o for o in self.objects(kind) if o["metadata"]["name"] == name)
-        return found
-
-    def revisions(self) -> dict[str, str]:
-        """The revision that the pods of each component have: another one means new pods."""
-        sets = self.client.resources.get(kind="StatefulSet").get(namespace=NAMESPACE)
-        return {s.metadata.name: s.status.updateRevision for s in sets.items}
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster with the whole system in it; the tests leave it so."""
@@ -104,11 +66,6 @@ def empty(tmp_path: Path) -> Iterator[Cluster]:
     """A cluster without anything of ours."""
     with running(tmp_path / "kubeconfig") as stand_in:
         yield Cluster(stand_in)
-
-
-def pod_spec(workload: Object) -> Object:
-    spec: Object = workload["spec"]["template"]["spec"]
-    return spec
 
 
 # --- the manifests --------------------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""Engines that run containers, and the images of the tests."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = ROOT / "collector/Dockerfile"
+OWN_BASE = "localhost/iot-collector-test-base"  # stays in the engine's store for the next run
+
+# An engine asks for more than this by default, and may not have it to give.
+LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
+
+
+class EngineError(Exception):
+    """A command of an engine failed; the text is the end of what it said."""
+
+
+class Engine(NamedTuple):
+    """Podman or Docker, and an image to build on."""
+
+    command: Sequence[str]
+    base: str = ""
+
+    def __call__(self, *arguments: str, timeout: float = 60) -> str:
+        """Run a command of the engine and return what it printed.
+
+        :raises EngineError: it failed, or took longer than ``timeout`` seconds.
+        """
+        return output([*self.command, *arguments], timeout)
+
+    def has(self, image: str) -> bool:
+        """Whether the image is in the engine's store."""
+        try:
+            return bool(self("image", "inspect", image))
+        except EngineError:
+            return False
+
+    def inside(self, image: str, program: str, *arguments: str, user: str = "0") -> str:
+        """Return what a program prints in a container of the image."""
+        options = (*LIMITS, f"--user={user}", f"--entrypoint={program}")
+        return self("run", "--rm", *options, image, *arguments)
+
+
+def output(command: Sequence[str], timeout: float) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"{command[0]} took longer than {timeout:g} s") from None
+    if done.returncode:
+        said = (done.stdout + done.stderr).splitlines()[-20:]
+        raise EngineError("\n".join([f"{command[0]}: exit status {done.returncode}", *said]))
+    return done.stdout
+
+
+def _base(engine: Engine, folder: Path) -> str:
+    """Return the base image that the Dockerfile names, or where it is not reached, one of ours."""
+    (official,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    for image in (official, OWN_BASE):
+        if engine.has(image):
+            return image
+    try:
+        engine("pull", official, timeout=120)
+    except EngineError as error:
+        if not shutil.which("mmdebstrap"):
+            raise EngineError(f"no base: mmdebstrap is not installed, and {error}") from error
+        packages = "--include=python3-venv,ca-certificates"
+        archive = folder / "base.tar"
+        output(["mmdebstrap", "--variant=essential", packages, "bookworm", str(archive)], 300)
+        engine("import", str(archive), OWN_BASE)
+        archive.unlink()
+        return OWN_BASE
+    return official
+
+
+def find_engine(folder: Path) -> Engine:
+    """Return the first engine that runs a container.
+
+    :param folder: for large temporary files.
+    :raises EngineError: there is none; the text has the reason of each.
+    """
+    reasons = {}
+    # Podman's own choice of a runtime does not run everywhere that runc does.
+    for command in (("podman",), ("podman", "--runtime=runc"), ("docker",)):
+        if not shutil.which(command[0]):
+            reasons[command[0]] = "not installed"
+            continue
+        try:
+            Engine(command)("info")
+            engine = Engine(command, _base(Engine(command), folder))
+            engine.inside(engine.base, "true")
+        except EngineError as error:
+            reasons[" ".join(command)] = str(error).splitlines()[-1]
+        else:
+            return engine
+    raise EngineError(f"no container engine works here: {reasons}")
+
+
+def build(engine: Engine, folder: Path, *options: str) -> str:
+    """Build with the repository as context, and return the id of the image."""
+    name = folder / "id"
+    options = ("--network=host", LIMITS[0], f"--iidfile={name}", *options)
+    engine("build", *options, ".", timeout=600)
+    return name.read_text().strip()
+
+
+# What the images of broker, database and Prometheus are in the parts that pods depend on, made of
+# Debian's packages: the users' numbers, the programs on the PATH, entrypoint and stop signal.
+_SERVICES = (
+    *("mmdebstrap", "--variant=essential"),
+    "--include=mosquitto,mosquitto-clients,postgresql,prometheus",
+    *(f"--dpkgopt=path-exclude=/usr/share/{unread}/*" for unread in ("doc", "man", "locale")),
+    *(
+        f'--customize-hook=chroot "$1" {kind}mod --{number}={value} {name}'
+        for name, value in (("postgres", 999), ("mosquitto", 1883))
+        for kind, number in (("user", "uid"), ("group", "gid"))
+    ),
+    "trixie",
+)
+_STAND_INS = {
+    "mosquitto": 'CMD ["mosquitto"]',
+    "postgres": (
+        "ENV PATH=/usr/lib/postgresql/17/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
+        'STOPSIGNAL SIGINT\nCMD ["postgres"]'
+    ),
+    "prometheus": 'USER nobody\nENTRYPOINT ["prometheus"]',
+}
+
+
+def service_images(engine: Engine, official: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Return the images of broker, database and Prometheus, by component.
+
+    :param official: their names; where they cannot be had, stand-ins of Debian's packages are.
+    :param folder: for large temporary files.
+    :raises EngineError: neither can be had.
+    """
+    try:
+        for name in official.values():
+            if not engine.has(name):
+                engine("pull", name, timeout=120)
+    except EngineError as error:
+        base = f"localhost/iot-services-test:{sha256(repr(_SERVICES).encode()).hexdigest()[:12]}"
+        if not engine.has(base):
+            if not shutil.which("mmdebstrap"):
+                raise EngineError(f"no images: mmdebstrap is missing, and {error}") from error
+            archive = folder / "services.tar"
+            output([*_SERVICES, str(archive)], 400)
+            engine("import", str(archive), base, timeout=200)
+            archive.unlink()
+        made = {}
+        for name in official:
+            dockerfile = folder / name
+            dockerfile.write_text(f"FROM {base}\n{_STAND_INS[name]}\n")
+            made[name] = build(engine, folder, f"--file={dockerfile}")
+        return made
+    return dict(official)
