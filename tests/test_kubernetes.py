@@ -184,9 +184,9 @@ def test_rules_and_dashboards_are_the_files_of_the_repository(cluster: Cluster) 
         assert data[file.name].strip() == file.read_text().strip()
 
 
-def test_collectors_share_and_prometheus_sees_each(cluster: Cluster) -> None:
+def test_each_collector_has_its_session_and_prometheus_sees_it(cluster: Cluster) -> None:
     environment = cluster.object("ConfigMap", "collector")["data"]
-    assert environment["IOT_MQTT_TOPICS"] == "$share/collectors/iot/data"
+    assert environment["IOT_MQTT_TOPICS"] == "iot/data"  # one pod: nobody to share with
     (container,) = pod_spec(cluster.object("StatefulSet", "collector"))["containers"]
     own = {e["name"]: e for e in container["env"]}
     assert own["IOT_MQTT_CLIENT_ID"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
@@ -218,6 +218,8 @@ def test_a_change_restarts_what_reads_it_and_nothing_else(cluster: Cluster) -> N
     assert cluster.object("Secret", "iot-passwords") == secret
     scaler = cluster.object("HorizontalPodAutoscaler", "collector")["spec"]
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (1, 3)
+    shared = cluster.object("ConfigMap", "collector")["data"]["IOT_MQTT_TOPICS"]
+    assert shared == "$share/collectors/iot/data"
     assert "replicas" not in cluster.object("StatefulSet", "collector")["spec"]
 
     done = cluster.run("local")

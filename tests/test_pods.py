@@ -117,7 +117,7 @@ def render(folder: Path) -> tuple[list[Object], Object]:
     ports = {variable: free_port() for variable in PORTS.values()}
     with running(folder / "kubeconfig") as stand_in, ThreadPoolExecutor() as executor:
         cluster = Cluster(stand_in)
-        done = cluster.run("local", **ports)
+        done = cluster.run("local", collector_replicas=2, **ports)  # they share
         assert done.returncode == 0, done.stdout
         verify: Future[Any] = executor.submit(cluster.run, "verify")
 
