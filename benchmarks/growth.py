@@ -16,7 +16,7 @@ from pathlib import Path
 from iot_collector.flow import Chunk
 from iot_collector.ledger import Ledger
 from iot_collector.migrate import migrate
-from iot_collector.rows import RowEncoder, head
+from iot_collector.rows import Prefixes, tuples
 from iot_collector.settings import Settings
 from iot_collector.store import Store
 
@@ -48,26 +48,27 @@ _QUERIES = {
 
 
 def _batches(first: int, last: int) -> Iterator[Chunk]:
-    encoder = RowEncoder()
+    prefixes = Prefixes(0x32)
     for begin in range(first, last, _BATCH):
         timestamp = _START.timestamp() + begin * _EVERY
-        rows = [
-            encoder.row(
-                0x32,
-                b"iot/device-%04d/data" % (i % 100),
+        numbers = range(begin, begin + _BATCH)
+        rows = tuples(
+            [prefixes[b"iot/device-%04d/data" % (i % 100)] for i in numbers],
+            [
                 b'{"device":"device-%04d","seq":%d,"temperature":%d.%d,"humidity":55.1,"battery":3.71}'
-                % (i % 100, i, 15 + i % 12, i % 10),
-            )
-            for i in range(begin, begin + _BATCH)
-        ]
-        tags = [0x32 << 16 | i % 65_535 + 1 for i in range(begin, begin + _BATCH)]
-        yield Chunk(None, head(timestamp), rows, tags, 0.0, timestamp, 0)
+                % (i % 100, i, 15 + i % 12, i % 10)
+                for i in numbers
+            ],
+        )
+        tags = [0x32 << 16 | i % 65_535 + 1 for i in numbers]
+        yield Chunk(None, rows, tags, 0.0, timestamp)
 
 
 def _fill(store: Store, ledger: Ledger, first: int, last: int) -> None:
     for chunk in _batches(first, last):
-        new, packets = ledger.record([chunk])
-        store.write(new, packets, ledger.forget())
+        new, packets = ledger.split([chunk])
+        store.write(new, packets, len(ledger) + 1)
+        ledger.add(packets)
 
 
 def _milliseconds(database: services.Database, sql: str, now: datetime) -> float:

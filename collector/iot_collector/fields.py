@@ -5,6 +5,7 @@ decoding. Nothing here raises: a payload that says nothing readable has no field
 """
 
 import re
+from collections.abc import Sequence
 
 import orjson
 
@@ -13,6 +14,25 @@ _NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _NAME = re.compile(rb"[A-Za-z_][\w.\- ]{0,127}")
 _BRACKET, _BACKSLASH = b"[\\"  # as numbers, which `in` finds at once
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+
+
+def fields_of_all(payloads: list[bytes]) -> Sequence[bytes | None]:
+    """Return for each payload what `fields_of` returns for it.
+
+    Flat JSON objects, which most devices send, are read all at once, as one array: that takes half
+    the time of reading each (benchmarks/). It is certain of every one of them, because where each
+    payload begins with the only ``{`` that it has, and the array's elements are as many objects,
+    each element must be one payload.
+    """
+    together = b",".join(payloads)
+    if _plain(together, len(payloads)) and {payload[:1] for payload in payloads} == {b"{"}:
+        try:
+            documents = orjson.loads(b"[%b]" % together)
+        except orjson.JSONDecodeError:
+            documents = []  # one of them is not JSON: which one?
+        if len(documents) == len(payloads) and set(map(type, documents)) == {dict}:
+            return payloads
+    return [fields_of(payload) for payload in payloads]
 
 
 def fields_of(payload: bytes) -> bytes | None:
@@ -28,9 +48,7 @@ def fields_of(payload: bytes) -> bytes | None:
             document = orjson.loads(payload)
         except orjson.JSONDecodeError:
             return None
-        # With no second bracket it cannot nest, with no backslash it cannot hold U+0000: to see
-        # that costs a third of looking at the values.
-        if payload.find(b"{", 1) < 0 and _BRACKET not in payload and _BACKSLASH not in payload:
+        if _plain(payload, 1):  # to see that costs a third of looking at the values
             return payload
         flat = _SCALARS.issuperset(map(type, document.values()))
         return payload if flat and b"\\u0000" not in payload else None
@@ -49,6 +67,11 @@ def fields_of(payload: bytes) -> bytes | None:
         if b"\\u0000" in value:  # jsonb cannot hold U+0000
             return None
     return b'{"%b":%b}' % (name, value)
+
+
+def _plain(text: bytes, objects: int) -> bool:
+    """Whether JSON of so many objects cannot have nested ones, nor arrays, nor U+0000."""
+    return text.count(b"{") == objects and _BRACKET not in text and _BACKSLASH not in text
 
 
 def _is_number(text: bytes) -> bool:

@@ -10,28 +10,30 @@ One lock guards the queue and the account, so that every snapshot obeys it.
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+
+_OVERHEAD = 80  # bytes of memory for a message besides its row's: two objects, and their places
 
 
 @dataclass(slots=True, eq=False)
 class Chunk:
     """The messages of one read from the broker, in order.
 
-    ``rows`` are COPY tuples (see rows.py) without the ``head`` that all share. ``tags`` has for
-    each message the first byte of its PUBLISH packet, shifted left by 16, and its packet id (0 at
-    QoS 0). ``at`` is when they were
-    read, by ``time.monotonic()``; ``timestamp`` the same moment in Unix time. ``source`` is the
-    connection they came from, the only one where their packet ids mean them.
+    ``rows`` are COPY tuples without their head (see rows.py). ``tags`` has for each message the
+    first byte of its PUBLISH packet, shifted left by 16, and its packet id (0 at QoS 0). ``at`` is
+    when they were read, by ``time.monotonic()``; ``timestamp`` the same moment in Unix time.
+    ``source`` is the connection they came from, the only one where their packet ids mean them.
     """
 
     source: object
-    head: bytes
     rows: list[bytes]
     tags: list[int]
     at: float
     timestamp: float
-    size: int
+    size: int = field(init=False)  # bytes of memory, about
+
+    def __post_init__(self) -> None:
+        self.size = sum(map(len, self.rows)) + _OVERHEAD * len(self.tags)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,17 +69,14 @@ class Account:
 class Flow:
     """A bounded queue of chunks from the network thread to the writer thread."""
 
-    def __init__(self, *, max_rows: int, max_bytes: int) -> None:
-        self._max_rows = max_rows
+    def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._changed = threading.Condition()
         self._queue: deque[Chunk | Greeting] = deque()
-        self._queued_rows = 0
-        self._queued_bytes = 0
         self._written: list[Chunk] = []  # taken by the writer, not settled
+        self._bytes = 0  # of both
         self._account = Account()
         self._closed = False
-        self.on_room: Callable[[], None] = lambda: None
 
     def put(self, item: Chunk | Greeting) -> None:
         """Add a chunk. Never blocks and never refuses; the reader asks `full` before it reads."""
@@ -85,15 +84,14 @@ class Flow:
             if isinstance(item, Chunk):
                 self._account.received += len(item.tags)
                 self._account.in_flight += len(item.tags)
-                self._queued_rows += len(item.tags)
-                self._queued_bytes += item.size
+                self._bytes += item.size
             self._queue.append(item)
             self._changed.notify()
 
     @property
     def full(self) -> bool:
-        """Whether the reader must stop reading until `on_room` is called."""
-        return self._queued_rows >= self._max_rows or self._queued_bytes >= self._max_bytes
+        """Whether the reader must stop reading until a batch is settled."""
+        return self._bytes >= self._max_bytes
 
     def take(self, *, rows: int, size: int, patience: float) -> list[Chunk] | Greeting | None:
         """Return what is next: a batch, a greeting, [] after ``patience`` seconds, None at the end.
@@ -103,31 +101,21 @@ class Flow:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed, patience)
-            if not self._queue:
-                return None if self._closed else []
-            first = self._queue[0]
-            if isinstance(first, Greeting):
-                self._queue.popleft()
-                return first
-            was_full = self.full
-            self._written = batch = self._pop(rows, size)
-        if was_full:
-            self.on_room()
-        return batch
-
-    def _pop(self, rows: int, size: int) -> list[Chunk]:
-        batch: list[Chunk] = []
-        while rows > 0 and size > 0 and self._queue:
-            item = self._queue[0]
-            if isinstance(item, Greeting):
-                break
-            self._queue.popleft()
-            batch.append(item)
-            rows -= len(item.tags)
-            size -= item.size
-        self._queued_rows -= sum(len(chunk.tags) for chunk in batch)
-        self._queued_bytes -= sum(chunk.size for chunk in batch)
-        return batch
+            if not self._queue and self._closed:
+                return None
+            batch: list[Chunk] = []
+            while self._queue and rows > 0 and size > 0:
+                item = self._queue.popleft()
+                if isinstance(item, Greeting):
+                    if not batch:
+                        return item
+                    self._queue.appendleft(item)
+                    break
+                batch.append(item)
+                rows -= len(item.tags)
+                size -= item.size
+            self._written = batch
+            return batch
 
     def settle(self, *, inserted: int, duplicates: int, dead_letters: Counter[str]) -> None:
         """Book the batch last taken as committed."""
@@ -136,6 +124,7 @@ class Flow:
             self._account.inserted += inserted
             self._account.duplicates += duplicates
             self._account.dead_letters.update(dead_letters)
+            self._bytes -= sum(chunk.size for chunk in self._written)
             self._written = []
 
     def close(self) -> None:

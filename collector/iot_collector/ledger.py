@@ -26,55 +26,48 @@ class Ledger:
         self._window = window
         self._batches: deque[bytes] = deque()
         self._size = 0
-        # Packet id -> checksum of the message it last stood for; made when a DUP is looked up.
-        self._known: dict[int, int] | None = None
 
-    def reset(self, batches: list[bytes]) -> None:
-        """Start over with what is stored for the session: the results of `record`, or nothing."""
-        self._batches = deque(batches)
-        self._size = sum(len(batch) // _ENTRY for batch in batches)
-        self._known = None
-        self.forget()  # the database keeps more, in which ids may have come round
+    def __len__(self) -> int:
+        """How many batches are needed."""
+        return len(self._batches)
 
-    def record(self, chunks: list[Chunk]) -> tuple[list[Chunk], bytes]:
+    def reset(self, batches: Iterable[bytes]) -> None:
+        """Start over with what is stored for the session, of which there may be more."""
+        self._batches.clear()
+        self._size = 0
+        for packets in batches:
+            self.add(packets)
+
+    def split(self, chunks: list[Chunk]) -> tuple[list[Chunk], bytes]:
         """Return the chunks without the messages that are stored already, and their packets.
 
         The packets are to be stored in the transaction that stores the rows.
         """
         if not self._window:
             return chunks, b""
+        if any(max(chunk.tags) >= _DUP_TAG for chunk in chunks):
+            known = self._index()
+            chunks = [self._new(chunk, known) for chunk in chunks]
         ids, sums = array("H"), array("I")
-        new = []
         for chunk in chunks:
-            if max(chunk.tags) >= _DUP_TAG:
-                if self._known is None:
-                    self._known = self._index()
-                    self._known.update(zip(ids, sums, strict=True))
-                chunk = self._new(chunk, self._known)
-            new.append(chunk)
             rows, tags = chunk.rows, chunk.tags
             if tags and min(tags) < _QOS1_TAG:
                 pairs = [(t, r) for t, r in zip(tags, rows, strict=True) if t >= _QOS1_TAG]
                 tags, rows = [t for t, _ in pairs], [r for _, r in pairs]
             ids.extend([tag & 0xFFFF for tag in tags])
             sums.extend(map(crc32, rows))
-        if self._known is not None:
-            self._known.update(zip(ids, sums, strict=True))
-        packets = _encode(ids, sums)
-        self._batches.append(packets)
-        self._size += len(ids)
-        return new, packets
+        return chunks, _encode(ids, sums)
 
-    def forget(self) -> int:
-        """Drop the oldest batches beyond the window; return how many batches are left."""
+    def add(self, packets: bytes) -> None:
+        """Note the packets of a batch that is stored; forget what is beyond the window."""
+        self._batches.append(packets)
+        self._size += len(packets) // _ENTRY
         while len(self._batches) > 1:
             oldest = len(self._batches[0]) // _ENTRY
             if self._size - oldest < self._window:
                 break
             self._size -= oldest
             self._batches.popleft()
-            self._known = None
-        return max(1, len(self._batches))
 
     @staticmethod
     def _new(chunk: Chunk, known: dict[int, int]) -> Chunk:
@@ -90,6 +83,7 @@ class Ledger:
         return replace(chunk, rows=rows, tags=tags)
 
     def _index(self) -> dict[int, int]:
+        """Return for each packet id the checksum of the message that it last stood for."""
         known: dict[int, int] = {}
         for batch in self._batches:
             known.update(_decode(batch))

@@ -18,14 +18,13 @@ import structlog
 from .connection import Connection, twin
 from .flow import Chunk, Flow, Greeting
 from .metrics import Metrics
-from .rows import head
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
 
 _MAX_WAIT = 30.0  # seconds between attempts to connect, at most; each is random below its limit
 _SETTLED = 10.0  # a connection that lasted this long was a good one
-_LARGE_READ = 1 << 17  # bytes of rows: there is a backlog
+_LARGE_READ = 1 << 18  # bytes of memory: there is a backlog
 _LOOK = 0.5  # seconds between looks at keepalive and subscriptions; each costs what a message does
 _FINISH = 5.0  # seconds to wait for the broker to have read the last acknowledgements
 
@@ -49,7 +48,6 @@ class Link(threading.Thread):
         self.connection: Connection | None = None
         self.error: str | None = "not connected yet"
         self.beat = time.monotonic()
-        flow.on_room = self._wake
         metrics.mqtt_connected = lambda: self.connected
 
     @property
@@ -103,13 +101,8 @@ class Link(threading.Thread):
                 error=self.error,
                 seconds=round(wait, 2),
             )
-            self._rest(wait)
-
-    def _rest(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and not self._stopping.is_set():
             self.beat = time.monotonic()
-            self._stopping.wait(min(left, 1.0))
+            self._stopping.wait(wait)
 
     def _serve(self, connection: Connection) -> None:
         """Open a connection and move messages until it ends."""
@@ -191,12 +184,12 @@ class Link(threading.Thread):
         rows, tags = connection.inbox.empty()
         if rows:
             connection.received(tags)
-            size = sum(map(len, rows))
-            if size < _LARGE_READ and not connection.window_fills:
+            chunk = Chunk(connection, rows, tags, at, timestamp)
+            if chunk.size < _LARGE_READ and not connection.window_fills:
                 # Lingering before the read rather than after it costs the messages the same time
                 # and saves waking both threads for each of them (benchmarks/).
                 self._next_read = at + self._settings.batch_linger_ms / 1000
-            self._flow.put(Chunk(connection, head(timestamp), rows, tags, at, timestamp, size))
+            self._flow.put(chunk)
 
     def _acknowledge(self, connection: Connection) -> None:
         tags: list[int] = []

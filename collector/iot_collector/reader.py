@@ -20,7 +20,7 @@ from paho.mqtt.exception import MQTTException
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from .rows import RowEncoder, properties_json
+from .rows import Prefixes, properties_json, tuples, with_properties
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -39,22 +39,18 @@ _QOS2 = 0x04 << 16
 
 
 class Inbox:
-    """The messages of one read, as rows and tags (see `flow.Chunk`)."""
+    """The messages of one read."""
 
     def __init__(self) -> None:
-        self.encoder = RowEncoder()
-        self.rows: list[bytes] = []
+        self.known = [Prefixes(flags) for flags in range(8)]  # by QoS and RETAIN
+        self.prefixes: list[bytes] = []
+        self.payloads: list[bytes] = []
         self.tags: list[int] = []
 
-    def add(self, header: int, mid: int, topic: bytes, payload: bytes, props: bytes | None) -> None:
-        """Add a message. Raises ValueError when its topic is not allowed by MQTT."""
-        self.rows.append(self.encoder.row(header, topic, payload, props))
-        self.tags.append(header << 16 | mid)
-
     def empty(self) -> tuple[list[bytes], list[int]]:
-        """Return what was added since the last call."""
-        rows, tags = self.rows, self.tags
-        self.rows, self.tags = [], []
+        """Return the rows and tags (see `flow.Chunk`) of what was added since the last call."""
+        rows, tags = tuples(self.prefixes, self.payloads), self.tags
+        self.prefixes, self.payloads, self.tags = [], [], []
         return rows, tags
 
 
@@ -81,8 +77,8 @@ class StockClient(Client):
     def read(self) -> None:
         """Read what the socket has into the inbox."""
         while self.socket() is not None:
-            before = len(self.inbox.rows)
-            if self.loop_read() or before == len(self.inbox.rows) or before > 1000:
+            before = len(self.inbox.tags)
+            if self.loop_read() or before == len(self.inbox.tags) or before > 1000:
                 break
 
     def acknowledge(self, tags: list[int]) -> None:
@@ -126,11 +122,13 @@ class StockClient(Client):
         self.disconnect(properties=properties)
 
     def _take(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
-        header = _PUBLISH | message.dup << 3 | message.qos << 1 | message.retain
-        properties = _properties(message.properties) if message.properties else None
-        self.inbox.add(
-            header, message.mid, message.topic.encode(), bytes(message.payload), properties
-        )
+        flags = message.qos << 1 | message.retain
+        prefix = self.inbox.known[flags][message.topic.encode()]
+        if message.properties and (properties := _properties(message.properties)):
+            prefix = with_properties(prefix, properties)
+        self.inbox.prefixes.append(prefix)
+        self.inbox.payloads.append(bytes(message.payload))
+        self.inbox.tags.append((_PUBLISH | message.dup << 3 | flags) << 16 | message.mid)
 
 
 class BulkClient(StockClient):
@@ -186,7 +184,8 @@ class BulkClient(StockClient):
 
     def _parse(self, data: bytes) -> int:
         """Take the whole packets at the start of ``data``; return where the rest begins."""
-        encode, rows, tags = self.inbox.encoder.row, self.inbox.rows, self.inbox.tags
+        inbox = self.inbox
+        known, prefixes, payloads, tags = inbox.known, inbox.prefixes, inbox.payloads, inbox.tags
         v5 = self._v5
         size = len(data)
         at = 0
@@ -208,11 +207,10 @@ class BulkClient(StockClient):
                 self._missing = end - size
                 return at
             if header & 0xF0 == _PUBLISH:
-                start = body + 2
-                middle = start + (data[body] << 8 | data[body + 1])
-                topic = data[start:middle]
+                topic_at = body + 2
+                middle = topic_at + (data[body] << 8 | data[body + 1])
+                prefix = known[header & 7][data[topic_at:middle]]
                 tag = header << 16
-                properties = None
                 if header & 0x06:
                     mid = data[middle] << 8 | data[middle + 1]
                     middle += 2
@@ -222,11 +220,14 @@ class BulkClient(StockClient):
                 if v5:
                     if data[middle]:
                         middle, properties = self._properties(data, middle, end)
+                        if properties is not None:
+                            prefix = with_properties(prefix, properties)
                     else:
                         middle += 1
-                if middle > end or not topic:
-                    raise ValueError("PUBLISH with impossible lengths, or without topic")
-                rows.append(encode(header, topic, data[middle:end], properties))
+                if middle > end:
+                    raise ValueError("PUBLISH with impossible lengths")
+                prefixes.append(prefix)
+                payloads.append(data[middle:end])
                 tags.append(tag)
             else:
                 self._hand_over(header, data[body:end])

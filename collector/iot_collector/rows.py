@@ -8,12 +8,13 @@ PostgreSQL refuses is decoded again.
 import itertools
 import struct
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import orjson
 import psycopg2.extensions
 
-from .fields import fields_of
+from .fields import fields_of_all
 
 COLUMNS = "received_at, qos, retained, topic, properties, fields, payload"
 HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
@@ -24,14 +25,15 @@ _ANY_SIZE = (1 << 31) - 1  # the most that copy_expert can be told to take at on
 _COLUMN_COUNT = 7
 _EPOCH = 946_684_800  # PostgreSQL counts timestamptz in microseconds from 2000-01-01 UTC.
 _NULL = b"\xff\xff\xff\xff"
-# The cache, one for each set of flags, is bounded whatever devices do.
+_JSONB = 1  # the version of jsonb that is sent as text
+# What is kept of topics is bounded whatever devices do.
 _MAX_TOPICS = 10_000
 _MAX_TOPIC = 256  # bytes; a longer one is encoded each time
 
-_length = struct.Struct(">i").pack
-_jsonb_length = struct.Struct(">ib").pack  # jsonb is sent as version 1 and its text
 _head = struct.Struct(">hiq").pack
 _flags = struct.Struct(">ihib").pack
+_length = lru_cache(4096)(struct.Struct(">i").pack)
+_jsonb_length = lru_cache(4096)(struct.Struct(">ib").pack)
 
 
 class Message(NamedTuple):
@@ -51,46 +53,49 @@ def head(timestamp: float) -> bytes:
     return _head(_COLUMN_COUNT, 8, round((timestamp - _EPOCH) * 1_000_000))
 
 
-class RowEncoder:
-    """Encodes messages; what repeats from message to message is encoded once."""
+class Prefixes(dict[bytes, bytes]):
+    """Topic -> how the tuples of its messages go on after their head; made at the first use.
 
-    def __init__(self) -> None:
-        self._prefixes: list[dict[bytes, bytes]] = [{} for _ in range(8)]
+    :param header: first byte of their PUBLISH packets (MQTT 5 §3.3.1: DUP, QoS, RETAIN).
+    """
 
-    def row(
-        self, header: int, topic: bytes, payload: bytes, properties: bytes | None = None
-    ) -> bytes:
-        """Return the tuple of a message, without its head.
+    def __init__(self, header: int) -> None:
+        super().__init__()
+        self._flags = _flags(2, header >> 1 & 3, 1, header & 1)
 
-        :param header: first byte of its PUBLISH packet (MQTT 5 §3.3.1: DUP, QoS, RETAIN).
-        :param properties: JSON object of its MQTT 5 properties, if it has any.
-        :raises ValueError: the topic is not one that MQTT allows (UTF-8 without NUL, §4.7.3).
+    def __missing__(self, topic: bytes) -> bytes:
+        """Return the prefix of a topic.
+
+        :raises ValueError: it is not one that MQTT allows (UTF-8 without NUL, §4.7.3).
         """
-        try:
-            prefix = self._prefixes[header & 7][topic]
-        except KeyError:
-            prefix = self._prefix(header, topic)
-        if properties is not None:
-            prefix = prefix[:-4] + _jsonb_length(len(properties) + 1, 1) + properties
-        fields = fields_of(payload)
+        if not topic or b"\0" in topic:
+            raise ValueError("topic is empty or contains NUL")
+        topic.decode()  # UnicodeDecodeError is a ValueError
+        prefix = self._flags + _length(len(topic)) + topic + _NULL
+        if len(topic) <= _MAX_TOPIC:
+            if len(self) >= _MAX_TOPICS:
+                self.clear()
+            self[topic] = prefix
+        return prefix
+
+
+def with_properties(prefix: bytes, properties: bytes) -> bytes:
+    """Return a prefix with a JSON object of MQTT 5 properties, in place of none."""
+    return prefix[: -len(_NULL)] + _jsonb_length(len(properties) + 1, _JSONB) + properties
+
+
+def tuples(prefixes: list[bytes], payloads: list[bytes]) -> list[bytes]:
+    """Return the tuples of messages, without their heads."""
+    made = []
+    all_fields = fields_of_all(payloads)
+    for prefix, fields, payload in zip(prefixes, all_fields, payloads, strict=True):
         size = _length(len(payload))
         if fields is None:
-            return b"".join((prefix, _NULL, size, payload))
-        fields_size = _jsonb_length(len(fields) + 1, 1)
-        return b"".join((prefix, fields_size, fields, size, payload))
-
-    def _prefix(self, header: int, topic: bytes) -> bytes:
-        if b"\0" in topic:
-            raise ValueError("topic contains NUL")
-        topic.decode()  # UnicodeDecodeError is a ValueError
-        flags = _flags(2, header >> 1 & 3, 1, header & 1)
-        prefix = flags + _length(len(topic)) + topic + _NULL
-        if len(topic) <= _MAX_TOPIC:
-            cache = self._prefixes[header & 7]
-            if len(cache) >= _MAX_TOPICS:
-                cache.clear()
-            cache[topic] = prefix
-        return prefix
+            made.append(b"".join((prefix, _NULL, size, payload)))
+        else:
+            fields_size = _jsonb_length(len(fields) + 1, _JSONB)
+            made.append(b"".join((prefix, fields_size, fields, size, payload)))
+    return made
 
 
 def copy(

@@ -27,8 +27,7 @@ def run(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
 
-    # Twice the window, so that with QoS 1 the broker's window closes before the buffer fills.
-    flow = Flow(max_rows=2 * settings.mqtt_max_inflight, max_bytes=settings.buffer_bytes)
+    flow = Flow(max_bytes=settings.buffer_bytes)
     metrics = Metrics(flow)
     link = Link(settings, flow, metrics)
     writer = Writer(settings, flow, metrics, link.acknowledge)

@@ -15,7 +15,7 @@ from .database import connect, kind_of, one_line
 from .dead_letters import store_or_bury
 from .flow import Chunk
 from .message_ids import drop_known, forget_old
-from .rows import copy
+from .rows import copy, head
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -143,7 +143,7 @@ class Store:
             seq, opening = self._opening(cursor, packets, keep)
             # What is checked only at COMMIT could not be found by bisection.
             cursor.execute(opening + b"SET CONSTRAINTS ALL IMMEDIATE")
-            rows = [chunk.head + row for chunk in chunks for row in chunk.rows]
+            rows = [head(chunk.timestamp) + row for chunk in chunks for row in chunk.rows]
             if self._settings.message_id_key is not None:
                 new = drop_known(cursor, rows, self._settings.message_id_key)
                 stored.duplicates, rows = len(rows) - len(new), new
@@ -238,5 +238,6 @@ class Store:
 def _tuples(chunks: list[Chunk]) -> Iterator[bytes]:
     for chunk in chunks:
         if chunk.rows:
-            yield chunk.head
-            yield chunk.head.join(chunk.rows)
+            start = head(chunk.timestamp)
+            yield start
+            yield start.join(chunk.rows)

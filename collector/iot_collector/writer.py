@@ -47,8 +47,7 @@ class Writer(threading.Thread):
         self._ledger = Ledger(settings.mqtt_max_inflight if settings.packet_ledger else 0)
         # Writing at half the window keeps the broker sending meanwhile.
         self._batch_rows = min(_BATCH_ROWS, max(1, settings.mqtt_max_inflight // 2))
-        # What the ledger says of the batch in hand; None when it has to be asked again.
-        self._recorded: tuple[list[Chunk], bytes] | None = None
+        self._overtaken = False  # somebody has written to the ledger since it was loaded
         self._abandon = threading.Event()
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(psycopg2.Error),
@@ -96,7 +95,6 @@ class Writer(threading.Thread):
 
     def _write(self, batch: list[Chunk]) -> None:
         started = time.monotonic()
-        self._recorded = self._ledger.record(batch)
         stored = self._persist(partial(self._store_batch, batch))
         now = time.monotonic()
         self._flow.settle(
@@ -105,28 +103,27 @@ class Writer(threading.Thread):
             dead_letters=stored.dead_letters,
         )
         self._acknowledge(batch)
-        self._metrics.batch_rows.observe(sum(len(chunk.tags) for chunk in batch))
+        self._metrics.batch_rows.observe(_count(batch))
         self._metrics.flush_seconds.observe(now - started)
         for chunk in batch:
             self._metrics.message_delay.observe(now - chunk.at, len(chunk.tags))
 
     def _store_batch(self, batch: list[Chunk]) -> Stored:
-        if self._recorded is None:
+        if self._overtaken:
             self._ledger.reset(self._store.ledger())
-            self._recorded = self._ledger.record(batch)
-        new, packets = self._recorded
-        known = sum(len(chunk.tags) for chunk in batch) - sum(len(chunk.tags) for chunk in new)
+            self._overtaken = False
+        new, packets = self._ledger.split(batch)
         stored = Stored()
         try:
             if any(chunk.rows for chunk in new):
-                stored = self._store.write(new, packets, self._ledger.forget())
+                stored = self._store.write(new, packets, len(self._ledger) + 1)
         except psycopg2.Error as error:
-            if kind_of(error) == "client_id":
-                # Somebody's batch took our place in the ledger: another collector's, or one of
-                # our predecessor's that was still being committed when we looked.
-                self._recorded = None
+            # Somebody's batch took our place in the ledger: another collector's, or one of
+            # our predecessor's that was still being committed when we looked.
+            self._overtaken = kind_of(error) == "client_id"
             raise
-        stored.duplicates += known
+        self._ledger.add(packets)
+        stored.duplicates += _count(batch) - _count(new)
         return stored
 
     def _persist(self, step: Callable[[], T]) -> T:
@@ -159,3 +156,7 @@ class Writer(threading.Thread):
     def _ping(self) -> None:
         with contextlib.suppress(psycopg2.Error):
             self._noted(self._store.ping)
+
+
+def _count(chunks: list[Chunk]) -> int:
+    return sum(len(chunk.tags) for chunk in chunks)

@@ -868,15 +868,15 @@ def test_numbers_of_a_killed_broker(
 def test_ledger_of_a_new_process_is_no_longer() -> None:
     """The database keeps more than the window; ids may have come round in the rest."""
     ledger = Ledger(3)
-    batches = [ledger.record([chunk(0x32, mid)])[1] for mid in range(1, 11)]
+    batches = [ledger.split([chunk(0x32, mid)])[1] for mid in range(1, 11)]
     restarted = Ledger(3)
     restarted.reset(batches)
-    assert restarted.record([chunk(0x3A, 10)])[0][0].rows == [], "stored: sent again"
-    assert restarted.record([chunk(0x3A, 1)])[0][0].rows == [b"row"], "as likely a new message"
+    assert restarted.split([chunk(0x3A, 10)])[0][0].rows == [], "stored: sent again"
+    assert restarted.split([chunk(0x3A, 1)])[0][0].rows == [b"row"], "as likely a new message"
 
 
 def chunk(header: int, mid: int) -> Chunk:
-    return Chunk(None, b"", [b"row"], [header << 16 | mid], 0.0, 0.0, 3)
+    return Chunk(None, [b"row"], [header << 16 | mid], 0.0, 0.0)
 
 
 @pytest.mark.skipif(not FULL, reason="sends 65 535 messages; in make test-faults")

@@ -5,9 +5,9 @@ import math
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from iot_collector.fields import fields_of
+from iot_collector.fields import fields_of, fields_of_all
 
 READABLE = [
     (b"temperature:23", {"temperature": 23}),
@@ -188,3 +188,19 @@ def test_every_flat_object_arrives(document: dict[str, object]) -> None:
     # The test for \u0000 looks at the bytes, so it also refuses an escaped backslash before u0000.
     expected = None if b"\\u0000" in payload else payload
     assert fields_of(payload) == expected
+
+
+# What is no object alone could be one together with its neighbours, if nobody took care.
+_halves = st.sampled_from(
+    [b'{"a":1', b'{"a":"x', b'"b":2}', b'y"}', b'{y"}', b'{"a":1},5', b'{"a":1},{"b":2}']
+) | st.sampled_from(
+    [b'{"a":1}', b'{"b":2}', b'{"a":1}\n', b"{}", b"5", b"", b"a:1", b'{"a":[1]}', b'{"a":NaN}']
+)
+
+
+@given(st.lists(_halves, max_size=5) | st.lists(payloads, max_size=5))
+@example([b'{"a":1},{"b":2', b'"c":3}'])
+@example([b'{"a":"x', b'{y"}', b'{"a":1},5'])
+@example([b'{"a":"x', b'{y"}'])
+def test_together_as_one_by_one(many: list[bytes]) -> None:
+    assert list(fields_of_all(many)) == [fields_of(payload) for payload in many]

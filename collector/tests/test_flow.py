@@ -5,22 +5,23 @@ import time
 from collections import Counter
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from iot_collector.flow import Chunk, Flow, Greeting
 from services import PATIENCE, eventually
 
 
-def chunk(rows: int = 1, *, size: int | None = None, age: float = 0.0) -> Chunk:
+def chunk(rows: int = 1, *, age: float = 0.0) -> Chunk:
     now = time.monotonic() - age
     tags = [0x32 << 16 | i + 1 for i in range(rows)]
-    size = rows * 10 if size is None else size
-    return Chunk(None, b"", [b"row"] * rows, tags, now, time.time() - age, size)
+    return Chunk(None, [b"row"] * rows, tags, now, time.time() - age)
 
 
-def flow(*chunks: Chunk | Greeting, max_rows: int = 1000, max_bytes: int = 1 << 20) -> Flow:
-    made = Flow(max_rows=max_rows, max_bytes=max_bytes)
+ROW = chunk().size
+
+
+def flow(*chunks: Chunk | Greeting, max_bytes: int = 1 << 20) -> Flow:
+    made = Flow(max_bytes=max_bytes)
     for item in chunks:
         made.put(item)
     return made
@@ -53,12 +54,12 @@ def test_rows_bound_a_batch() -> None:
 
 
 def test_bytes_bound_a_batch() -> None:
-    chunks = [chunk(size=60), chunk(size=60), chunk(size=60)]
-    assert take(flow(*chunks), size=100) == chunks[:2]
+    chunks = [chunk(6), chunk(6), chunk(6)]
+    assert take(flow(*chunks), size=10 * ROW) == chunks[:2]
 
 
 def test_a_chunk_larger_than_a_batch() -> None:
-    large = chunk(500, size=5000)
+    large = chunk(500)
     assert take(flow(large, chunk()), rows=10, size=10) == [large]
 
 
@@ -94,23 +95,18 @@ def test_greeting_has_its_place() -> None:
 
 
 def test_full() -> None:
-    rooms: list[bool] = []
-    source = flow(chunk(9), max_rows=10, max_bytes=1000)
-    source.on_room = lambda: rooms.append(source.full)
+    source = flow(chunk(9), max_bytes=10 * ROW)
     assert not source.full
     source.put(chunk(1))
     assert source.full
-    take(source, rows=5)
-    assert not source.full
-    assert rooms == [False], "told once, when there is room"
     take(source)
-    assert rooms == [False], "and not when there was room before"
-    source.put(chunk(1, size=1000))
-    assert source.full, "in bytes"
+    assert source.full, "taken is not stored: it still takes memory"
+    source.settle(inserted=10, duplicates=0, dead_letters=Counter())
+    assert not source.full
 
 
 def test_oldest_age() -> None:
-    source = flow(max_rows=10)
+    source = flow()
     assert source.oldest_age() == 0.0
     source.put(chunk(age=100))
     source.put(chunk(age=50))
@@ -142,11 +138,10 @@ def test_account() -> None:
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=60),
     rows=st.integers(1, 100),
-    max_rows=st.integers(1, 200),
 )
-def test_every_snapshot_balances(sizes: list[int], rows: int, max_rows: int) -> None:
+def test_every_snapshot_balances(sizes: list[int], rows: int) -> None:
     """One thread puts, one takes and settles, and a third looks all the time."""
-    source = Flow(max_rows=max_rows, max_bytes=1 << 20)
+    source = Flow(max_bytes=1 << 20)
     taken: list[Chunk] = []
     done = threading.Event()
     received: list[int] = []
@@ -206,8 +201,7 @@ def test_put_wakes_a_waiting_writer() -> None:
     assert taken == [[item]]
 
 
-@pytest.mark.parametrize("max_rows", [1, 5])
-def test_put_is_never_refused(max_rows: int) -> None:
-    source = flow(*[chunk(3) for _ in range(20)], max_rows=max_rows)
+def test_put_is_never_refused() -> None:
+    source = flow(*[chunk(3) for _ in range(20)], max_bytes=1)
     assert source.full
     assert source.account().in_flight == 60

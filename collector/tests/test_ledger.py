@@ -127,12 +127,13 @@ class Machine(RuleBasedStateMachine):
         while self.read and len(batch) < most and not isinstance(self.read[0], Greeting):
             batch.append(self.read.pop(0))
         tags = [tag for tag, _, _ in batch]
-        chunk = Chunk(None, b"", [message for _, message, _ in batch], tags, 0.0, 0.0, 0)
-        (new,), packets = self.ledger.record([chunk])
-        keep = self.ledger.forget()
+        chunk = Chunk(None, [message for _, message, _ in batch], tags, 0.0, 0.0)
+        (new,), packets = self.ledger.split([chunk])
         if new.rows:
+            keep = len(self.ledger) + 1
             self.stored += [row.number for row in new.rows]
             self.stored_ledger = [*self.stored_ledger, packets][-keep:]
+        self.ledger.add(packets)
         for tag, _, connection in batch:
             if connection == self.connection or self.acknowledgements_cross:
                 self.to_acknowledge.append(tag & 0xFFFF)
@@ -252,12 +253,10 @@ class WithoutClearing(Ledger):
 
 
 class WithoutMemory(Ledger):
-    """Does not keep what it has recorded."""
+    """Keeps nothing."""
 
-    def record(self, chunks: list[Chunk]) -> tuple[list[Chunk], bytes]:
-        recorded = super().record(chunks)
-        self.reset([])
-        return recorded
+    def add(self, packets: bytes) -> None:
+        pass
 
 
 def _mutant(base: type[Machine], **changes: object) -> type[Machine]:

@@ -9,7 +9,7 @@ import psycopg2
 import pytest
 from iot_collector.flow import Chunk
 from iot_collector.migrate import migrate, migrations
-from iot_collector.rows import RowEncoder, head
+from iot_collector.rows import Prefixes, tuples
 from iot_collector.settings import Settings
 from iot_collector.store import MONTHS_AHEAD, Store
 from services import Database, run_command
@@ -33,11 +33,9 @@ def months(start: datetime, count: int) -> list[str]:
 
 
 def chunk_at(moment: datetime, *payloads: bytes) -> Chunk:
-    encoder = RowEncoder()
-    rows = [encoder.row(0x32, b"iot/data", payload) for payload in payloads]
+    rows = tuples([Prefixes(0x32)[b"iot/data"]] * len(payloads), list(payloads))
     tags = [0x32 << 16 | i + 1 for i in range(len(rows))]
-    timestamp = moment.timestamp()
-    return Chunk(None, head(timestamp), rows, tags, time.monotonic(), timestamp, 100)
+    return Chunk(None, rows, tags, time.monotonic(), moment.timestamp())
 
 
 def test_fresh_and_again(empty_database: Database) -> None:

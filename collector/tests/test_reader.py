@@ -224,7 +224,7 @@ def test_one_read_takes_all_records() -> None:
     client = BulkClient(settings, Inbox())
     client._sock = FakeSocket(packets)  # type: ignore[assignment]
     client.read()
-    assert len(client.inbox.rows) == 100
+    assert len(client.inbox.tags) == 100
 
 
 def test_end_of_stream() -> None:
@@ -234,7 +234,7 @@ def test_end_of_stream() -> None:
     socket_of(client).recv = lambda _size: b""  # type: ignore[method-assign]
     client.read()
     assert client.socket() is None
-    assert len(client.inbox.rows) == 1, "the half message is not stored"
+    assert len(client.inbox.tags) == 1, "the half message is not stored"
 
 
 GOOD = publish_packet(payload=b"good")
