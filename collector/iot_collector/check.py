@@ -60,9 +60,9 @@ def _ask_broker(settings: Settings) -> str:
     if not connection.accepted:
         raise ConnectionError(connection.end or "connected, but no answer to CONNECT")
     connection.client.subscribe("$SYS/broker/version")
-    _read_until(connection, lambda: bool(connection.inbox.tags), 1.0)
+    _read_until(connection, lambda: False, 1.0)
     connection.client.disconnect()
-    rows, _ = connection.inbox.empty()
+    rows, _ = connection.client.take()
     return decode(head(0) + rows[0]).payload.decode(errors="replace") if rows else ""
 
 

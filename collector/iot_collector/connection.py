@@ -15,7 +15,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from .flow import Greeting
-from .reader import Inbox, make_client
+from .reader import make_client
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -38,8 +38,7 @@ class Connection:
     def __init__(self, settings: Settings, *, keep_session: bool = True) -> None:
         self._settings = settings
         self._keep_session = keep_session
-        self.inbox = Inbox()
-        self.client = make_client(settings, self.inbox, keep_session=keep_session)
+        self.client = make_client(settings, keep_session=keep_session)
         # Of paho's arguments for each, we need neither the first two nor the last.
         self.client.on_connect = lambda _c, _u, flags, why, _p: self._on_connect(flags, why)
         self.client.on_subscribe = lambda _c, _u, _m, reasons, _p: self._on_subscribe(reasons)

@@ -110,21 +110,12 @@ class Link(threading.Thread):
         self.connection = connection
         while connection.client.socket() is not None:
             self._turn(connection)
-            if connection.accepted and self.error is not None:
-                self._note_connection(connection)
             if self._stopping.is_set() and not self._done:
                 connection.client.finish(_FINISH, end_session=self.left.is_set())
                 log.info("disconnected from broker")
                 return
         connection.subscribed = False
         self.error = connection.end
-
-    def _note_connection(self, connection: Connection) -> None:
-        log.info("connected to broker", session_present=connection.session_present)
-        self.error = None
-        if self._connected_before:
-            self._metrics.mqtt_reconnects.inc()
-        self._connected_before = True
 
     def _turn(self, connection: Connection) -> None:
         """Wait for something to do, at most a second, and do it."""
@@ -179,9 +170,9 @@ class Link(threading.Thread):
         timestamp, at = time.time(), time.monotonic()
         connection.client.read()
         if connection.greeting is not None:
-            self._flow.put(connection.greeting)
+            self._greet(connection.greeting)
             connection.greeting = None
-        rows, tags = connection.inbox.empty()
+        rows, tags = connection.client.take()
         if rows:
             connection.received(tags)
             chunk = Chunk(connection, rows, tags, at, timestamp)
@@ -190,6 +181,14 @@ class Link(threading.Thread):
                 # and saves waking both threads for each of them (benchmarks/).
                 self._next_read = at + self._settings.batch_linger_ms / 1000
             self._flow.put(chunk)
+
+    def _greet(self, greeting: Greeting) -> None:
+        log.info("connected to broker", session_present=greeting.session_present)
+        self.error = None
+        if self._connected_before:
+            self._metrics.mqtt_reconnects.inc()
+        self._connected_before = True
+        self._flow.put(greeting)
 
     def _acknowledge(self, connection: Connection) -> None:
         tags: list[int] = []

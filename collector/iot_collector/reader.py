@@ -38,28 +38,12 @@ _QOS1 = 0x02 << 16
 _QOS2 = 0x04 << 16
 
 
-class Inbox:
-    """The messages of one read."""
-
-    def __init__(self) -> None:
-        self.known = [Prefixes(flags) for flags in range(8)]  # by QoS and RETAIN
-        self.prefixes: list[bytes] = []
-        self.payloads: list[bytes] = []
-        self.tags: list[int] = []
-
-    def empty(self) -> tuple[list[bytes], list[int]]:
-        """Return the rows and tags (see `flow.Chunk`) of what was added since the last call."""
-        rows, tags = tuples(self.prefixes, self.payloads), self.tags
-        self.prefixes, self.payloads, self.tags = [], [], []
-        return rows, tags
-
-
 class StockClient(Client):
-    """paho's own reader, filling an inbox; the fallback, and the measure of the other."""
+    """paho's own reader; the fallback, and the measure of the other."""
 
     max_qos = 1  # paho acknowledges at QoS 2 (PUBREC) before the message can be stored
 
-    def __init__(self, settings: Settings, inbox: Inbox, *, keep_session: bool = True) -> None:
+    def __init__(self, settings: Settings, *, keep_session: bool = True) -> None:
         v5 = settings.mqtt_version == "5"
         super().__init__(
             CallbackAPIVersion.VERSION2,
@@ -70,16 +54,25 @@ class StockClient(Client):
             reconnect_on_failure=False,
             manual_ack=True,
         )
-        self.inbox = inbox
-        self.on_message = self._take
+        self.on_message = self._receive_message
+        self._known = [Prefixes(flags) for flags in range(8)]  # by QoS and RETAIN
+        self._prefixes: list[bytes] = []
+        self._payloads: list[bytes] = []
+        self._tags: list[int] = []
         self.fault: str | None = None  # why a packet from the broker could not be read
 
     def read(self) -> None:
-        """Read what the socket has into the inbox."""
+        """Read what the socket has; see `take`."""
         while self.socket() is not None:
-            before = len(self.inbox.tags)
-            if self.loop_read() or before == len(self.inbox.tags) or before > 1000:
+            before = len(self._tags)
+            if self.loop_read() or before == len(self._tags) or before > 1000:
                 break
+
+    def take(self) -> tuple[list[bytes], list[int]]:
+        """Return the rows and tags (see `flow.Chunk`) of what was read since the last call."""
+        rows, tags = tuples(self._prefixes, self._payloads), self._tags
+        self._prefixes, self._payloads, self._tags = [], [], []
+        return rows, tags
 
     def acknowledge(self, tags: list[int]) -> None:
         """Acknowledge stored messages."""
@@ -114,21 +107,21 @@ class StockClient(Client):
             select.select([sock], [sock] if self.want_write() else [], [], 0.1)
             self.loop_write()
             self.read()
-            self.inbox.empty()
+            self.take()
         properties = None
         if end_session and self._protocol == MQTTProtocolVersion.MQTTv5:
             properties = Properties(PacketTypes.DISCONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = 0
         self.disconnect(properties=properties)
 
-    def _take(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
+    def _receive_message(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
         flags = message.qos << 1 | message.retain
-        prefix = self.inbox.known[flags][message.topic.encode()]
+        prefix = self._known[flags][message.topic.encode()]
         if message.properties and (properties := _properties(message.properties)):
             prefix = with_properties(prefix, properties)
-        self.inbox.prefixes.append(prefix)
-        self.inbox.payloads.append(bytes(message.payload))
-        self.inbox.tags.append((_PUBLISH | message.dup << 3 | flags) << 16 | message.mid)
+        self._prefixes.append(prefix)
+        self._payloads.append(bytes(message.payload))
+        self._tags.append((_PUBLISH | message.dup << 3 | flags) << 16 | message.mid)
 
 
 class BulkClient(StockClient):
@@ -136,8 +129,8 @@ class BulkClient(StockClient):
 
     max_qos = 2
 
-    def __init__(self, settings: Settings, inbox: Inbox, *, keep_session: bool = True) -> None:
-        super().__init__(settings, inbox, keep_session=keep_session)
+    def __init__(self, settings: Settings, *, keep_session: bool = True) -> None:
+        super().__init__(settings, keep_session=keep_session)
         self._v5 = settings.mqtt_version == "5"
         # TLS and WebSocket give a record or frame at a time, and brokers put one packet in each.
         self._framed = settings.broker.tls or settings.broker.transport == "websockets"
@@ -145,7 +138,7 @@ class BulkClient(StockClient):
         self._missing = 0  # how many bytes that packet needs at least to go on
 
     def read(self) -> None:
-        """Read what the socket has into the inbox."""
+        """Read what the socket has; see `take`."""
         left = _READ_SIZE
         while (size := self._read_once()) and self._framed and left > 0:
             left -= size
@@ -184,8 +177,7 @@ class BulkClient(StockClient):
 
     def _parse(self, data: bytes) -> int:
         """Take the whole packets at the start of ``data``; return where the rest begins."""
-        inbox = self.inbox
-        known, prefixes, payloads, tags = inbox.known, inbox.prefixes, inbox.payloads, inbox.tags
+        known, prefixes, payloads, tags = self._known, self._prefixes, self._payloads, self._tags
         v5 = self._v5
         size = len(data)
         at = 0
@@ -310,10 +302,10 @@ def _properties(properties: Properties) -> bytes | None:
     return properties_json(values.get("UserProperty", []), other)
 
 
-def make_client(settings: Settings, inbox: Inbox, *, keep_session: bool = True) -> StockClient:
+def make_client(settings: Settings, *, keep_session: bool = True) -> StockClient:
     """Return the bulk client, or the stock one when paho has changed below us."""
     missing = [name for name in _INTERNALS if not callable(getattr(Client, name, None))]
     if missing:
         log.warning("reading packet by packet: this paho-mqtt has changed", missing=missing)
-        return StockClient(settings, inbox, keep_session=keep_session)
-    return BulkClient(settings, inbox, keep_session=keep_session)
+        return StockClient(settings, keep_session=keep_session)
+    return BulkClient(settings, keep_session=keep_session)

@@ -14,7 +14,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from iot_collector.connection import Connection
-from iot_collector.reader import BulkClient, Inbox, StockClient, make_client
+from iot_collector.reader import BulkClient, StockClient, make_client
 from iot_collector.rows import decode, head
 from iot_collector.settings import Settings
 from paho.mqtt.client import Client
@@ -51,7 +51,7 @@ class FakeSocket:
 
 def connected(kind: type[StockClient], version: str, chunks: Sequence[bytes]) -> StockClient:
     """Return a client that is connected to a fake socket."""
-    client = kind(Settings(mqtt_version=version), Inbox())  # type: ignore[arg-type]
+    client = kind(Settings(mqtt_version=version))  # type: ignore[arg-type]
     client._sock = FakeSocket([chunk for chunk in chunks if chunk])  # type: ignore[assignment]
     return client
 
@@ -69,7 +69,7 @@ def read_all(
     client = connected(kind, version, chunks)
     while client.socket() is not None and socket_of(client).chunks:
         client.read()
-    rows, tags = client.inbox.empty()
+    rows, tags = client.take()
     return rows, tags, client
 
 
@@ -221,10 +221,10 @@ def test_one_read_takes_all_records() -> None:
     """
     packets = [publish_packet(mid=i + 1) for i in range(100)]
     settings = Settings(mqtt_url="wss://127.0.0.1")
-    client = BulkClient(settings, Inbox())
+    client = BulkClient(settings)
     client._sock = FakeSocket(packets)  # type: ignore[assignment]
     client.read()
-    assert len(client.inbox.tags) == 100
+    assert len(client.take()[1]) == 100
 
 
 def test_end_of_stream() -> None:
@@ -234,7 +234,7 @@ def test_end_of_stream() -> None:
     socket_of(client).recv = lambda _size: b""  # type: ignore[method-assign]
     client.read()
     assert client.socket() is None
-    assert len(client.inbox.tags) == 1, "the half message is not stored"
+    assert len(client.take()[1]) == 1, "the half message is not stored"
 
 
 GOOD = publish_packet(payload=b"good")
@@ -279,7 +279,7 @@ def test_malformed_packet_ends_the_connection(name: str, split: bool) -> None:
     assert len(ended) == 1
     assert client.fault is not None
     assert client.fault.startswith("malformed packet: ")
-    rows, tags = client.inbox.empty()
+    rows, tags = client.take()
     assert [decode(head(0) + row).payload for row in rows] == [b"good"] * 2
     assert len(tags) == 2
 
@@ -303,7 +303,7 @@ def test_unreadable_properties_are_kept_raw(name: str, split: bool) -> None:
     while socket_of(client).chunks:
         client.read()
     assert client.fault is None
-    messages = [decode(head(0) + row) for row in client.inbox.empty()[0]]
+    messages = [decode(head(0) + row) for row in client.take()[0]]
     assert [message.payload for message in messages] == [b"good"] * 3
     assert [message.properties is not None for message in messages] == [False, True, False]
     kept = orjson.loads(messages[1].properties or b"")
@@ -355,7 +355,7 @@ def test_qos_2() -> None:
     """Taken at PUBLISH, PUBREC when it is stored, PUBCOMP at PUBREL."""
     client = connected(BulkClient, "5", [publish_packet(qos=2, mid=7, payload=b"two")])
     client.read()
-    rows, tags = client.inbox.empty()
+    rows, tags = client.take()
     assert decode(head(0) + rows[0])[1:] == (2, False, b"iot/data", None, None, b"two")
     assert socket_of(client).sent == [], "nothing before it is stored"
     client.acknowledge(tags)
@@ -363,7 +363,7 @@ def test_qos_2() -> None:
     socket_of(client).chunks.append(b"\x62\2\0\7")
     client.read()
     assert socket_of(client).sent[1:] == [b"\x70\2\0\7"]
-    assert client.inbox.empty() == ([], []), "and not a second time"
+    assert client.take() == ([], []), "and not a second time"
 
 
 def test_pubrel_of_mqtt_5_with_a_reason() -> None:
@@ -408,13 +408,13 @@ def test_finish_waits_until_the_broker_has_read_all(kind: type[StockClient]) -> 
     assert brokers.recv(100)[0] == 0xE0
     thread.join(PATIENCE)
     assert client.socket() is None
-    assert client.inbox.empty() == ([], [])
+    assert client.take() == ([], [])
     brokers.close()
 
 
 def test_make_client() -> None:
     with structlog.testing.capture_logs() as logs:
-        assert type(make_client(Settings(), Inbox())) is BulkClient
+        assert type(make_client(Settings())) is BulkClient
     assert logs == []
 
 
@@ -422,7 +422,7 @@ def test_make_client() -> None:
 def test_make_client_without_an_internal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Client, name)
     with structlog.testing.capture_logs() as logs:
-        assert type(make_client(Settings(), Inbox())) is StockClient
+        assert type(make_client(Settings())) is StockClient
     (entry,) = logs
     assert entry["log_level"] == "warning"
     assert entry["missing"] == [name]
