@@ -9,7 +9,6 @@ both readers byte by byte, and `make_client` falls back to the stock reader when
 """
 
 import base64
-import select
 import struct
 import time
 
@@ -26,6 +25,7 @@ from .settings import Settings
 log = structlog.get_logger(__name__)
 
 _READ_SIZE = 1 << 18
+_READ_MESSAGES = 1_000  # so that acknowledgements are not kept waiting
 _INTERNALS = ["_sock_recv", "_packet_queue", "_packet_handle", "_handle_pubrel"]
 _INTERNALS += ["_loop_rc_handle", "_send_pubcomp", "_send_pingreq"]
 
@@ -62,11 +62,12 @@ class StockClient(Client):
         self.fault: str | None = None  # why a packet from the broker could not be read
 
     def read(self) -> None:
-        """Read what the socket has; see `take`."""
-        while self.socket() is not None:
-            before = len(self._tags)
-            if self.loop_read() or before == len(self._tags) or before > 1000:
-                break
+        """Read what the socket has, or much of it; see `take`."""
+        # paho gives a packet at a time, TLS and WebSocket a record or frame, with a packet in each.
+        count = -1
+        while self.socket() is not None and count < len(self._tags) < _READ_MESSAGES:
+            count = len(self._tags)
+            self.loop_read()
 
     def take(self) -> tuple[list[bytes], list[int]]:
         """Return the rows and tags (see `flow.Chunk`) of what was read since the last call."""
@@ -101,12 +102,8 @@ class StockClient(Client):
         """
         until = time.monotonic() + seconds
         self.ping()
-        while (sock := self.socket()) is not None and not self.answered:
-            if time.monotonic() > until:
-                break
-            select.select([sock], [sock] if self.want_write() else [], [], 0.1)
-            self.loop_write()
-            self.read()
+        while self.socket() is not None and not self.answered and time.monotonic() < until:
+            self.loop(0.1)
             self.take()
         properties = None
         if end_session and self._protocol == MQTTProtocolVersion.MQTTv5:
@@ -132,36 +129,27 @@ class BulkClient(StockClient):
     def __init__(self, settings: Settings, *, keep_session: bool = True) -> None:
         super().__init__(settings, keep_session=keep_session)
         self._v5 = settings.mqtt_version == "5"
-        # TLS and WebSocket give a record or frame at a time, and brokers put one packet in each.
-        self._framed = settings.broker.tls or settings.broker.transport == "websockets"
         self._parts: list[bytes] = []  # the beginning of a packet whose end is not read yet
         self._missing = 0  # how many bytes that packet needs at least to go on
 
-    def read(self) -> None:
-        """Read what the socket has; see `take`."""
-        left = _READ_SIZE
-        while (size := self._read_once()) and self._framed and left > 0:
-            left -= size
-
-    def _read_once(self) -> int:
-        """Do one read; return how many bytes there were, or 0 when there will be no more."""
+    def loop_read(self, max_packets: int = 1) -> MQTTErrorCode:
+        """Do one read, of however many packets there are."""
+        del max_packets  # paho ignores it, too
         try:
             data = self._sock_recv(_READ_SIZE)
         except BlockingIOError:
-            return 0
+            return MQTTErrorCode.MQTT_ERR_SUCCESS
         except OSError as error:
             self.fault = str(error)
             data = b""
         if not data:
-            self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_CONN_LOST)
-            return 0
+            return self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_CONN_LOST)
         with self._msgtime_mutex:
             self._last_bytes_received = time.monotonic()
-        read = len(data)
         self._parts.append(data)
-        self._missing -= read
+        self._missing -= len(data)
         if self._missing > 0:
-            return read
+            return MQTTErrorCode.MQTT_ERR_SUCCESS
         if len(self._parts) > 1:
             data = b"".join(self._parts)
         try:
@@ -170,10 +158,9 @@ class BulkClient(StockClient):
             # MQTT 5 §4.13.1: a malformed packet ends the connection. The messages before it
             # are whole; the broker sends the rest again.
             self.fault = f"malformed packet: {error}"
-            self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_PROTOCOL)
-            return 0
+            return self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_PROTOCOL)
         self._parts = [data[at:]] if at < len(data) else []
-        return read if self._sock is not None else 0
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def _parse(self, data: bytes) -> int:
         """Take the whole packets at the start of ``data``; return where the rest begins."""
