@@ -88,8 +88,8 @@ def check() -> None:
     from .check import check as run_check
 
     status = 0
-    for right, text, bit in run_check(load_or_exit()):
-        sign = click.style("ok    ", fg="green") if right else click.style("wrong ", fg="red")
+    for bit, text in run_check(load_or_exit()):
+        sign = click.style("wrong ", fg="red") if bit else click.style("ok    ", fg="green")
         click.echo(sign + text)
         status |= bit
     sys.exit(status)

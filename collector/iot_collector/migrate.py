@@ -1,15 +1,13 @@
 """The schema: ordered SQL files, each applied once, in one transaction."""
 
-from importlib import resources
+from contextlib import closing
+from pathlib import Path
 
-import psycopg2
-import structlog
+import psycopg2.extensions
 
 from .database import connect
 from .settings import Settings
 from .store import MONTHS_AHEAD
-
-log = structlog.get_logger(__name__)
 
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('iot.migrate'))"
 _TABLE = """
@@ -21,9 +19,15 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 
 def migrations() -> list[tuple[str, str]]:
     """Return (name, SQL) of every migration, in order."""
-    folder = resources.files(__package__) / "migrations"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".sql")), key=lambda f: f.name)
-    return [(f.name.removesuffix(".sql"), f.read_text()) for f in files]
+    files = sorted(Path(__file__).with_name("migrations").glob("*.sql"))
+    return [(file.stem, file.read_text()) for file in files]
+
+
+def missing_migrations(cursor: psycopg2.extensions.cursor) -> list[tuple[str, str]]:
+    """Return (name, SQL) of the migrations that the database does not have yet, in order."""
+    cursor.execute("SELECT name FROM schema_migrations")
+    applied = {name for (name,) in cursor.fetchall()}
+    return [(name, sql) for name, sql in migrations() if name not in applied]
 
 
 def migrate(settings: Settings) -> list[str]:
@@ -31,25 +35,12 @@ def migrate(settings: Settings) -> list[str]:
 
     :raises psycopg2.Error: nothing was changed.
     """
-    connection = connect(settings)
-    try:
-        with connection, connection.cursor() as cursor:
-            cursor.execute(_LOCK)  # two that migrate at once take turns
-            cursor.execute(_TABLE)
-            applied = _apply(cursor)
-            cursor.execute("SELECT ensure_partitions(now(), %s)", (MONTHS_AHEAD,))
-        return applied
-    finally:
-        connection.close()
-
-
-def _apply(cursor: psycopg2.extensions.cursor) -> list[str]:
-    cursor.execute("SELECT name FROM schema_migrations")
-    done = {name for (name,) in cursor.fetchall()}
-    applied = []
-    for name, sql in migrations():
-        if name not in done:
+    with closing(connect(settings)) as connection, connection, connection.cursor() as cursor:
+        cursor.execute(_LOCK)  # two that migrate at once take turns
+        cursor.execute(_TABLE)
+        missing = missing_migrations(cursor)
+        for name, sql in missing:
             cursor.execute(sql)
             cursor.execute("INSERT INTO schema_migrations (name) VALUES (%s)", (name,))
-            applied.append(name)
-    return applied
+        cursor.execute("SELECT ensure_partitions(now(), %s)", (MONTHS_AHEAD,))
+    return [name for name, _ in missing]
