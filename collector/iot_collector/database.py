@@ -43,6 +43,18 @@ HINTS = {
     "schema": "run `iot-collector migrate`",
 }
 
+# What the settings may say otherwise.
+_DEFAULTS: dict[str, Any] = {
+    "fallback_application_name": "iot-collector",
+    "client_encoding": "UTF8",  # which is what MQTT's topics are in
+    "connect_timeout": 10,
+    # A peer that vanished is noticed in seconds, not in TCP's quarter of an hour.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+
 
 def kind_of(error: psycopg2.Error) -> str:
     """Return the kind of an error, one of a small fixed set."""
@@ -52,11 +64,10 @@ def kind_of(error: psycopg2.Error) -> str:
         return "client_id"  # another process writes batches under ours
     if error.pgcode == "23514" and error.diag.table_name and not error.diag.constraint_name:
         return "schema"  # neither a CHECK nor a RAISE: there is no partition for the row
-    for size in (5, 2):
-        if error.pgcode[:size] in _KINDS:
-            return _KINDS[error.pgcode[:size]]
+    state, state_class = error.pgcode, error.pgcode[:2]
     # A class that PostgreSQL does not have comes from a trigger's RAISE, like P0.
-    return "other" if error.pgcode[:2] in _CLASSES else "data"
+    unknown = "other" if state_class in _CLASSES else "data"
+    return _KINDS.get(state) or _KINDS.get(state_class, unknown)
 
 
 def one_line(error: psycopg2.Error) -> str:
@@ -76,27 +87,14 @@ def connect(settings: Settings) -> psycopg2.extensions.connection:
 
     :raises psycopg2.OperationalError: the database is not reached or refuses the login.
     """
-    options: dict[str, Any] = {
-        "fallback_application_name": "iot-collector",
-        "client_encoding": "UTF8",  # which is what MQTT's topics are in
-        "connect_timeout": 10,
-        # A peer that vanished is noticed in seconds, not in TCP's quarter of an hour.
-        "keepalives_idle": 10,
-        "keepalives_interval": 5,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 30_000,
-    }
-    given = psycopg2.extensions.parse_dsn(settings.database_url)
-    options = {name: value for name, value in options.items() if name not in given}
+    options = _DEFAULTS | psycopg2.extensions.parse_dsn(settings.database_url)
     try:
         password = settings.database_secret
     except OSError as error:  # a secret being rotated may be away for a moment
         raise psycopg2.OperationalError(f"password file: {error}") from error
-    except UnicodeDecodeError:  # whose text has a part of what it could not read
-        raise psycopg2.OperationalError("password file: it is not UTF-8 text") from None
     if password is not None:
         options["password"] = password
-    connection: psycopg2.extensions.connection = psycopg2.connect(settings.database_url, **options)
+    connection: psycopg2.extensions.connection = psycopg2.connect(**options)
     # Transactions are begun and ended in SQL, where that saves round trips.
     connection.autocommit = True
     return connection

@@ -249,8 +249,11 @@ class Settings(BaseSettings):
 
 def _secret(value: SecretStr | None, path: Path | None) -> str | None:
     if path is not None:
-        # Editors and `echo` end files with a newline; no one means it as part of the password.
-        return path.read_text().rstrip("\r\n")
+        try:
+            # Editors and `echo` end files with a newline; no one means it as part of the password.
+            return path.read_text("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:  # whose text has a part of what it could not read
+            raise OSError(f"{path} is not UTF-8 text") from None
     return value.get_secret_value() if value else None
 
 
