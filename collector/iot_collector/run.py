@@ -11,7 +11,7 @@ from .flow import Flow
 from .health import Health
 from .link import Link
 from .metrics import Metrics
-from .server import Server
+from .server import serve
 from .settings import Settings
 from .writer import Writer
 
@@ -31,9 +31,9 @@ def run(settings: Settings) -> int:
     metrics = Metrics(flow)
     link = Link(settings, flow, metrics)
     writer = Writer(settings, flow, metrics, link.acknowledge)
-    server = Server(settings, Health(settings, flow, link, writer), metrics)
-    for thread in (server, writer, link):
-        thread.start()
+    serve(settings, Health(settings, flow, link, writer))
+    writer.start()
+    link.start()
     log.info(
         "collector started",
         version=__version__,
