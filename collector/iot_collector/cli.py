@@ -9,9 +9,7 @@ import psycopg2
 from iot_simulator.command import simulate
 
 from . import __version__, log
-from .settings import Settings, SettingsError, load, variable
-
-SETTINGS_WRONG = 2
+from .settings import VARIABLES, Settings, load
 
 
 @click.group()
@@ -29,28 +27,19 @@ def main() -> None:
 main.add_command(simulate)
 
 
-def load_or_exit() -> Settings:
-    """Return the settings, with the log set up as they say, or end the process."""
-    try:
-        settings = load()
-    except SettingsError as error:
-        _fail(error)
+def load_settings() -> Settings:
+    """Return the settings, with the log set up as they say."""
+    settings = load()
     log.configure(settings)
     return settings
 
 
-def _fail(error: SettingsError) -> None:
-    for line in str(error).splitlines():
-        click.echo(f"wrong setting: {line}", err=True)
-    sys.exit(SETTINGS_WRONG)
-
-
 def _table_of_settings() -> str:
     lines = ["\b\nSettings, from the environment (with their defaults):"]
-    for name, info in Settings.model_fields.items():
-        default = ",".join(info.default) if isinstance(info.default, list) else info.default
+    for variable, field in VARIABLES.items():
+        default = ",".join(field.default) if isinstance(field.default, list) else field.default
         shown = "" if default in (None, "") else f" ({default})"
-        lines.append(f"  {variable(name)}{shown}\n      {info.description}")
+        lines.append(f"  {variable}{shown}\n      {field.description}")
     return "\n".join(lines)
 
 
@@ -59,11 +48,7 @@ def run() -> None:
     """Collect messages until told to stop."""
     from .run import run as run_collector
 
-    settings = load_or_exit()
-    try:
-        sys.exit(run_collector(settings))
-    except SettingsError as error:
-        _fail(error)
+    sys.exit(run_collector(load_settings()))
 
 
 @main.command()
@@ -72,10 +57,9 @@ def migrate() -> None:
     from .migrate import migrate as apply_migrations
 
     try:
-        applied = apply_migrations(load_or_exit())
+        applied = apply_migrations(load_settings())
     except psycopg2.Error as error:
-        click.echo(f"migration failed, nothing was changed: {error}", err=True)
-        sys.exit(1)
+        raise click.ClickException(f"migration failed, nothing was changed: {error}") from error
     click.echo("\n".join(f"applied {name}" for name in applied) or "up to date")
 
 
@@ -88,7 +72,7 @@ def check() -> None:
     from .check import check as run_check
 
     status = 0
-    for bit, text in run_check(load_or_exit()):
+    for bit, text in run_check(load_settings()):
         sign = click.style("wrong ", fg="red") if bit else click.style("ok    ", fg="green")
         click.echo(sign + text)
         status |= bit

@@ -9,11 +9,11 @@ import difflib
 import os
 import re
 import socket
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import IO, Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
+import click
 import psycopg2.extensions
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, SecretStr
@@ -38,8 +38,15 @@ _FILTER = re.compile(r"(\$share/[^/+#]+/(?=.)|(?!\$share(/|$)))(([^/+#\0]*|\+)/)
 _ORDINAL = re.compile(r".*-(0|[1-9][0-9]*)")  # how a StatefulSet numbers its pods
 
 
-class SettingsError(Exception):
+class SettingsError(click.ClickException):
     """A setting stops the start. The text has a line for each fault: name, fault, example."""
+
+    exit_code = 2
+
+    def show(self, file: IO[str] | None = None) -> None:
+        """Print the faults; click calls this and exits."""
+        for fault in self.message.splitlines():
+            click.echo(f"wrong setting: {fault}", file, err=True)
 
 
 def _valid_url(url: str) -> str:
@@ -95,8 +102,7 @@ Topics = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Broker:
+class Broker(NamedTuple):
     """Where the broker is, and who we are to it."""
 
     transport: Transport
@@ -194,19 +200,16 @@ class Settings(BaseSettings):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
-        for kind in ("mqtt", "database"):
-            if getattr(self, f"{kind}_password") and getattr(self, f"{kind}_password_file"):
-                name = f"{PREFIX}{kind.upper()}_PASSWORD"
-                raise ValueError(f"{name}: set it or {name}_FILE, not both")
-        has_password = self.mqtt_password or self.mqtt_password_file
-        if has_password and not self.broker.username:
+        for name in ("mqtt_password", "database_password"):
+            if getattr(self, name) and getattr(self, f"{name}_file"):
+                variable = PREFIX + name.upper()
+                raise ValueError(f"{variable}: set it or {variable}_FILE, not both")
+        if (self.mqtt_password or self.mqtt_password_file) and not self.broker.username:
             raise ValueError("IOT_MQTT_USERNAME: a password is set and no user name; set both")
         if bool(self.mqtt_cert_file) != bool(self.mqtt_key_file):
             raise ValueError("IOT_MQTT_CERT_FILE: a client certificate needs IOT_MQTT_KEY_FILE too")
         if self.mqtt_ca_file and not self.broker.tls:
-            raise ValueError(
-                "IOT_MQTT_CA_FILE: is for mqtts:// or wss://, and IOT_MQTT_URL is neither"
-            )
+            raise ValueError("IOT_MQTT_CA_FILE: is for mqtts:// and wss://, not this IOT_MQTT_URL")
         if self.session_on_stop == "ordinal" and not _ORDINAL.fullmatch(self.mqtt_client_id):
             raise ValueError(
                 f"IOT_MQTT_CLIENT_ID: {self.mqtt_client_id!r} does not end in an ordinal, by which "
@@ -225,15 +228,10 @@ class Settings(BaseSettings):
     def broker(self) -> Broker:
         """Where the broker is, and who we are to it."""
         url = urlsplit(self.mqtt_url)
-        transport, tls, default_port = SCHEMES[url.scheme]
-        return Broker(
-            transport=transport,
-            tls=tls,
-            host=url.hostname or "",
-            port=url.port or default_port,
-            path=url.path or "/mqtt",
-            username=self.mqtt_username or (unquote(url.username) if url.username else None),
-        )
+        transport, tls, port = SCHEMES[url.scheme]
+        user = self.mqtt_username or unquote(url.username or "") or None
+        path = url.path or "/mqtt"
+        return Broker(transport, tls, url.hostname or "", url.port or port, path, user)
 
     @property
     def mqtt_secret(self) -> str | None:
@@ -257,9 +255,7 @@ def _secret(value: SecretStr | None, path: Path | None) -> str | None:
     return value.get_secret_value() if value else None
 
 
-def variable(name: str) -> str:
-    """Return the environment variable of a setting."""
-    return PREFIX + name.upper()
+VARIABLES = {f"{PREFIX}{name.upper()}": field for name, field in Settings.model_fields.items()}
 
 
 def load() -> Settings:
@@ -268,25 +264,21 @@ def load() -> Settings:
     :raises SettingsError: a value is wrong, or a variable with our prefix is unknown.
     """
     faults = []
-    known = {variable(name) for name in Settings.model_fields}
-    for name in sorted(name for name in os.environ if name.startswith(PREFIX)):
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+    for name in sorted(os.environ.keys() - VARIABLES.keys()):
+        if name.startswith(PREFIX):
+            close = difflib.get_close_matches(name, VARIABLES, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             faults.append(f"{name}: there is no such setting{hint}")
     try:
         settings = Settings()
     except pydantic.ValidationError as error:
-        faults += [_explain(fault) for fault in error.errors()]
+        for fault in error.errors():
+            text = fault["msg"].removeprefix("Value error, ")
+            if fault["loc"]:  # else it is from _consistent, which names the setting itself
+                name = f"{PREFIX}{fault['loc'][0]}".upper()
+                [example] = VARIABLES[name].examples or [None]
+                text = f"{name}: {text}; for example {example}"
+            faults.append(text)
     if faults:
         raise SettingsError("\n".join(faults))
     return settings
-
-
-def _explain(fault: Any) -> str:
-    message: str = fault["msg"].removeprefix("Value error, ")
-    if not fault["loc"]:  # from _consistent, which names the setting itself
-        return message
-    name = str(fault["loc"][0])
-    (example,) = Settings.model_fields[name].examples or [None]
-    return f"{variable(name)}: {message}; for example {example}"

@@ -34,9 +34,9 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--seed", default=1, show_default=True, help="The same seed sends the same messages.")
 def simulate(**options: object) -> None:
     """Publish as devices do, to the broker of the settings, and count what it acknowledged."""
-    from iot_collector.cli import load_or_exit
+    from iot_collector.cli import load_settings
 
     from .simulate import Plan
     from .simulate import simulate as run_simulation
 
-    sys.exit(run_simulation(load_or_exit(), Plan(**options)))  # type: ignore[arg-type]
+    sys.exit(run_simulation(load_settings(), Plan(**options)))  # type: ignore[arg-type]
