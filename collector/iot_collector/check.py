@@ -42,11 +42,9 @@ def _check_broker(settings: Settings) -> tuple[int, str]:
     try:
         probe.open()
         until = time.monotonic() + _PATIENCE
-        while not probe.accepted and probe.client.socket() and time.monotonic() < until:
-            probe.client.read()
-            probe.client.loop_write()
-            probe.client.loop_misc()
-            time.sleep(0.01)
+        lost = 0
+        while not (probe.accepted or lost) and time.monotonic() < until:
+            lost = probe.client.loop(0.1)
         fault = probe.end or "connected, but no answer to CONNECT"
         probe.client.disconnect()
     except (OSError, ValueError) as error:

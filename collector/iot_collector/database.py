@@ -8,28 +8,25 @@ import psycopg2.extensions
 
 from .settings import Settings
 
-# SQLSTATE -> kind of error, by the longest prefix that fits
+# Kind of error -> SQLSTATEs and their classes; of both, the longer one counts
 # (https://www.postgresql.org/docs/current/errcodes-appendix.html).
 _KINDS = {
-    "08": "connection",
-    "22": "data",
-    "23": "data",
-    "25006": "read_only",
-    "28": "authentication",
-    "3D": "schema",
-    "3F": "schema",
-    "40": "conflict",
-    "42": "schema",
-    "42501": "permission",
-    "53": "resources",
-    "53100": "disk_full",
-    "53300": "too_many_connections",
-    "44": "data",  # WITH CHECK OPTION
-    "54": "data",  # program limit exceeded: a topic too long for the index
-    "57": "shutdown",
-    "57014": "timeout",
-    "P0": "data",  # a trigger's RAISE: somebody's own rule refuses the row
+    "authentication": ["28"],
+    "conflict": ["40"],
+    "connection": ["08"],
+    # 44 is WITH CHECK OPTION; 54, a program limit, a topic too long for the index; P0 is a
+    # trigger's RAISE: somebody's own rule refuses the row.
+    "data": ["22", "23", "44", "54", "P0"],
+    "disk_full": ["53100"],
+    "permission": ["42501"],
+    "read_only": ["25006"],
+    "resources": ["53"],
+    "schema": ["3D", "3F", "42"],
+    "shutdown": ["57"],
+    "timeout": ["57014"],
+    "too_many_connections": ["53300"],
 }
+_KIND_OF = {state: kind for kind, states in _KINDS.items() for state in states}
 # The classes of SQLSTATE that PostgreSQL has itself.
 _CLASSES = {v for k, v in vars(psycopg2.errorcodes).items() if k.startswith("CLASS_")}
 
@@ -64,10 +61,11 @@ def kind_of(error: psycopg2.Error) -> str:
         return "client_id"  # another process writes batches under ours
     if error.pgcode == "23514" and error.diag.table_name and not error.diag.constraint_name:
         return "schema"  # neither a CHECK nor a RAISE: there is no partition for the row
-    state, state_class = error.pgcode, error.pgcode[:2]
+    for state in (error.pgcode, error.pgcode[:2]):
+        if state in _KIND_OF:
+            return _KIND_OF[state]
     # A class that PostgreSQL does not have comes from a trigger's RAISE, like P0.
-    unknown = "other" if state_class in _CLASSES else "data"
-    return _KINDS.get(state) or _KINDS.get(state_class, unknown)
+    return "other" if state in _CLASSES else "data"
 
 
 def one_line(error: psycopg2.Error) -> str:

@@ -4,6 +4,8 @@ For brokers that send again under another packet id, as AWS IoT Core does, and f
 publish again themselves. The id is a JSON key of the payload or an MQTT 5 user property.
 """
 
+import contextlib
+
 import orjson
 import psycopg2.extensions
 
@@ -41,19 +43,11 @@ def forget_old(cursor: psycopg2.extensions.cursor) -> None:
 def message_id(row: bytes, key: str) -> str | None:
     """Return the id of a tuple: a string or number under ``key``, or None."""
     message = decode(row)
-    if message.properties is not None:
-        values = orjson.loads(message.properties).get("user", {}).get(key)
-        if values:
-            return _valid(values[0])
-    if message.payload[:1] != b"{":
-        return None
-    try:
-        document = orjson.loads(message.payload)
-    except orjson.JSONDecodeError:
-        return None
-    value = document.get(key)
-    return _valid(str(value)) if type(value) in (str, int) else None
-
-
-def _valid(text: str) -> str | None:
+    value = None
+    if named := orjson.loads(message.properties or b"{}").get("user", {}).get(key):
+        value = named[0]
+    elif message.payload[:1] == b"{":
+        with contextlib.suppress(orjson.JSONDecodeError):
+            value = orjson.loads(message.payload).get(key)
+    text = str(value) if type(value) in (str, int) else ""  # True and 1.0 name nothing
     return text if 0 < len(text) <= _MAX_LENGTH and "\0" not in text else None

@@ -52,17 +52,13 @@ def run(settings: Settings) -> int:
         link.leave()
         if not link.left.wait(settings.drain_seconds):
             log.warning("session kept: the broker has messages that this process did not get done")
-    _drain(until, flow, link, writer)
-    account = flow.account()
-    log.info("stopped", received=account.received, stored=account.inserted)
-    return 0
-
-
-def _drain(until: float, flow: Flow, link: Link, writer: Writer) -> None:
-    """Store and acknowledge what has been received; what cannot be stays with the broker."""
+    # Store and acknowledge what has been received; what cannot be stays with the broker.
     link.drain()
     flow.close()
     writer.join(max(0.0, until - time.monotonic()))
     writer.abandon()
     link.stop()
     link.join(max(0.0, until - time.monotonic()) + 6)
+    account = flow.account()
+    log.info("stopped", received=account.received, stored=account.inserted)
+    return 0
