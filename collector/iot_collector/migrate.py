@@ -9,7 +9,6 @@ from .database import connect
 from .settings import Settings
 from .store import MONTHS_AHEAD
 
-_LOCK = "SELECT pg_advisory_xact_lock(hashtext('iot.migrate'))"
 _TABLE = """
 CREATE TABLE IF NOT EXISTS schema_migrations (
     name       text        PRIMARY KEY,
@@ -36,7 +35,8 @@ def migrate(settings: Settings) -> list[str]:
     :raises psycopg2.Error: nothing was changed.
     """
     with closing(connect(settings)) as connection, connection, connection.cursor() as cursor:
-        cursor.execute(_LOCK)  # two that migrate at once take turns
+        # Two that migrate at once take turns.
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtext('iot.migrate'))")
         cursor.execute(_TABLE)
         missing = missing_migrations(cursor)
         for name, sql in missing:

@@ -96,10 +96,10 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-ReadableFile = Annotated[Path, AfterValidator(_readable)]
-Topics = Annotated[
-    list[Annotated[str, AfterValidator(_valid_filter)]], NoDecode, BeforeValidator(_split)
-]
+Topic = Annotated[str, AfterValidator(_valid_filter)]
+Topics = Annotated[list[Topic], NoDecode, BeforeValidator(_split)]
+File = Annotated[Path, AfterValidator(_readable)] | None
+Secret = SecretStr | None
 
 
 class Broker(NamedTuple):
@@ -125,24 +125,19 @@ class Settings(BaseSettings):
     """What the collector is told. `iot-collector run --help` prints the table."""
 
     # An empty variable is how shells, Compose files and charts say "not set".
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
 
     # fmt: off
     mqtt_url: Annotated[str, AfterValidator(_valid_url)] = _setting(
         "mqtt://127.0.0.1:1883", "Broker: mqtt://, mqtts://, ws:// or wss://", repr=False)
     mqtt_username: str | None = _setting(None, "User name for the broker", "collector")
-    mqtt_password: SecretStr | None = _setting(
-        None, "Its password", "(better: IOT_MQTT_PASSWORD_FILE)")
-    mqtt_password_file: ReadableFile | None = _setting(
+    mqtt_password: Secret = _setting(None, "Its password", "(better: IOT_MQTT_PASSWORD_FILE)")
+    mqtt_password_file: File = _setting(
         None, "File with its password, read at every connection", "/run/secrets/mqtt_password")
-    mqtt_ca_file: ReadableFile | None = _setting(
+    mqtt_ca_file: File = _setting(
         None, "Certificates to trust in place of the system's", "/etc/ssl/certs/broker-ca.pem")
-    mqtt_cert_file: ReadableFile | None = _setting(
-        None, "Client certificate", "/run/secrets/client.crt")
-    mqtt_key_file: ReadableFile | None = _setting(
-        None, "Key of the client certificate", "/run/secrets/client.key")
+    mqtt_cert_file: File = _setting(None, "Client certificate", "/run/secrets/client.crt")
+    mqtt_key_file: File = _setting(None, "Key of the client certificate", "/run/secrets/client.key")
     mqtt_topics: Topics = _setting(
         ["iot/data"], "Topic filters to store, separated by commas; $share/<group>/<filter> shares "
         "one between collectors", "iot/data,plant/+/telemetry", min_length=1)
@@ -175,23 +170,21 @@ class Settings(BaseSettings):
     database_url: Annotated[str, AfterValidator(_valid_conninfo)] = _setting(
         "", "PostgreSQL, as libpq's URI or key=value string; empty: libpq's own variables (PGHOST, "
         "PGSERVICE, PGPASSFILE, …)", "postgresql://collector@db.example:5432/iot", repr=False)
-    database_password: SecretStr | None = _setting(
+    database_password: Secret = _setting(
         None, "Password for the database", "(better: IOT_DATABASE_PASSWORD_FILE)")
-    database_password_file: ReadableFile | None = _setting(
+    database_password_file: File = _setting(
         None, "File with it, read at every connection", "/run/secrets/database_password")
 
     batch_linger_ms: float = _setting(
         10, "After a read that brought little, how long the next waits for more", ge=0, le=1_000)
     buffer_bytes: int = _setting(
-        64 << 20, "Memory for what is not stored yet; beyond it nothing is read from the broker",
-        ge=1 << 20)
+        64 << 20, "Memory for what is not stored yet; beyond it the broker waits", ge=1 << 20)
 
     http_host: str = _setting("127.0.0.1", "Where to serve HTTP", "0.0.0.0")  # noqa: S104
     http_port: int = _setting(3000, "Its port", ge=1, le=65535)
     unhealthy_after_seconds: float = _setting(
         30, "/health is 503 when a message has waited this long for its COMMIT", gt=0)
-    drain_seconds: float = _setting(
-        20, "After SIGTERM, how long to try to store what has been received", ge=0)
+    drain_seconds: float = _setting(20, "After SIGTERM, how long to store what was received", ge=0)
 
     log_format: Literal["json", "console"] = _setting("console", "json or console")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
