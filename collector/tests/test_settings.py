@@ -204,6 +204,19 @@ def test_secret_file_is_read_anew(
 
 
 @pytest.mark.parametrize("kind", ["MQTT", "DATABASE"])
+def test_secret_file_that_is_not_text(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(b"secret\xff")
+    monkeypatch.setenv(f"IOT_{kind}_PASSWORD_FILE", str(file))
+    monkeypatch.setenv("IOT_MQTT_USERNAME", "me")
+    with pytest.raises(OSError, match="is not UTF-8 text") as caught:
+        getattr(load(), f"{kind.lower()}_secret")
+    assert str(caught.value) == f"{file} is not UTF-8 text"
+
+
+@pytest.mark.parametrize("kind", ["MQTT", "DATABASE"])
 def test_two_forms_of_a_secret(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "password"
     file.write_text("one")
