@@ -25,12 +25,6 @@ _GREETING = 2.0  # seconds that the database gets to note a new session before i
 _SESSION_TAKEN_OVER = 0x8E  # MQTT 5 §3.14.2.1
 _SAME = 8  # times in a row that a read ended with as many un-acknowledged: the broker's window
 
-WINDOW_BUG = (
-    "sends more un-acknowledged messages than IOT_MQTT_MAX_INFLIGHT, as Mosquitto does before "
-    "2.0.21 (each PUBACK releases a whole window): memory is not bounded by it, and a crash may "
-    "store more than that many messages twice; use 2.0.21 or newer"
-)
-
 
 class Connection:
     """A client, and what is known of its session."""
@@ -100,7 +94,13 @@ class Connection:
         if self._unacked > announced and not self._warned:
             self._warned = bool(min(tags) & 0x06 << 16)  # with QoS 0 there is no window
             if self._warned:
-                log.warning(f"the broker {WINDOW_BUG}", unacked=self._unacked)
+                log.warning(
+                    "the broker sends more un-acknowledged messages than IOT_MQTT_MAX_INFLIGHT, as "
+                    "Mosquitto does before 2.0.21 (each PUBACK releases a whole window): memory is "
+                    "not bounded by it, and a crash may store more than that many messages twice; "
+                    "use 2.0.21 or newer",
+                    unacked=self._unacked,
+                )
 
     @property
     def window_fills(self) -> bool:

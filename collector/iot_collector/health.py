@@ -75,10 +75,9 @@ class Health:
     def _threads(self) -> list[str]:
         problems = []
         for thread in (self.link, self.writer):
-            waiting = thread is self.writer and self.writer.in_database
             if not thread.is_alive():
                 problems.append(f"thread {thread.name} is dead")
-            elif time.monotonic() - thread.beat > _STUCK_SECONDS and not waiting:
+            elif time.monotonic() - thread.beat > _STUCK_SECONDS:
                 problems.append(f"thread {thread.name} hangs")
         return problems
 

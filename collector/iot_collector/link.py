@@ -48,7 +48,7 @@ class Link(threading.Thread):
         self.connection: Connection | None = None
         self.error: str | None = "not connected yet"
         self.beat = time.monotonic()
-        metrics.mqtt_connected = lambda: self.connected
+        metrics.mqtt_connected.set_function(lambda: self.connected)
 
     @property
     def connected(self) -> bool:

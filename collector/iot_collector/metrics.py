@@ -1,10 +1,18 @@
 """Prometheus metrics of the collector, in prometheus_client's own registry."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
 
-from prometheus_client import REGISTRY, Counter, Histogram, Info, core, disable_created_metrics
+from prometheus_client import (
+    REGISTRY,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    core,
+    disable_created_metrics,
+)
 
 from . import __version__
 from .flow import Flow
@@ -40,13 +48,13 @@ class Metrics:
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
-        self.mqtt_connected: Callable[[], bool] = lambda: False
         self.message_delay = WeightedHistogram(_SECONDS)
         self.flush_seconds = Histogram(
             "db_flush_seconds", "Time to store a batch, retries included", buckets=_SECONDS
         )
         self.batch_rows = Histogram("db_batch_rows", "Messages in a batch", buckets=_ROWS)
         self.db_errors = Counter("db_errors", "Failed database operations, by kind", ["kind"])
+        self.mqtt_connected = Gauge("mqtt_connected", "1 when connected and subscribed")
         self.mqtt_reconnects = Counter("mqtt_reconnects", "Connections to the broker but the first")
         Info("build", "Version of the collector").info({"version": __version__})
         REGISTRY.register(self)
@@ -64,6 +72,5 @@ class Metrics:
         yield refused
         yield gauge("messages_in_flight", "Messages waiting for their COMMIT", account.in_flight)
         yield gauge("oldest_unacked_message_seconds", "Age of the oldest uncommitted message", age)
-        yield gauge("mqtt_connected", "1 when connected and subscribed", self.mqtt_connected())
         delay = "Time from receipt of a message to its COMMIT"
         yield self.message_delay.family("message_delay_seconds", delay)

@@ -1,6 +1,7 @@
 """The writer thread: takes batches, stores them, and only then has them acknowledged."""
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -57,7 +58,6 @@ class Writer(threading.Thread):
         )
         self.error: str | None = "not connected yet"  # why the database is not usable, or None
         self.beat = time.monotonic()  # when the thread last made a step
-        self.in_database = False  # waiting for the database, which may take what it takes
 
     def run(self) -> None:
         """Write batches until the flow is closed and empty."""
@@ -82,9 +82,8 @@ class Writer(threading.Thread):
 
     def _next(self) -> list[Chunk] | Greeting | None:
         self.beat = time.monotonic()
-        self.in_database = False
         item = self._flow.take(rows=self._batch_rows, size=_BATCH_BYTES, patience=_PING_SECONDS)
-        self.in_database = True
+        self.beat = math.inf  # it waits for the database now, which may take what it takes
         return item
 
     def _greet(self, greeting: Greeting) -> None:
