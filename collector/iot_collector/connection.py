@@ -36,19 +36,18 @@ class Connection:
         # Of paho's arguments for each, we need neither the first two nor the last.
         self.client.on_connect = lambda _c, _u, flags, why, _p: self._on_connect(flags, why)
         self.client.on_subscribe = lambda _c, _u, _m, reasons, _p: self._on_subscribe(reasons)
-        self.client.on_unsubscribe = lambda *_: self._on_unsubscribe()
         self.client.on_disconnect = lambda _c, _u, _f, why, _p: self._on_disconnect(why)
         self.accepted = False
         self.session_present = False
         self.greeting: Greeting | None = None  # to be put before the first messages
         self.refused: dict[str, str] = {}  # topic filter -> why the broker refused it
         self.subscribed = False
-        self.unsubscribing = self.unsubscribed = False  # for good, to leave
+        self.unsubscribed = False  # for good, to leave
         self.quiet_at: int | None = None  # messages received when the broker was last asked
         self.end: str | None = None  # why the connection ended
-        self._filters: list[str] = []  # in the order of the SUBSCRIBE that is under way
-        self._subscribe_at: float | None = None
-        self._resubscribe_at = 0.0
+        self._asked: list[str] = []  # topic filters of the last SUBSCRIBE
+        self._due: list[str] = []  # those of the next, and when it is sent
+        self._due_at = 0.0
         self._unacked = self._last_unacked = self._repeated = 0
         self._window = settings.mqtt_max_inflight
         self._warned = False  # that it exceeds its window
@@ -73,11 +72,8 @@ class Connection:
 
     def tend(self) -> None:
         """Do what is due; called at least once a second."""
-        now = time.monotonic()
-        if self._subscribe_at is not None and now >= self._subscribe_at:
-            self._subscribe(self._settings.mqtt_topics)
-        if self.refused and now >= self._resubscribe_at:
-            self._subscribe(list(self.refused))
+        if self._due and time.monotonic() >= self._due_at:
+            self._subscribe()
 
     def received(self, tags: list[int]) -> None:
         """Count messages that the broker waits to have acknowledged."""
@@ -113,18 +109,16 @@ class Connection:
         self.client.acknowledge(tags)
         self._unacked -= len(tags)
 
-    def _subscribe(self, filters: list[str]) -> None:
-        self._filters = filters
-        self._subscribe_at = None
-        self._resubscribe_at = time.monotonic() + _RESUBSCRIBE
+    def _subscribe(self) -> None:
+        self._asked, self._due = self._due, []
         qos = min(self._settings.mqtt_qos, self.client.max_qos)
         if self._settings.mqtt_version == "5":
             # Retained messages only for a new subscription, or each reconnect stores them again.
             new_only = SubscribeOptions.RETAIN_SEND_IF_NEW_SUB
             options = SubscribeOptions(qos=qos, retainHandling=new_only)
-            self.client.subscribe([(f, options) for f in filters])
+            self.client.subscribe([(f, options) for f in self._asked])
         else:
-            self.client.subscribe([(f, qos) for f in filters])
+            self.client.subscribe([(f, qos) for f in self._asked])
 
     def _on_connect(self, flags: ConnectFlags, reason: ReasonCode) -> None:
         if reason.is_failure:
@@ -133,25 +127,25 @@ class Connection:
         self.accepted = True
         self.session_present = flags.session_present
         self.greeting = Greeting(self, flags.session_present)
-        if flags.session_present:
-            self._subscribe(self._settings.mqtt_topics)
-        else:
+        self._due = self._settings.mqtt_topics
+        if not flags.session_present:
             # A session that is new makes the ledger void. That is to be noted before the first
             # message can be sent, so that no process can take it for one of the old session;
             # but a database that is away shall not cost messages.
-            self._subscribe_at = time.monotonic() + _GREETING
+            self._due_at = time.monotonic() + _GREETING
+        self.tend()
 
     def session_noted(self, stale: list[str]) -> None:
         """Go on: the database knows about the session, and of ``stale`` filters in it."""
-        if self._subscribe_at is not None:
-            self._subscribe(self._settings.mqtt_topics)
+        self._due_at = 0.0
+        self.tend()
         if stale:
             log.info("unsubscribing from topics that are no longer set", filters=stale)
             self.client.unsubscribe(stale)
 
     def _on_subscribe(self, reasons: list[ReasonCode]) -> None:
         self.refused = {}
-        for topic_filter, reason in zip(self._filters, reasons, strict=False):
+        for topic_filter, reason in zip(self._asked, reasons, strict=False):
             if reason.is_failure:
                 self.refused[topic_filter] = str(reason)
                 fault = "broker refused the subscription; check IOT_MQTT_TOPICS and its ACL"
@@ -159,9 +153,7 @@ class Connection:
             elif reason.value == 0:
                 log.warning("broker granted QoS 0 only: it may lose messages", filter=topic_filter)
         self.subscribed = not self.refused
-
-    def _on_unsubscribe(self) -> None:
-        self.unsubscribed = self.unsubscribing
+        self._due, self._due_at = list(self.refused), time.monotonic() + _RESUBSCRIBE
 
     def _on_disconnect(self, reason: ReasonCode) -> None:
         if reason.value == _SESSION_TAKEN_OVER:

@@ -90,8 +90,8 @@ class Flow:
 
     @property
     def full(self) -> bool:
-        """Whether the reader must stop reading until a batch is settled."""
-        return self._bytes >= self._max_bytes
+        """Whether the reader must stop reading: until a batch is settled, or for good."""
+        return self._closed or self._bytes >= self._max_bytes
 
     def take(self, *, rows: int, size: int, patience: float) -> list[Chunk] | Greeting | None:
         """Return what is next: a batch, a greeting, [] after ``patience`` seconds, None at the end.

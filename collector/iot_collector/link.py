@@ -41,7 +41,7 @@ class Link(threading.Thread):
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
-        self._draining = self._leaving = self._connected_before = False
+        self._leaving = self._connected_before = False
         self._stopping = threading.Event()
         self._next_read = self._next_look = 0.0
         self.left = threading.Event()
@@ -60,11 +60,6 @@ class Link(threading.Thread):
         self._done.extend(items)
         self._wake()
 
-    def drain(self) -> None:
-        """Stop taking messages; acknowledgements go on."""
-        self._draining = True
-        self._wake()
-
     def leave(self) -> None:
         """Unsubscribe and go on until the broker has nothing left for us; sets `left` then."""
         self._leaving = True
@@ -73,7 +68,7 @@ class Link(threading.Thread):
     def stop(self) -> None:
         """Send what is left to acknowledge, then disconnect and end the thread."""
         self._stopping.set()
-        self.drain()
+        self._wake()
 
     def run(self) -> None:
         """Connect again and again, until stopped."""
@@ -124,7 +119,7 @@ class Link(threading.Thread):
         if (sock := client.socket()) is None:
             return
         # Not reading is what holds the broker back: TCP's window closes, nothing is dropped.
-        willing = not (self._draining or self._flow.full)
+        willing = not self._flow.full
         rest = max(0.0, self._next_read - time.monotonic())
         reading = willing and not rest
         # What TLS has decrypted already, select does not see.
@@ -154,11 +149,11 @@ class Link(threading.Thread):
 
     def _see_off(self, connection: Connection) -> None:
         """Take a step towards leaving: unsubscribe, empty the session, and be sure that it is."""
-        if not connection.unsubscribing:
-            connection.unsubscribing = True
+        if not connection.unsubscribed:
+            connection.unsubscribed = True
             connection.client.unsubscribe(self._settings.mqtt_topics)
         account = self._flow.account()
-        if self._done or account.in_flight or not connection.unsubscribed:
+        if self._done or account.in_flight:
             connection.quiet_at = None
         elif connection.quiet_at != account.received:
             connection.quiet_at = account.received

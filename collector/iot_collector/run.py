@@ -53,7 +53,6 @@ def run(settings: Settings) -> int:
         if not link.left.wait(settings.drain_seconds):
             log.warning("session kept: the broker has messages that this process did not get done")
     # Store and acknowledge what has been received; what cannot be stays with the broker.
-    link.drain()
     flow.close()
     writer.join(max(0.0, until - time.monotonic()))
     writer.abandon()

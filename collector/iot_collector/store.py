@@ -44,7 +44,7 @@ class Store:
         self._writer = str(uuid.uuid4())
         self._connection: psycopg2.extensions.connection | None = None
         self._days_done: set[int] = set()
-        self._seq: int | None = None  # of the last batch in the ledger; None: not known
+        self._seq = 0  # of the last batch in the ledger, as `begin_session` found it
         # A batch whose COMMIT was sent and not answered, and what becomes of it if it took place.
         self._unsure: tuple[int, Stored] | None = None
 
@@ -77,11 +77,6 @@ class Store:
                 (self._client_id, filters),
             )
             return stale, self._batches(cursor)
-
-    def ledger(self) -> list[bytes]:
-        """Return the packets of the batches in the ledger, oldest first."""
-        with self._cursor() as cursor:
-            return self._batches(cursor)
 
     def _batches(self, cursor: Cursor) -> list[bytes]:
         cursor.execute(
@@ -155,9 +150,7 @@ class Store:
 
     def _opening(self, cursor: Cursor, packets: bytes, keep: int) -> tuple[int, bytes]:
         """Return a batch's number, and the SQL that begins its transaction and enters it."""
-        if self._seq is None:
-            self._batches(cursor)
-        seq = (self._seq or 0) + 1
+        seq = self._seq + 1
         opening = cursor.mogrify(
             "BEGIN; INSERT INTO ledger (client_id, seq, writer, packets) VALUES (%s, %s, %s, %s);",
             (self._client_id, seq, self._writer, packets),

@@ -65,7 +65,7 @@ class Writer(threading.Thread):
             self._ping()
             while (item := self._next()) is not None:
                 if isinstance(item, Greeting):
-                    self._persist(partial(self._greet, item))
+                    item.stale = self._persist(partial(self._begin, present=item.session_present))
                     self._acknowledge([item])
                 elif item:
                     self._write(item)
@@ -86,11 +86,11 @@ class Writer(threading.Thread):
         self.beat = math.inf  # it waits for the database now, which may take what it takes
         return item
 
-    def _greet(self, greeting: Greeting) -> None:
-        greeting.stale, batches = self._store.begin_session(
-            present=greeting.session_present, filters=self._filters
-        )
+    def _begin(self, *, present: bool) -> list[str]:
+        """Note the session, and load what the ledger has of it; return its stale filters."""
+        stale, batches = self._store.begin_session(present=present, filters=self._filters)
         self._ledger.reset(batches)
+        return stale
 
     def _write(self, batch: list[Chunk]) -> None:
         started = time.monotonic()
@@ -109,7 +109,7 @@ class Writer(threading.Thread):
 
     def _store_batch(self, batch: list[Chunk]) -> Stored:
         if self._overtaken:
-            self._ledger.reset(self._store.ledger())
+            self._begin(present=True)
             self._overtaken = False
         new, packets = self._ledger.split(batch)
         stored = Stored()
