@@ -458,10 +458,11 @@ def test_database_hangs_beyond_keepalive(
             waiting, grown = nil.metrics()["messages_in_flight"], resident(nil.pid) - before
             window = one.metrics()["messages_in_flight"]
             holder.rollback()
-        assert 1 << 20 <= waiting * 4000 <= 4 << 20, "about the buffer's size is held"
+        assert 0.9 * (1 << 20) <= waiting * 4000 <= 4 << 20, "about the buffer's size is held"
         assert grown < 20 << 20, f"{grown >> 20} MiB more for a flood of 40 MB"
-        # Mosquitto before 2.0.21 sends more; then the buffer's bound holds, of twice the window.
-        assert 100 < window <= 1500
+        # Mosquitto before 2.0.21 sends more; then only the buffer bounds it, and the log says so.
+        assert window > 100
+        assert window <= 500 or "sends more un-acknowledged messages" in one.log()
         load.more(100)
         eventually(
             lambda: nil.metrics()["mqtt_messages_total"] >= 0.5 * len(flood),
