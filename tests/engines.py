@@ -11,6 +11,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "collector/Dockerfile"
 OWN_BASE = "localhost/iot-collector-test-base"  # stays in the engine's store for the next run
+_BASE = ("--include=python3-venv,ca-certificates", "bookworm")
 
 # An engine asks for more than this by default, and may not have it to give.
 LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
@@ -40,6 +41,18 @@ class Engine(NamedTuple):
         except EngineError:
             return False
 
+    @property
+    def read_only(self) -> list[str]:
+        """Options of a container for a root that is read-only, with nothing to write to in it."""
+        if self.command[0] == "podman":  # or it puts a tmpfs on /tmp, /run and /var/tmp
+            return ["--read-only", "--read-only-tmpfs=false"]
+        return ["--read-only"]
+
+    def effective_rights(self, container: str) -> dict[str, str]:
+        """Return what the kernel says of a container's first process: Uid, CapEff, Seccomp, …"""
+        status = self("exec", container, "cat", "/proc/1/status")
+        return dict(line.split(":\t", 1) for line in status.splitlines())
+
     def inside(self, image: str, program: str, *arguments: str, user: str = "0") -> str:
         """Return what a program prints in a container of the image."""
         options = (*LIMITS, f"--user={user}", f"--entrypoint={program}")
@@ -68,15 +81,26 @@ def _base(engine: Engine, folder: Path) -> str:
     try:
         engine("pull", official, timeout=120)
     except EngineError as error:
-        if not shutil.which("mmdebstrap"):
-            raise EngineError(f"no base: mmdebstrap is not installed, and {error}") from error
-        packages = "--include=python3-venv,ca-certificates"
-        archive = folder / "base.tar"
-        output(["mmdebstrap", "--variant=essential", packages, "bookworm", str(archive)], 300)
-        engine("import", str(archive), OWN_BASE)
-        archive.unlink()
+        _import_debian(engine, OWN_BASE, _BASE, folder, error)
         return OWN_BASE
     return official
+
+
+def _import_debian(
+    engine: Engine, image: str, options: Sequence[str], folder: Path, reason: EngineError
+) -> None:
+    """Make an image of Debian's packages, because there is a reason why no other can be had.
+
+    :param options: of mmdebstrap, the release among them.
+    :param folder: for large temporary files.
+    :raises EngineError: it cannot be made either.
+    """
+    if not shutil.which("mmdebstrap"):
+        raise EngineError(f"{image}: mmdebstrap is not installed, and {reason}") from reason
+    archive = folder / "debian.tar"
+    output(["mmdebstrap", "--variant=essential", *options, str(archive)], 400)
+    engine("import", str(archive), image, timeout=200)
+    archive.unlink()
 
 
 def find_engine(folder: Path) -> Engine:
@@ -113,7 +137,6 @@ def build(engine: Engine, folder: Path, *options: str) -> str:
 # What the images of broker, database and Prometheus are in the parts that pods depend on, made of
 # Debian's packages: the users' numbers, the programs on the PATH, entrypoint and stop signal.
 _SERVICES = (
-    *("mmdebstrap", "--variant=essential"),
     "--include=mosquitto,mosquitto-clients,postgresql,prometheus",
     *(f"--dpkgopt=path-exclude=/usr/share/{unread}/*" for unread in ("doc", "man", "locale")),
     *(
@@ -147,12 +170,7 @@ def service_images(engine: Engine, official: Mapping[str, str], folder: Path) ->
     except EngineError as error:
         base = f"localhost/iot-services-test:{sha256(repr(_SERVICES).encode()).hexdigest()[:12]}"
         if not engine.has(base):
-            if not shutil.which("mmdebstrap"):
-                raise EngineError(f"no images: mmdebstrap is missing, and {error}") from error
-            archive = folder / "services.tar"
-            output([*_SERVICES, str(archive)], 400)
-            engine("import", str(archive), base, timeout=200)
-            archive.unlink()
+            _import_debian(engine, base, _SERVICES, folder, error)
         made = {}
         for name in official:
             dockerfile = folder / name

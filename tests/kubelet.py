@@ -140,9 +140,7 @@ class Container(Service):
         options = [f"--name={self.id}", "--network=host", *pod.kubelet.hosts, *LIMITS]
         options += [*pod.identity(), *self._limits()]
         if security.get("readOnlyRootFilesystem"):
-            options.append("--read-only")
-            if pod.kubelet.engine.command[0] == "podman":  # or it puts a tmpfs on /tmp and /run
-                options.append("--read-only-tmpfs=false")
+            options += pod.kubelet.engine.read_only
         if security.get("allowPrivilegeEscalation") is False:
             options.append("--security-opt=no-new-privileges")
         for name in known(security.get("capabilities", {}), {"drop"}).get("drop", []):
