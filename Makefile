@@ -15,7 +15,7 @@ ROOT := $(filter 0,$(shell id -u))
 
 # Where everything is kept, see roles/common/defaults/main.yml. STATE=/elsewhere has to be given every time.
 STATE ?= $(if $(ROOT),/var/lib/iot-system,$(HOME)/.local/state/iot-system)
-PLAYBOOK = $(VENV)/bin/ansible-playbook $(if $(filter-out file,$(origin STATE)),-e common_state_dir=$(STATE))
+PLAYBOOK = $(VENV)/bin/ansible-playbook $(if $(filter-out file,$(origin STATE)),-e iot_state_dir=$(STATE))
 
 # What verify and clean are about: this machine (host) or Kubernetes (local).
 TARGET ?= host

@@ -30,7 +30,7 @@ class Cluster:
             "target": "local",
             "minikube_enabled": False,
             "kubeconfig": str(self.stand_in.kubeconfig),
-            "common_image_collector": "iot-collector:test",
+            "collector_image": "iot-collector:test",
             **variables,
         }
         return playbook(f"playbooks/{name}.yml", "-e", json.dumps(given))

@@ -86,7 +86,7 @@ class StandIn(Service):
             "__monitoring_grafana_data": str(folder / "data"),
             "__monitoring_grafana_dashboards": str(folder / "dashboards"),
             "__monitoring_grafana_address": HOST,
-            "__monitoring_grafana_port": self.port,
+            "__grafana_port": self.port,
             "__monitoring_grafana_admin_password_file": admin_password,
             "__monitoring_grafana_secret_key_file": secret_key,
             "__monitoring_prometheus_url": "http://prometheus-service:9090",

@@ -354,8 +354,8 @@ def test_a_namespace_of_somebody_else(empty: Cluster) -> None:
         ({"kubeconfig": "/nowhere"}, ["The cluster is not reached", "/nowhere", "-e kubeconfig="]),
         ({"common_storage_class": "fast"}, ["common_storage_class is fast", "one of: standard"]),
         (
-            {"common_image_collector": ""},
-            ["common_image_collector is empty", "collector/Dockerfile"],
+            {"collector_image": ""},
+            ["collector_image is empty", "collector/Dockerfile"],
         ),
         ({"iot_database": "mysql"}, ["iot_database is 'mysql'", "postgres, rds"]),
     ],

@@ -43,7 +43,7 @@ PORTS = {
     "mosquitto": "mosquitto_port",
     "postgres": "postgres_port",
     "collector": "collector_http_port",
-    "prometheus": "monitoring_prometheus_port",
+    "prometheus": "prometheus_port",
 }
 TOPIC = "iot/data"
 REFUSED = 0x87  # MQTT 5: not authorized
