@@ -1,15 +1,20 @@
-"""A role's argument_specs.yml and its defaults agree: names, values, and types that fit."""
+"""Each role declares its variables, once, and uses no other role's private ones."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 ROLES = sorted(
-    path.parent.parent for path in Path(__file__).parent.parent.glob("roles/*/defaults/main.yml")
+    path.parent.parent
+    for path in Path(__file__).parent.parent.glob("roles/*/meta/argument_specs.yml")
 )
+NAMES = {role.name for role in ROLES}
 PYTHON_TYPES = {
     "str": str,
     "path": str,
@@ -19,33 +24,44 @@ PYTHON_TYPES = {
     "list": list,
     "dict": dict,
 }
+# Settings that all roles share start with the namespace of the collection.
+PREFIXES = {"platform": "iot_"}
+# Facts that a role leaves for others, and where its tasks say so.
+FACTS = {
+    "kubernetes_base_job_log": "job.yml",
+    "kubernetes_base_namespace_exists": "main.yml",
+    "kubernetes_base_secrets": "secrets.yml",
+}
 
 
-def load(path: Path) -> dict:
-    return yaml.safe_load(path.read_text()) or {}
+def load(path: Path) -> dict[str, Any]:
+    return (yaml.safe_load(path.read_text()) if path.exists() else None) or {}
 
 
-def options(role: Path) -> dict:
-    return load(role / "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
-
-
-def test_there_are_roles() -> None:
-    assert len(ROLES) >= 6
+def entry_points(role: Path) -> dict[str, dict[str, Any]]:
+    """The options of each entry point, by its name."""
+    specs = load(role / "meta/argument_specs.yml")["argument_specs"]
+    return {name: spec["options"] for name, spec in specs.items()}
 
 
 @pytest.fixture(params=ROLES, ids=lambda role: role.name)
 def role(request: pytest.FixtureRequest) -> Path:
-    return request.param
+    path: Path = request.param
+    return path
+
+
+def test_every_role_has_a_specification() -> None:
+    assert {path.name for path in ROLES[0].parent.iterdir()} == NAMES
 
 
 def test_same_names_and_values(role: Path) -> None:
-    specified = {name: spec.get("default") for name, spec in options(role).items()}
+    specified = {name: spec.get("default") for name, spec in entry_points(role)["main"].items()}
     assert specified == load(role / "defaults/main.yml")
 
 
 def test_types_fit(role: Path) -> None:
     for name, value in load(role / "defaults/main.yml").items():
-        spec = options(role)[name]
+        spec = entry_points(role)["main"][name]
         if isinstance(value, str) and "{{" in value:
             continue  # known only when the play runs; Ansible checks it then
         expected = PYTHON_TYPES[spec["type"]]
@@ -57,10 +73,65 @@ def test_types_fit(role: Path) -> None:
 
 
 def test_everything_is_described(role: Path) -> None:
-    for name, spec in options(role).items():
-        assert spec.get("description", "").endswith("."), f"{name} needs a description"
-        assert name.startswith(f"{role.name}_"), f"{name} does not begin with the role's name"
+    prefix = PREFIXES.get(role.name, f"{role.name}_")
+    for options in entry_points(role).values():
+        for name, spec in options.items():
+            assert spec.get("description", "").endswith("."), f"{name} needs a description"
+            assert name.startswith(prefix), f"{name} does not begin with {prefix}"
 
 
 def test_defaults_are_commented(role: Path) -> None:
-    assert "#" in (role / "defaults/main.yml").read_text()
+    defaults = role / "defaults/main.yml"
+    assert not defaults.exists() or "#" in defaults.read_text()
+
+
+def test_entry_points_are_task_files(role: Path) -> None:
+    for name in set(entry_points(role)) - {"main"}:
+        assert (role / f"tasks/{name}.yml").exists(), name
+
+
+def variables(text: str) -> Iterator[str]:
+    """The names in Jinja expressions, and in conditions, which are such without braces."""
+    expressions = re.findall(r"{[{%](.*?)[%}]}", text, re.DOTALL)
+    expressions += re.findall(r"^\s*(?:when|that|until|failed_when|changed_when): (.*)", text, re.M)
+    for expression in expressions:
+        without_texts = re.sub(r"'[^']*'|\"[^\"]*\"", "''", expression)
+        yield from re.findall(r"(?<![\w.])_*[a-z]\w*", without_texts)
+
+
+def owner(name: str) -> str | None:
+    """The role whose prefix a variable has, or None."""
+    found = [other for other in NAMES if name.lstrip("_").startswith(f"{other}_")]
+    return max(found, key=len, default=None)
+
+
+def test_uses_what_is_its_own_or_declared(role: Path) -> None:
+    """Other roles' settings are read in the defaults alone, as defaults of settings of its own."""
+    files = [path for path in role.rglob("*") if path.suffix in {".yml", ".j2"}]
+    wrong = []
+    for path in files:
+        if path.parent.name == "meta":
+            continue
+        for name in variables(path.read_text()):
+            other = owner(name)
+            if other in (None, role.name) or name in FACTS:
+                continue
+            public = {
+                option
+                for options in entry_points(role.parent / other).values()
+                for option in options
+            }
+            where = path.relative_to(role)
+            if name not in public:
+                wrong.append(f"{where}: {name} is private to the role {other}")
+            elif path.parent.name != "defaults":
+                wrong.append(f"{where}: {name} belongs to {other}; read it in defaults/main.yml")
+    assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_facts_are_set_and_documented(fact: str) -> None:
+    role = ROLES[0].parent / str(owner(fact))
+    text = (role / "tasks" / FACTS[fact]).read_text()
+    assert re.search(rf"^ *{fact}:", text, re.M), "nothing sets it"
+    assert re.search(rf"^#.*`{fact}`", text, re.M), "its file does not say that it is there"

@@ -38,7 +38,7 @@ from services import (
 
 DASHBOARDS = {
     path.stem: json.loads(path.read_text())
-    for path in sorted((ROLES / "monitoring/files/dashboards").glob("*.json"))
+    for path in sorted((ROLES / "grafana/files/dashboards").glob("*.json"))
 }
 PANELS = [
     pytest.param(panel, id=f"{name}-{panel['title']}")
@@ -336,11 +336,13 @@ def test_panel_explains_itself(panel: dict[str, Any]) -> None:
 def test_data_source_is_provisioned(target: dict[str, Any]) -> None:
     provisioned = yaml.safe_load(
         render(
-            "monitoring/datasources.yml.j2",
-            __monitoring_prometheus_url="http://127.0.0.1:9090",
-            __monitoring_database=dict.fromkeys(
-                ("host", "port", "name", "user", "password_file", "sslmode"), "x"
-            ),
+            "grafana/datasources.yml.j2",
+            grafana_prometheus_url="http://127.0.0.1:9090",
+            grafana_database_address="127.0.0.1:5432",
+            grafana_database_name="iot",
+            grafana_database_user="iot_reader",
+            grafana_database_sslmode="disable",
+            __grafana_here={"secrets": "/secrets"},
         )
     )
     pairs = [(source["uid"], source["type"]) for source in provisioned["datasources"]]

@@ -15,7 +15,7 @@ import pytest
 from rendering import ROLES, render
 from services import HOST, Service, free_port
 
-FIND = ROLES / "preflight/files/find_grafana.sh"
+FIND = ROLES / "grafana/files/find_grafana.sh"
 STAND_IN = ROLES.parent / "molecule/default/files/grafana_stand_in.py"
 
 
@@ -77,27 +77,24 @@ class StandIn(Service):
         super().__init__(folder)
         self.home = home
         self.port = free_port()
-        self.secrets = [folder / name for name in ("admin_password", "secret_key", "reader")]
+        names = ("grafana_admin_password", "grafana_secret_key", "reader_db_password")
+        self.secrets = [folder / name for name in names]
         for secret in self.secrets:
             secret.write_text("secret\n")
-        admin_password, secret_key, reader = map(str, self.secrets)
         variables = {
-            "__monitoring_grafana_etc": str(folder / "etc"),
-            "__monitoring_grafana_data": str(folder / "data"),
-            "__monitoring_grafana_dashboards": str(folder / "dashboards"),
-            "__monitoring_grafana_address": HOST,
-            "__grafana_port": self.port,
-            "__monitoring_grafana_admin_password_file": admin_password,
-            "__monitoring_grafana_secret_key_file": secret_key,
-            "__monitoring_prometheus_url": "http://prometheus-service:9090",
-            "__monitoring_database": {
-                "host": "postgres-service",
-                "port": 5432,
-                "name": "iot",
-                "user": "iot_reader",
-                "password_file": reader,
-                "sslmode": "verify-full",
+            "__grafana_here": {
+                "etc": str(folder / "etc"),
+                "data": str(folder / "data"),
+                "listen": HOST,
+                "port": self.port,
+                "secrets": str(folder),
             },
+            "__grafana_dashboards": str(folder / "dashboards"),
+            "grafana_prometheus_url": "http://prometheus-service:9090",
+            "grafana_database_address": "postgres-service:5432",
+            "grafana_database_name": "iot",
+            "grafana_database_user": "iot_reader",
+            "grafana_database_sslmode": "verify-full",
         }
         for template, name in {
             "grafana.ini": "grafana.ini",
@@ -106,8 +103,8 @@ class StandIn(Service):
         }.items():
             file = folder / "etc" / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(render(f"monitoring/{template}.j2", **variables))
-        shutil.copytree(ROLES / "monitoring/files/dashboards", folder / "dashboards")
+            file.write_text(render(f"grafana/{template}.j2", **variables))
+        shutil.copytree(ROLES / "grafana/files/dashboards", folder / "dashboards")
         (folder / "data").mkdir()
 
     def command(self) -> Sequence[str]:

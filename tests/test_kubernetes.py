@@ -38,16 +38,16 @@ CHECKOV_SKIPS = {
 
 
 def load_filter() -> Any:
-    path = ROOT / "roles/common/filter_plugins/common_not_ready.py"
-    spec = importlib.util.spec_from_file_location("common_not_ready", path)
+    path = ROOT / "plugins/filter/not_ready.py"
+    spec = importlib.util.spec_from_file_location("not_ready", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.common_not_ready
+    return module.not_ready
 
 
-common_not_ready = load_filter()
+not_ready = load_filter()
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +176,8 @@ def test_rules_and_dashboards_are_the_files_of_the_repository(cluster: Cluster) 
     for config in cluster.objects("ConfigMap"):
         data.update(config["data"])
     files = [
-        *ROOT.glob("roles/monitoring/files/rules/*.yml"),
-        *ROOT.glob("roles/monitoring/files/dashboards/*.json"),
+        *ROOT.glob("roles/prometheus/files/rules/*.yml"),
+        *ROOT.glob("roles/grafana/files/dashboards/*.json"),
     ]
     assert len(files) >= 2
     for file in files:
@@ -234,14 +234,14 @@ def test_a_change_restarts_what_reads_it_and_nothing_else(cluster: Cluster) -> N
 @pytest.mark.parametrize(
     ("reason", "named", "step"),
     [
-        ("ImagePullBackOff", "Back-off pulling image", "set common_image_web"),
-        ("InvalidImageName", "InvalidImageName", "set common_image_web"),
+        ("ImagePullBackOff", "Back-off pulling image", "set web_image"),
+        ("InvalidImageName", "InvalidImageName", "set web_image"),
         ("CrashLoopBackOff", "ended with Error, exit code 1", "kubectl -n iot-system logs web-0"),
         ("Unschedulable", "Insufficient memory", "lower web's resources"),
         ("NotReady", "it runs and is not ready", "kubectl -n iot-system logs web-0"),
         ("quota", "exceeded quota: none", "raise the namespace's ResourceQuota"),
         ("PodSecurity", 'violates PodSecurity "restricted', "the manifest violates it"),
-        ("storage", "storageclass.storage.k8s.io", "set common_storage_class"),
+        ("storage", "storageclass.storage.k8s.io", "set iot_storage_class"),
     ],
 )
 def test_reasons_and_next_steps(empty: Cluster, reason: str, named: str, step: str) -> None:
@@ -283,20 +283,18 @@ def test_reasons_and_next_steps(empty: Cluster, reason: str, named: str, step: s
         }
         for kind in ("Pod", "Event")
     }
-    message = common_not_ready("web", "Timed out.", NAMESPACE, found["Pod"], found["Event"])
+    message = not_ready("web", "Timed out.", NAMESPACE, found["Pod"], found["Event"])
     assert message.startswith("web is not ready. Timed out.\n")
     assert named in message
     assert step in message.rpartition("\nNext: ")[2]
 
 
 def test_no_reason_and_what_was_once() -> None:
-    assert "The cluster names no reason." in common_not_ready(
-        "web", "Late.", NAMESPACE, {"msg": "x"}, {}
-    )
+    assert "The cluster names no reason." in not_ready("web", "Late.", NAMESPACE, {"msg": "x"}, {})
     event = {"involvedObject": {"name": "web-0"}, "reason": "Failed", "message": "ImagePullBackOff"}
     running = {"state": {"running": {}}, "ready": False, "name": "web"}
     pod = {"metadata": {"name": "web-0"}, "status": {"containerStatuses": [running]}}
-    message = common_not_ready("web", "", NAMESPACE, {"resources": [pod]}, {"resources": [event]})
+    message = not_ready("web", "", NAMESPACE, {"resources": [pod]}, {"resources": [event]})
     # The pull failed before; what is wrong now decides.
     assert "ask it why" in message.rpartition("Next: ")[2]
 
@@ -304,7 +302,7 @@ def test_no_reason_and_what_was_once() -> None:
 @pytest.mark.timeout(400)
 def test_the_next_run_completes_a_half_finished_one(empty: Cluster) -> None:
     empty.stand_in.ask("never-ready", {"postgres/init": "CrashLoopBackOff"})
-    done = empty.run("local", common_ready_seconds=3)
+    done = empty.run("local", iot_ready_seconds=3)
     assert done.returncode != 0
     for text in ("postgres is not ready", "init: CrashLoopBackOff", "it goes on from here"):
         assert text in done.stdout
@@ -352,7 +350,7 @@ def test_a_namespace_of_somebody_else(empty: Cluster) -> None:
             ["The cluster is not reached", "elsewhere", "-e kube_context="],
         ),
         ({"kubeconfig": "/nowhere"}, ["The cluster is not reached", "/nowhere", "-e kubeconfig="]),
-        ({"common_storage_class": "fast"}, ["common_storage_class is fast", "one of: standard"]),
+        ({"iot_storage_class": "fast"}, ["iot_storage_class is fast", "one of: standard"]),
         (
             {"collector_image": ""},
             ["collector_image is empty", "collector/Dockerfile"],

@@ -24,7 +24,7 @@ def test_packages_are_the_roles_packages() -> None:
     installed = set()
     for path in ROOT.glob("roles/*/tasks/*.yml"):
         for task in tasks(yaml.safe_load(path.read_text())):
-            packages = task.get("common_packages", [])
+            packages = task.get("host_base_packages", [])
             if isinstance(packages, list):
                 installed.update(packages)
     (listed,) = re.findall(r"^PACKAGES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)

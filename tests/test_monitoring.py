@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-RULES = ROOT / "roles/monitoring/files/rules"
+RULES = ROOT / "roles/prometheus/files/rules"
 
 
 def promtool(*arguments: str | Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "roles/preflight/files/ports_in_use.py"
+SCRIPT = Path(__file__).parent.parent / "roles/host_base/files/ports_in_use.py"
 
 
 @pytest.fixture

@@ -131,4 +131,4 @@ def test_an_image_of_another_version(pod: Pod) -> None:
     done = pod.init()
     assert done.returncode == 1
     assert "made by PostgreSQL 9" in done.stdout
-    assert "common_image_postgres" in done.stdout
+    assert "postgres_image" in done.stdout
