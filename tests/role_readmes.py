@@ -55,7 +55,7 @@ def readme(role: Path) -> str:
     """The content of a role's README.md."""
     about = yaml.safe_load((role / "meta/main.yml").read_text())
     specs = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"]
-    environment = Environment(trim_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Markdown
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True, autoescape=False)
     environment.filters["shown"] = shown
     text = environment.from_string(TEMPLATE).render(
         name=role.name,
