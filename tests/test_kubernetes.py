@@ -355,7 +355,7 @@ def test_a_namespace_of_somebody_else(empty: Cluster) -> None:
             {"collector_image": ""},
             ["collector_image is empty", "collector/Dockerfile"],
         ),
-        ({"iot_database": "mysql"}, ["iot_database is 'mysql'", "postgres, rds"]),
+        ({"iot_database": "mysql"}, ["iot_database must be one of: postgres, rds", "got: mysql"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

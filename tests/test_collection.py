@@ -1,0 +1,124 @@
+"""The collection, built and installed, works from an empty directory: playbooks and each role."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from ansible_runs import ROOT, run_ansible
+from kubernetes_api.process import running
+from services import free_port
+
+pytestmark = pytest.mark.timeout(600)
+
+COMPONENTS = ("mosquitto", "postgres", "collector", "prometheus", "grafana")
+USED = yaml.safe_load((ROOT / "galaxy.yml").read_text())["dependencies"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with nothing but an inventory and the collection, in collections/."""
+    path = tmp_path_factory.mktemp("elsewhere")
+    done = run_ansible("ansible-galaxy", "collection", "build", "--output-path", path)
+    assert done.returncode == 0, done.stdout
+    (archive,) = path.glob("*.tar.gz")
+    # Dependencies come with the `ansible` package.
+    done = run_ansible(
+        "ansible-galaxy",
+        *("collection", "install", archive, "--no-deps"),
+        *("--collections-path", path / "collections"),
+        directory=path,
+    )
+    assert done.returncode == 0, done.stdout
+    archive.unlink()
+    hosts = {
+        "ansible_connection": "local",
+        "ansible_python_interpreter": "{{ ansible_playbook_python }}",
+    }
+    inventory = {
+        "host": {"hosts": {"this": hosts}},
+        "local": {"hosts": {"cluster": hosts}, "vars": {"iot_platform": "kubernetes"}},
+    }
+    (path / "ansible.cfg").write_text("")  # not that of the user
+    (path / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    return path
+
+
+def play(directory: Path, name: str | Path, *arguments: str, **variables: object) -> str:
+    done = run_ansible(
+        "ansible-playbook",
+        *(name, "-i", "hosts.yml", "-e", json.dumps(variables), *arguments),
+        directory=directory,
+        ANSIBLE_COLLECTIONS_PATH=str(directory / "collections"),
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def one_role_a_play(directory: Path, hosts: str) -> Path:
+    """A playbook in which each role has a play of its own, so that none sees another's defaults."""
+    plays = [
+        {
+            "hosts": hosts,
+            "gather_subset": ["!all", "min"],
+            "module_defaults": {"group/kubernetes.core.k8s": {"kubeconfig": "{{ kubeconfig }}"}},
+            "roles": [{"role": f"iot.platform.{name}"}],
+        }
+        for name in COMPONENTS
+    ]
+    path = directory / f"{hosts}.yml"
+    path.write_text(yaml.safe_dump(plays))
+    return path
+
+
+def test_holds_what_its_roles_need_and_no_tests(directory: Path) -> None:
+    root = directory / "collections/ansible_collections/iot/platform"
+    assert (root / "collector/Dockerfile").exists()
+    assert (root / "pyproject.toml").exists()
+    top = {path.name for path in root.iterdir()}
+    assert not top & {"tests", "benchmarks", "molecule", ".venv", "collections"}
+    assert not (root / "collector/tests").exists()
+
+
+def test_on_kubernetes(directory: Path) -> None:
+    with running(directory / "kubeconfig") as stand_in:
+        given = {
+            "kubeconfig": str(stand_in.kubeconfig),
+            "minikube_enabled": False,
+            "collector_image": "iot-collector:test",
+        }
+        play(directory, "iot.platform.local", **given)
+        assert {
+            o["metadata"]["name"] for o in stand_in.ask("objects") if o["kind"] == "StatefulSet"
+        } == set(COMPONENTS)
+        again = play(directory, one_role_a_play(directory, "local"), **given)
+        assert again.count("changed=0") == 1, again
+        play(directory, "iot.platform.teardown", target="local", confirm=True, **given)
+        assert stand_in.ask("objects") == []
+
+
+def test_on_the_host(directory: Path, tmp_path: Path) -> None:
+    """In check mode; the scenario in molecule/default installs, runs and removes it."""
+    names = ("mosquitto_port", "postgres_port", "collector_http_port", "prometheus_port")
+    given = {"iot_state_dir": str(tmp_path / "iot")} | {name: free_port() for name in names}
+    assert "unreachable=0    failed=0" in play(directory, "iot.platform.host", "--check", **given)
+    play(directory, one_role_a_play(directory, "host"), "--check", **given)
+
+
+def test_names_the_collections_it_uses() -> None:
+    (listed,) = yaml.safe_load((ROOT / "requirements.yml").read_text()).values()
+    assert {item["name"]: item["version"] for item in listed} == USED
+    used = set()
+    for pattern in (
+        "roles/*/tasks/*.yml",
+        "roles/*/vars/*.yml",
+        "playbooks/*.yml",
+        "plugins/*/*.py",
+    ):
+        text = "".join(path.read_text() for path in ROOT.glob(pattern))
+        used |= {
+            name for name in (*USED, "community.aws", "community.postgresql") if f"{name}." in text
+        }
+    assert used == set(USED)
