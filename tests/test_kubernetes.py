@@ -37,17 +37,18 @@ CHECKOV_SKIPS = {
 }
 
 
-def load_filter() -> Any:
-    path = ROOT / "roles/common/filter_plugins/common_not_ready.py"
-    spec = importlib.util.spec_from_file_location("common_not_ready", path)
+def load_filter(role: str, name: str) -> Any:
+    path = ROOT / "roles" / role / "filter_plugins" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.common_not_ready
+    return getattr(module, name)
 
 
-common_not_ready = load_filter()
+common_not_ready = load_filter("common", "common_not_ready")
+preflight_volumes = load_filter("preflight", "preflight_volumes")
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +229,28 @@ def test_a_change_restarts_what_reads_it_and_nothing_else(cluster: Cluster) -> N
     assert cluster.objects("HorizontalPodAutoscaler") == []
 
 
+@pytest.mark.parametrize("mode", [[], ["--check"]], ids=["run", "check"])
+def test_a_volume_keeps_its_class_and_size(cluster: Cluster, mode: list[str]) -> None:
+    before, classes = cluster.objects(), cluster.client.resources.get(kind="StorageClass")
+    classes.create({"metadata": {"name": "fast"}, "provisioner": "x"})
+    changes = {"common_storage_class": "fast", "postgres_volume_size": "20Gi"}
+    done = cluster.run("local", *mode, **changes, mosquitto_volume_size="1Gi")
+    classes.delete(name="fast")
+    assert done.returncode != 0
+    shown = " ".join(done.stdout.replace("\\n", " ").split())
+    for text in (
+        "common_storage_class is fast, but grafana was deployed without a common_storage_class "
+        "(its volume has standard).",
+        "Next: set common_storage_class to nothing again, or move",
+        "postgres_volume_size is 20Gi, but postgres was deployed with 10Gi. The storage class "
+        "standard has no allowVolumeExpansion: true",
+        "mosquitto_volume_size is 1Gi, but mosquitto was deployed with 2Gi. A volume cannot get "
+        "smaller.",
+    ):
+        assert text in shown
+    assert cluster.objects() == before
+
+
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
@@ -276,6 +299,60 @@ def test_reasons_and_next_steps(empty: Cluster, reason: str, named: str, step: s
     assert message.startswith("web is not ready. Timed out.\n")
     assert named in message
     assert step in message.rpartition("\nNext: ")[2]
+
+
+def volume(size: str, storage_class: str = "", *, grows: bool = True) -> list[Object]:
+    """A StatefulSet of one pod that was deployed so, its claim, and the cluster's class."""
+    requests = {"resources": {"requests": {"storage": size}}}
+    named = {"storageClassName": storage_class} if storage_class else {}
+    template = {"metadata": {"name": "data"}, "spec": requests | named}
+    bound = {"storageClassName": storage_class or "standard"}
+    return [
+        {
+            "kind": "StatefulSet",
+            "metadata": {"name": "web"},
+            "spec": {"volumeClaimTemplates": [template]},
+        },
+        {
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "data-web-0"},
+            "spec": requests | bound,
+        },
+        {
+            "kind": "StorageClass",
+            "metadata": {"name": bound["storageClassName"]},
+            "allowVolumeExpansion": grows,
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "storage_class", "objects", "text"),
+    [
+        ("1Gi", "", [], ""),
+        ("1Gi", "", volume("1Gi"), ""),
+        ("1024Mi", "fast", volume("1Gi", "fast"), ""),
+        ("1GB", "", [], "size is 1GB, which is no size: write 10Gi."),
+        ("0", "", [], "size is 0, which is no size"),
+        ("1Gi", "fast", volume("1Gi"), "without a common_storage_class (its volume has standard)"),
+        ("1Gi", "", volume("1Gi", "fast"), "Next: set common_storage_class to fast again, or move"),
+        ("2Gi", "", volume("1Gi", grows=False), "Next: set size to 1Gi again, or move"),
+        ("1Gi", "", volume("2Gi"), "A volume cannot get smaller.\nNext: set size to 2Gi again"),
+        (
+            *("2Gi", "", volume("1Gi")),
+            "  kubectl -n iot-system patch pvc data-web-0 -p "
+            """'{"spec": {"resources": {"requests": {"storage": "2Gi"}}}}'\n"""
+            "  kubectl -n iot-system delete statefulset web --cascade=orphan",
+        ),
+    ],
+)
+def test_what_preflight_says_about_volumes(
+    size: str, storage_class: str, objects: list[Object], text: str
+) -> None:
+    wanted = {"web": {"variable": "size", "size": size}}
+    errors = preflight_volumes(wanted, storage_class, NAMESPACE, objects)
+    assert len(errors) == bool(text)
+    assert text in "".join(errors)
 
 
 def known(cluster: Cluster) -> list[Object]:
