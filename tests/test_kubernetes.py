@@ -350,7 +350,7 @@ def test_what_preflight_says_about_volumes(
     size: str, storage_class: str, objects: list[Object], text: str
 ) -> None:
     wanted = {"web": {"variable": "size", "size": size}}
-    errors = preflight_volumes(wanted, storage_class, NAMESPACE, objects)
+    errors = preflight_volumes(wanted, storage_class, "kubectl -n iot-system", objects)
     assert len(errors) == bool(text)
     assert text in "".join(errors)
 

@@ -14,13 +14,14 @@ _MOVE = (
 
 
 def preflight_volumes(
-    wanted: dict[str, dict], storage_class: str, namespace: str, objects: list[dict]
+    wanted: dict[str, dict], storage_class: str, kubectl: str, objects: list[dict]
 ) -> list[str]:
     """Return what stands in the way, with the next step; nothing when all is well.
 
     ``wanted`` has the ``size`` and the name of its ``variable`` by component, ``storage_class`` is
-    "" for the cluster's default, and ``objects`` are the namespace's StatefulSets and claims and
-    the cluster's storage classes, each with its ``kind``.
+    "" for the cluster's default, ``kubectl`` is how it is called for the namespace, and ``objects``
+    are the namespace's StatefulSets and claims and the cluster's storage classes, each with its
+    ``kind``.
     """
     workloads = {o["metadata"]["name"]: o for o in objects if o["kind"] == "StatefulSet"}
     errors = []
@@ -43,7 +44,7 @@ def preflight_volumes(
                 if o["kind"] == "StorageClass" and o.get("allowVolumeExpansion")
             }
             fixed = [name for name in classes if name not in growing]
-            errors += _size_errors(component, template, want, namespace, claims, fixed)
+            errors += _size_errors(component, template, want, kubectl, claims, fixed)
     return errors
 
 
@@ -62,7 +63,7 @@ def _class_errors(component: str, template: dict, wanted: str, classes: list[str
 
 
 def _size_errors(
-    component: str, template: dict, want: dict, namespace: str, claims: list, fixed: list[str]
+    component: str, template: dict, want: dict, kubectl: str, claims: list, fixed: list[str]
 ) -> list[str]:
     """Return why the size cannot be another one; ``fixed`` are the classes that cannot grow."""
     made = template["spec"]["resources"]["requests"]["storage"]
@@ -76,7 +77,6 @@ def _size_errors(
     if fixed:
         why = f"The storage class {fixed[0]} has no allowVolumeExpansion: true, so that its"
         return [f"{now} {why} volumes cannot grow.\n{back}"]
-    kubectl = f"kubectl -n {namespace}"
     patch = f"""'{{"spec": {{"resources": {{"requests": {{"storage": "{want["size"]}"}}}}}}}}'"""
     grow = [
         f"  {kubectl} patch pvc {claim['metadata']['name']} -p {patch}"
