@@ -24,7 +24,9 @@ class Cluster:
         configuration = kubernetes.config.new_client_from_config(str(stand_in.kubeconfig))
         self.client = DynamicClient(configuration)
 
-    def run(self, name: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, name: str, *arguments: str, **variables: object
+    ) -> subprocess.CompletedProcess[str]:
         """Run a playbook; `minikube_enabled` and the image are as for a cluster of one's own."""
         given = {
             "target": "local",
@@ -33,7 +35,7 @@ class Cluster:
             "collector_image": "iot-collector:test",
             **variables,
         }
-        return playbook(f"playbooks/{name}.yml", "-e", json.dumps(given))
+        return playbook(f"playbooks/{name}.yml", "-e", json.dumps(given), *arguments)
 
     def objects(self, kind: str | None = None) -> list[Object]:
         """What the playbook has applied, as it did."""

@@ -37,17 +37,18 @@ CHECKOV_SKIPS = {
 }
 
 
-def load_filter() -> Any:
-    path = ROOT / "plugins/filter/not_ready.py"
-    spec = importlib.util.spec_from_file_location("not_ready", path)
+def load_filter(name: str) -> Any:
+    path = ROOT / "plugins/filter" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.not_ready
+    return getattr(module, name)
 
 
-not_ready = load_filter()
+not_ready = load_filter("not_ready")
+volume_errors = load_filter("volume_errors")
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +229,28 @@ def test_a_change_restarts_what_reads_it_and_nothing_else(cluster: Cluster) -> N
     assert cluster.objects("HorizontalPodAutoscaler") == []
 
 
+@pytest.mark.parametrize("mode", [[], ["--check"]], ids=["run", "check"])
+def test_a_volume_keeps_its_class_and_size(cluster: Cluster, mode: list[str]) -> None:
+    before, classes = cluster.objects(), cluster.client.resources.get(kind="StorageClass")
+    classes.create({"metadata": {"name": "fast"}, "provisioner": "x"})
+    changes = {"iot_storage_class": "fast", "postgres_volume_size": "20Gi"}
+    done = cluster.run("local", *mode, **changes, mosquitto_volume_size="1Gi")
+    classes.delete(name="fast")
+    assert done.returncode != 0
+    shown = " ".join(done.stdout.replace("\\n", " ").split())
+    for text in (
+        "iot_storage_class is fast, but grafana was deployed without a iot_storage_class "
+        "(its volume has standard).",
+        "Next: set iot_storage_class to nothing again, or move",
+        "postgres_volume_size is 20Gi, but postgres was deployed with 10Gi. The storage class "
+        "standard has no allowVolumeExpansion: true",
+        "mosquitto_volume_size is 1Gi, but mosquitto was deployed with 2Gi. A volume cannot get "
+        "smaller.",
+    ):
+        assert text in shown
+    assert cluster.objects() == before
+
+
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
@@ -272,30 +295,229 @@ def test_reasons_and_next_steps(empty: Cluster, reason: str, named: str, step: s
     if reason == "storage":
         spec["volumeClaimTemplates"] = [{"metadata": {"name": "data"}, "spec": claim}]
     create(empty, "StatefulSet", {"metadata": {"name": "web"}, "spec": spec})
-    found = {
-        kind: {
-            "resources": [
-                o.to_dict()
-                for o in empty.client.resources.get(kind=kind, api_version="v1")
-                .get(namespace=NAMESPACE)
-                .items
-            ]
-        }
-        for kind in ("Pod", "Event")
-    }
-    message = not_ready("web", "Timed out.", NAMESPACE, found["Pod"], found["Event"])
+    message = not_ready("web", "Timed out.", NAMESPACE, known(empty))
     assert message.startswith("web is not ready. Timed out.\n")
     assert named in message
     assert step in message.rpartition("\nNext: ")[2]
 
 
+def volume(size: str, storage_class: str = "", *, grows: bool = True) -> list[Object]:
+    """A StatefulSet of one pod that was deployed so, its claim, and the cluster's class."""
+    requests = {"resources": {"requests": {"storage": size}}}
+    named = {"storageClassName": storage_class} if storage_class else {}
+    template = {"metadata": {"name": "data"}, "spec": requests | named}
+    bound = {"storageClassName": storage_class or "standard"}
+    return [
+        {
+            "kind": "StatefulSet",
+            "metadata": {"name": "web"},
+            "spec": {"volumeClaimTemplates": [template]},
+        },
+        {
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "data-web-0"},
+            "spec": requests | bound,
+        },
+        {
+            "kind": "StorageClass",
+            "metadata": {"name": bound["storageClassName"]},
+            "allowVolumeExpansion": grows,
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "storage_class", "objects", "text"),
+    [
+        ("1Gi", "", [], ""),
+        ("1Gi", "", volume("1Gi"), ""),
+        ("1024Mi", "fast", volume("1Gi", "fast"), ""),
+        ("1GB", "", [], "size is 1GB, which is no size: write 10Gi."),
+        ("0", "", [], "size is 0, which is no size"),
+        ("1Gi", "fast", volume("1Gi"), "without a iot_storage_class (its volume has standard)"),
+        ("1Gi", "", volume("1Gi", "fast"), "Next: set iot_storage_class to fast again, or move"),
+        ("2Gi", "", volume("1Gi", grows=False), "Next: set size to 1Gi again, or move"),
+        ("1Gi", "", volume("2Gi"), "A volume cannot get smaller.\nNext: set size to 2Gi again"),
+        (
+            *("2Gi", "", volume("1Gi")),
+            "  kubectl -n iot-system patch pvc data-web-0 -p "
+            """'{"spec": {"resources": {"requests": {"storage": "2Gi"}}}}'\n"""
+            "  kubectl -n iot-system delete statefulset web --cascade=orphan",
+        ),
+    ],
+)
+def test_what_preflight_says_about_volumes(
+    size: str, storage_class: str, objects: list[Object], text: str
+) -> None:
+    wanted = {"web": {"variable": "size", "size": size}}
+    errors = volume_errors(wanted, storage_class, "kubectl -n iot-system", objects)
+    assert len(errors) == bool(text)
+    assert text in "".join(errors)
+
+
+def known(cluster: Cluster) -> list[Object]:
+    """What the role asks the cluster for."""
+    kinds = {"StatefulSet": "apps/v1", "Pod": "v1", "PersistentVolumeClaim": "v1", "Event": "v1"}
+    return [
+        item.to_dict()
+        for kind, version in kinds.items()
+        for item in cluster.client.resources.get(kind=kind, api_version=version)
+        .get(namespace=NAMESPACE, **({"field_selector": "type=Warning"} if kind == "Event" else {}))
+        .items
+    ]
+
+
+def test_faults_of_earlier_pods_are_not_named(empty: Cluster) -> None:
+    """Each fault is mended by a change, which replaces the pods, and another one follows."""
+    create(empty, "Namespace", {"metadata": {"name": NAMESPACE}})
+    create(empty, "ResourceQuota", {"metadata": {"name": "q"}, "spec": {"hard": {"pods": "0"}}})
+    labels = {"app": "web"}
+    pod = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "web", "image": "x"}]}}
+    spec = {"serviceName": "web", "selector": {"matchLabels": labels}, "template": pod}
+    spec["podManagementPolicy"] = "Parallel"
+    create(empty, "StatefulSet", {"metadata": {"name": "web"}, "spec": spec})
+    assert "exceeded quota" in not_ready("web", "", NAMESPACE, known(empty))
+    empty.stand_in.ask("never-ready", {"web": "ImagePullBackOff"})
+    patch(empty, "ResourceQuota", "q", {"spec": {"hard": {"pods": "9"}}})
+    message = not_ready("web", "", NAMESPACE, known(empty))
+    assert "Failed to pull image" in message
+    assert "exceeded quota" not in message
+    empty.stand_in.ask("never-ready", {"web": "CrashLoopBackOff"})
+    changed = {"spec": {"template": {"metadata": {"annotations": {"checksum": "2"}}}}}
+    patch(empty, "StatefulSet", "web", changed)
+    message = not_ready("web", "", NAMESPACE, known(empty))
+    assert "web-0: BackOff: Back-off restarting failed container" in message
+    assert "pull" not in message.lower()
+
+
+def patch(cluster: Cluster, kind: str, name: str, body: Object) -> None:
+    kinds = cluster.client.resources.get(kind=kind)
+    merge = "application/merge-patch+json"
+    kinds.patch(body, name=name, namespace=NAMESPACE, content_type=merge)
+
+
+def at(minute: int) -> str:
+    return f"2026-01-01T00:{minute:02}:00Z"
+
+
+def warning(kind: str, uid: str, minute: int, message: str, reason: str = "Failed") -> Object:
+    about = {"kind": kind, "name": uid, "uid": uid}
+    event = {"kind": "Event", "involvedObject": about, "reason": reason, "message": message}
+    return event | {"lastTimestamp": at(minute)}
+
+
+def replica(name: str, *, ready: bool, revision: str = "new", **shown: object) -> Object:
+    """A pod made in minute 10, scheduled in minute 11, whose container runs since minute 12."""
+    conditions = [
+        {"type": "PodScheduled", "status": "True", "lastTransitionTime": at(11)},
+        {"type": "Ready", "status": str(ready), "lastTransitionTime": at(12)},
+    ]
+    container = {"name": "web", "ready": ready, "state": {"running": {"startedAt": at(12)}}}
+    return {
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "uid": name,
+            "creationTimestamp": at(10),
+            "labels": {"controller-revision-hash": revision},
+        },
+        "status": {"conditions": conditions, "containerStatuses": [container | shown]},
+    }
+
+
+WEB = {
+    "kind": "StatefulSet",
+    "metadata": {"name": "web", "uid": "web"},
+    "spec": {"replicas": 2},
+    "status": {"replicas": 2, "updateRevision": "new"},
+}
+ENDED = {"lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}}
+
+
+@pytest.mark.parametrize(
+    ("objects", "named"),
+    [
+        ([replica("web-0", ready=False), warning("Pod", "web-0", 13, "probe")], True),
+        ([replica("web-0", ready=False), warning("Pod", "another", 13, "probe")], False),
+        ([replica("web-0", ready=False), warning("Pod", "web-0", 11, "probe")], False),
+        (
+            [replica("web-0", ready=False, restartCount=1), warning("Pod", "web-0", 11, "probe")],
+            True,
+        ),
+        ([replica("web-0", ready=True), warning("Pod", "web-0", 13, "probe")], False),
+        ([WEB | {"status": {"replicas": 1}}, warning("StatefulSet", "web", 1, "probe")], True),
+        ([WEB, warning("StatefulSet", "web", 13, "probe")], False),
+        (
+            [
+                WEB | {"status": {"replicas": 1}},
+                warning("StatefulSet", "web", 1, "probe"),
+                warning("StatefulSet", "web", 2, "other"),
+            ],
+            False,
+        ),
+        (
+            [
+                *(WEB, replica("web-0", ready=False, revision="old")),
+                *(replica("web-1", ready=False), warning("Pod", "web-0", 13, "probe")),
+            ],
+            False,
+        ),
+        (
+            [
+                *(WEB, replica("web-0", ready=False, revision="old")),
+                *(replica("web-1", ready=True), warning("Pod", "web-0", 13, "probe")),
+            ],
+            True,
+        ),
+        *(
+            (
+                [
+                    {
+                        "kind": "PersistentVolumeClaim",
+                        "metadata": {"uid": "data"},
+                        "status": {"phase": phase},
+                    },
+                    warning("PersistentVolumeClaim", "data", 1, "probe"),
+                ],
+                phase == "Pending",
+            )
+            for phase in ("Pending", "Bound")
+        ),
+    ],
+    ids=[
+        *("of the pod", "of a pod that it replaced", "before it started", "between its restarts"),
+        *("of a ready pod", "of a missing pod", "of a pod that came", "of a refusal before"),
+        *("of the old revision", "of the old revision, which it waits for"),
+        *("of a claim", "of a claim that has its volume"),
+    ],
+)
+def test_which_warnings_are_named(objects: list[Object], named: bool) -> None:
+    message = not_ready("web", "", NAMESPACE, objects)
+    assert (": Failed: probe" in message) is named
+
+
+def test_an_earlier_end_of_a_ready_container_is_no_reason() -> None:
+    for ready in (True, False):
+        pod = replica("web-0", ready=ready, **ENDED)
+        message = not_ready("web", "", NAMESPACE, [pod])
+        assert ("exit code 1" in message) is not ready
+
+
+def test_the_last_time_of_an_event_that_repeats() -> None:
+    """The events of newer components have a series instead of a lastTimestamp."""
+    event = warning("Pod", "web-0", 1, "probe") | {"lastTimestamp": None, "eventTime": at(1)}
+    event["series"] = {"count": 9, "lastObservedTime": "2026-01-01T00:13:00.123456Z"}
+    message = not_ready("web", "", NAMESPACE, [replica("web-0", ready=False), event])
+    assert "web-0: Failed: probe" in message
+
+
 def test_no_reason_and_what_was_once() -> None:
-    assert "The cluster names no reason." in not_ready("web", "Late.", NAMESPACE, {"msg": "x"}, {})
-    event = {"involvedObject": {"name": "web-0"}, "reason": "Failed", "message": "ImagePullBackOff"}
-    running = {"state": {"running": {}}, "ready": False, "name": "web"}
-    pod = {"metadata": {"name": "web-0"}, "status": {"containerStatuses": [running]}}
-    message = not_ready("web", "", NAMESPACE, {"resources": [pod]}, {"resources": [event]})
-    # The pull failed before; what is wrong now decides.
+    assert "The cluster names no reason." in not_ready("web", "Late.", NAMESPACE, [])
+    pod = replica("web-0", ready=False, restartCount=1)
+    event = warning("Pod", "web-0", 13, "ImagePullBackOff")
+    message = not_ready("web", "", NAMESPACE, [pod, event])
+    assert "ImagePullBackOff" in message
+    # What is wrong now decides.
     assert "ask it why" in message.rpartition("Next: ")[2]
 
 

@@ -551,6 +551,64 @@ def test_a_stateful_set_gets_its_pods_and_claims(
     assert refused(volumes.get, name=bound["spec"]["volumeName"])[0] == 404
 
 
+def test_a_claim_grows_where_its_class_allows_it(
+    namespace: Namespace, client: DynamicClient
+) -> None:
+    def resize(name: str, size: str) -> Object:
+        body = {"spec": {"resources": {"requests": {"storage": size}}}}
+        return namespace.patch("PersistentVolumeClaim", name, body)
+
+    classes = client.resources.get(kind="StorageClass")
+    elastic = {"metadata": {"name": "elastic"}, "provisioner": "x", "allowVolumeExpansion": True}
+    classes.create(elastic)
+    for name, storage_class in ("fixed", "standard"), ("grows", "elastic"), ("pending", "nowhere"):
+        body = claim(name, storageClassName=storage_class)
+        namespace.create("PersistentVolumeClaim", body)
+    classes.delete(name="elastic")
+    assert refused(resize, "grows", "2Gi")[0] == 403
+    classes.create(elastic)
+    assert resize("grows", "2Gi")["spec"]["resources"]["requests"]["storage"] == "2Gi"
+    grown = namespace.get("PersistentVolumeClaim", "grows")
+    assert grown["status"]["capacity"] == {"storage": "2Gi"}
+    volumes = client.resources.get(kind="PersistentVolume")
+    assert volumes.get(name=grown["spec"]["volumeName"]).spec.capacity.storage == "2Gi"
+    assert refused(resize, "grows", "1Gi") == (
+        422,
+        'PersistentVolumeClaim "grows" is invalid: spec.resources.requests.storage: Forbidden: '
+        "field can not be less than status.capacity",
+    )
+    assert refused(resize, "fixed", "2Gi") == (
+        403,
+        'persistentvolumeclaims "fixed" is forbidden: only dynamically provisioned pvc can be '
+        "resized and the storageclass that provisions the pvc must support resize",
+    )
+    code, message = refused(resize, "pending", "2Gi")
+    assert code == 422
+    assert message.endswith("volumeAttributesClassName for bound claims")
+    classes.delete(name="elastic")
+
+
+def test_pods_that_outlive_their_stateful_set(namespace: Namespace) -> None:
+    """How the template of a claim is changed: nothing else of a StatefulSet can be."""
+    namespace.create("StatefulSet", stateful_set({"volumeClaimTemplates": [claim()]}))
+    pod = namespace.get("Pod", "web-0")
+    namespace.resource("StatefulSet").delete(
+        name="web", namespace=namespace.name, body={"propagationPolicy": "Orphan"}
+    )
+    left = namespace.get("Pod", "web-0")
+    assert left["metadata"]["uid"] == pod["metadata"]["uid"]
+    assert "ownerReferences" not in left["metadata"]
+    larger = claim(resources={"requests": {"storage": "2Gi"}})
+    namespace.create("StatefulSet", stateful_set({"volumeClaimTemplates": [larger]}))
+    assert namespace.status()["readyReplicas"] == 1
+    adopted = namespace.get("Pod", "web-0")
+    assert adopted["metadata"]["uid"] == pod["metadata"]["uid"]
+    owner = namespace.get("StatefulSet", "web")["metadata"]["uid"]
+    assert [ref["uid"] for ref in adopted["metadata"]["ownerReferences"]] == [owner]
+    namespace.delete("StatefulSet", "web")
+    assert namespace.names("Pod") == []
+
+
 def test_a_new_template_replaces_the_pods(namespace: Namespace) -> None:
     namespace.create("StatefulSet", stateful_set())
     uid, before = namespace.get("Pod", "web-0")["metadata"]["uid"], namespace.status()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 _EVENTS = 5  # at the most
-_IMAGE = "set {name}_image to an image that the cluster can get, or load it: minikube image load"
+_IMAGE = (
+    "set {name}_image to an image that the cluster can get, or load it: minikube image load"
+)
 _CLASS = "set iot_storage_class to a class that provides volumes"
 
 # What a reason or message contains -> the next step. The first that fits.
@@ -22,6 +24,12 @@ NEXT_STEPS = {
 }
 
 
+def _is(pod: dict, condition: str) -> bool:
+    """Return whether the pod's condition of this type holds."""
+    conditions = pod.get("status", {}).get("conditions") or []
+    return any(c["type"] == condition and c["status"] == "True" for c in conditions)
+
+
 def _pod_reasons(pod: dict) -> list[str]:
     """Return why a pod is not ready now, one line a cause."""
     status = pod.get("status", {})
@@ -33,12 +41,14 @@ def _pod_reasons(pod: dict) -> list[str]:
     for container in (status.get("initContainerStatuses") or []) + (
         status.get("containerStatuses") or []
     ):
+        if container.get("ready", True):  # it may have failed before
+            continue
         name, state = container["name"], container.get("state", {})
         waiting = state.get("waiting") or {}
         ended = state.get("terminated") or container.get("lastState", {}).get("terminated") or {}
         if waiting.get("reason") not in (None, "PodInitializing", "ContainerCreating"):
             reasons.append(f"{name}: {waiting['reason']}: {waiting.get('message', '')}")
-        if state.get("running") is not None and not container.get("ready", True):
+        if state.get("running") is not None:
             reasons.append(f"{name}: it runs and is not ready")
         if ended.get("exitCode"):
             reasons.append(
@@ -47,28 +57,77 @@ def _pod_reasons(pod: dict) -> list[str]:
     return reasons
 
 
-def _event_reasons(component: str, events: list[dict]) -> list[str]:
-    """Return the last warnings about a component's objects; older ones may be mended by now."""
-    about = [
-        e
-        for e in events
-        if e["involvedObject"].get("name", "").startswith((component, f"data-{component}"))
+def _time(event: dict) -> str:
+    """Return when an event was last seen, to the second (the fields differ in their fractions)."""
+    series = event.get("series") or {}
+    seen = series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
+    return (seen or "")[:19]
+
+
+def _since(pod: dict) -> str:
+    """Return when the pod got as far as it is: what it warned of before is mended."""
+    status = pod.get("status", {})
+    steps = [
+        condition.get("lastTransitionTime")
+        for condition in status.get("conditions") or []
+        if condition["type"] in ("PodScheduled", "Initialized") and condition["status"] == "True"
     ]
-    about.sort(key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "")
+    starts = [
+        (container.get("state", {}).get("running") or {}).get("startedAt")
+        for container in status.get("containerStatuses") or []
+        if not container.get("restartCount")  # between restarts, the end before is the reason
+    ]
+    times = [pod["metadata"].get("creationTimestamp"), *steps, *starts]
+    return max(time or "" for time in times)[:19]
+
+
+def _event_reasons(workloads: list, pods: list, claims: list, events: list) -> list[str]:
+    """Return the last warnings about what is not as it should be now, the oldest first.
+
+    An object that was replaced by one of the same name has another uid.
+    """
+    since = {pod["metadata"]["uid"]: _since(pod) for pod in pods if not _is(pod, "Ready")}
+    since |= {c["metadata"]["uid"]: "" for c in claims if c["status"].get("phase") != "Bound"}
+    lacking = {
+        w["metadata"]["uid"]
+        for w in workloads
+        if w.get("status", {}).get("replicas", 0) < w["spec"].get("replicas", 1)
+    }
+    said: list[dict] = []
+    refused: list[dict] = []
+    for event in sorted(events, key=_time):
+        uid = event["involvedObject"].get("uid", "")
+        if event.get("reason") == "FailedScheduling":
+            continue  # the pod's condition says it for as long as it is the case
+        if uid in lacking:
+            refused = [event]  # to make a pod; what it says replaces what was said before
+        elif uid in since and _time(event) >= since[uid]:
+            said.append(event)
     return [
-        f"{e['involvedObject']['name']}: {e.get('reason')}: {e.get('message')}"
-        for e in about[-_EVENTS:]
+        f"{e['involvedObject'].get('name')}: {e.get('reason')}: {e.get('message')}"
+        for e in (said + refused)[-_EVENTS:]
     ]
 
 
-def not_ready(component: str, error: str, namespace: str, pods: dict, events: dict) -> str:
+def not_ready(component: str, error: str, namespace: str, objects: list[dict]) -> str:
     """Return the error message about a component that does not become ready.
 
-    ``pods`` and ``events`` are results of ``kubernetes.core.k8s_info``, or what it failed with.
+    ``objects`` are the component's StatefulSet, pods and claims, and the warnings (events) of the
+    namespace, as far as the cluster could be asked for them, each with its ``kind``.
     """
-    found = {pod["metadata"]["name"]: _pod_reasons(pod) for pod in pods.get("resources") or []}
+    kinds = ("StatefulSet", "Pod", "PersistentVolumeClaim", "Event")
+    workloads, pods, claims, events = ([o for o in objects if o["kind"] == k] for k in kinds)
+    # While there is a pod of the current template that is not ready, the others are not the reason.
+    revisions = [w.get("status", {}).get("updateRevision") for w in workloads]
+    pods = [
+        pod
+        for pod in pods
+        if pod["metadata"].get("labels", {}).get("controller-revision-hash") in revisions
+        and not _is(pod, "Ready")
+    ] or pods
+    found = {pod["metadata"]["name"]: _pod_reasons(pod) for pod in pods}
     now = [f"pod {name}: {reason}" for name, reasons in found.items() for reason in reasons]
-    lately = _event_reasons(component, events.get("resources") or [])
+    lately = _event_reasons(workloads, pods, claims, events)
     lines = dict.fromkeys(" ".join(line.split()) for line in now + lately)
     # What is so now says more than what has happened, and that more than that it took too long.
     texts = ["\n".join(now), "\n".join(lately[::-1]), error]

@@ -23,9 +23,9 @@ status and events say why in the API's words. Components can be kept from gettin
 What it is not: no container runs, no image is looked at (so `runAsNonRoot` with an image that runs
 as root is not noticed), no request reaches a Service, no NetworkPolicy, Role, PodDisruptionBudget
 or HorizontalPodAutoscaler has an effect, and nobody is asked who they are. Time does not pass:
-rollouts, binding of claims and probes are over by the next read, nothing times out, nothing is
-retried. Requests for CPU and memory are not counted, of quotas only `pods` is. Deletion is at once:
-no grace period, no orphaning, no protection of claims in use. There is no watch, no exec, no scale,
+rollouts, growth and binding of claims and probes are over by the next read, nothing times out,
+nothing is retried. Requests for CPU and memory are not counted, of quotas only `pods` is. Deletion
+is at once: no grace period, no protection of claims in use. There is no watch, no exec, no scale,
 status or eviction subresource, no CustomResourceDefinition, no OpenAPI, no JSON patch and no
 protobuf (kubectl gets, describes, applies and deletes here, but cannot create), and lists come in
 one piece. A playbook that passes here still has to pass on a cluster.

@@ -146,9 +146,14 @@ class Api:
             self._applied[result["metadata"]["uid"], manager] = body
         return result
 
-    def delete(self, kind: Kind, namespace: str, name: str, dry: bool) -> Object:
+    def delete(
+        self, kind: Kind, namespace: str, name: str, dry: bool, orphan: bool = False
+    ) -> Object:
+        """`orphan` leaves what the object owns, without an owner (propagationPolicy: Orphan)."""
         obj = self.read(kind, namespace, name)
         if not dry:
+            if orphan:
+                self._store.disown(obj)
             if kind.kind == "Namespace":
                 self._controllers.terminate(obj)
             else:
@@ -231,6 +236,8 @@ class Api:
         if kind.kind == "PersistentVolumeClaim":
             self._controllers.set_storage_class(obj)
         validation.check(kind, obj, old)
+        if kind.kind == "PersistentVolumeClaim" and old is not None:
+            self._controllers.admit_resize(old, obj)
 
 
 _NAMESPACE = Kind("", "v1", "Namespace", "namespaces")

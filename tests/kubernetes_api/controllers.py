@@ -160,8 +160,17 @@ class Controllers:
                 claim["spec"].setdefault("storageClassName", known["metadata"]["name"])
 
     def _claim(self, claim: Object) -> None:
-        """Bind a claim to a volume made for it, whatever its class's volumeBindingMode."""
+        """Bind a claim to a volume made for it, whatever its class's volumeBindingMode.
+
+        A bound one whose size was changed grows at once, with its volume.
+        """
         if claim.get("status", {}).get("phase") == "Bound":
+            capacity = {"storage": claim["spec"]["resources"]["requests"]["storage"]}
+            self._store.set_status(claim, capacity=capacity)
+            if volume := self._store.get("PersistentVolume", "", claim["spec"]["volumeName"]):
+                grown = deepcopy(volume)
+                grown["spec"]["capacity"] = capacity
+                self._store.put(grown)
             return
         claim = deepcopy(claim)
         self.set_storage_class(claim)
@@ -193,6 +202,18 @@ class Controllers:
         self._store.set_status(
             claim, phase="Bound", capacity=capacity, accessModes=spec["accessModes"]
         )
+
+    def admit_resize(self, old: Object, new: Object) -> None:
+        """Refuse another size (403) for a claim whose class does not let volumes grow."""
+        if old["spec"]["resources"] == new["spec"]["resources"]:
+            return
+        known = self._store.get("StorageClass", "", old["spec"].get("storageClassName", ""))
+        if not (known or {}).get("allowVolumeExpansion"):
+            why = (
+                "only dynamically provisioned pvc can be resized and the storageclass that "
+                "provisions the pvc must support resize"
+            )
+            raise forbidden(BY_NAME["PersistentVolumeClaim"], old["metadata"]["name"], why)
 
     # --- pods ----------------------------------------------------------------------------------
 
@@ -287,6 +308,7 @@ class Controllers:
         first = spec.get("ordinals", {}).get("start", 0)
         ordinals = range(first, first + spec["replicas"])
         names = {ordinal: f"{meta['name']}-{ordinal}" for ordinal in ordinals}
+        self._adopt(owner)
         for pod in store.owned(owner, "Pod"):
             if pod["metadata"]["name"] not in names.values():
                 store.remove(pod)
@@ -320,6 +342,18 @@ class Controllers:
             "updateRevision": revision,
         }
         store.put(deepcopy(owner) | {"status": status | {k: n for k, n in counts.items() if n}})
+
+    def _adopt(self, owner: Object) -> None:
+        """Own the pods that an earlier StatefulSet of this name has left."""
+        labels = owner["spec"]["selector"].get("matchLabels", {}).items()
+        for pod in self._store.select("Pod", owner["metadata"]["namespace"]):
+            meta = pod["metadata"]
+            parent = meta["name"].rpartition("-")[0]
+            ours = parent == owner["metadata"]["name"] and labels <= meta.get("labels", {}).items()
+            if ours and not meta.get("ownerReferences"):
+                adopted = deepcopy(pod)
+                adopted["metadata"]["ownerReferences"] = [_owner_reference(owner)]
+                self._store.put(adopted)
 
     def _roll(self, owner: Object, here: dict[int, Object], revision: str) -> None:
         partition = owner["spec"]["updateStrategy"].get("rollingUpdate", {}).get("partition", 0)

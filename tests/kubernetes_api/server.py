@@ -119,7 +119,8 @@ class Server:
                     return 200, obj, api.warnings(kind, obj)
                 case "DELETE":
                     dry = dry or given.get("dryRun") == ["All"]
-                    return 200, api.delete(kind, namespace, name, dry), []
+                    policy = given.get("propagationPolicy", query.get("propagationPolicy"))
+                    return 200, api.delete(kind, namespace, name, dry, policy == "Orphan"), []
         selectors = query.get("labelSelector", ""), query.get("fieldSelector", "")
         if method == "GET":
             items = api.select(kind, namespace, *selectors)

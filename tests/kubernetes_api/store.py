@@ -99,6 +99,16 @@ class Store:
         uid = owner["metadata"]["uid"]
         return [o for o in self.select(kind, owner["metadata"]["namespace"]) if uid in owners(o)]
 
+    def disown(self, owner: Object) -> None:
+        """Take the references to their owner from what an object owns."""
+        uid = owner["metadata"]["uid"]
+        for obj in [o for o in self._objects.values() if uid in owners(o)]:
+            free = deepcopy(obj)
+            refs = free["metadata"].pop("ownerReferences")
+            if others := [ref for ref in refs if ref["uid"] != uid]:
+                free["metadata"]["ownerReferences"] = others
+            self.put(free)
+
     def collect_garbage(self) -> None:
         """Remove what has lost its owners, and what that owned."""
         while True:

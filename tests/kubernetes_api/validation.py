@@ -283,6 +283,10 @@ _STATEFUL_SET = (
     "persistentVolumeClaimRetentionPolicy",
     "minReadySeconds",
 )
+_CLAIM = (
+    "spec is immutable after creation except resources.requests and volumeAttributesClassName for "
+    "bound claims"
+)
 _FIXED = "field is immutable"
 # Fields that never change once they are set, and what the refusal says.
 _IMMUTABLE = {
@@ -318,11 +322,15 @@ def _changes(old: Object, new: Object) -> Iterator[Cause]:
             f"{listed} and '{_STATEFUL_SET[-1]}' are forbidden",
         )
     if kind == "PersistentVolumeClaim" and changed - {"resources", "volumeAttributesClassName"}:
-        yield (
-            "spec",
-            "Forbidden: spec is immutable after creation except resources.requests and "
-            "volumeAttributesClassName for bound claims",
-        )
+        yield "spec", f"Forbidden: {_CLAIM}"
+    if kind == "PersistentVolumeClaim" and "resources" in changed:
+        if old.get("status", {}).get("phase") != "Bound":
+            yield "spec", f"Forbidden: {_CLAIM}"
+        elif _quantity(_at(new, "spec.resources.requests.storage")) < _quantity(
+            old["status"]["capacity"]["storage"]
+        ):
+            field = "spec.resources.requests.storage"
+            yield field, "Forbidden: field can not be less than status.capacity"
     if kind == "Pod" and changed - {"activeDeadlineSeconds", "terminationGracePeriodSeconds"}:
         images = all(
             [c | {"image": ""} for c in specs[0].get(f, [])]
