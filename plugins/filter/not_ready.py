@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 _EVENTS = 5  # at the most
-_IMAGE = (
-    "set {name}_image to an image that the cluster can get, or load it: minikube image load"
-)
+_IMAGE = "set {name}_image to an image that the cluster can get, or load it: minikube image load"
 _CLASS = "set iot_storage_class to a class that provides volumes"
 
 # What a reason or message contains -> the next step. The first that fits.
