@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 ROOT := $(filter 0,$(shell id -u))
 
-# Where everything is kept, see roles/common/defaults/main.yml. STATE=/elsewhere has to be given every time.
+# Where everything is kept, see roles/platform/defaults/main.yml. STATE=/elsewhere has to be given every time.
 STATE ?= $(if $(ROOT),/var/lib/iot-system,$(HOME)/.local/state/iot-system)
 PLAYBOOK = $(VENV)/bin/ansible-playbook $(if $(filter-out file,$(origin STATE)),-e iot_state_dir=$(STATE))
 
@@ -43,12 +43,11 @@ up: $(VENV)/.deploy ## Install what is missing, start everything, send some mess
 	@if [ -z "$$($(STATE)/bin/psql -Atc 'SELECT 1 FROM messages LIMIT 1')" ]; then \
 	  echo 'Five simulated devices send their first messages:'; \
 	  $(STATE)/bin/iot-collector simulate --devices 5 --rate 50 --count 100; \
-	  sleep 1; \
 	else \
 	  echo 'The table has messages already, so none are made up; make simulate sends some.'; \
 	fi
 	@echo
-	@$(STATE)/bin/iot-status --next
+	@$(STATE)/bin/iot-status --wait 30 --messages --next
 
 .PHONY: local
 local: $(VENV)/.deploy ## The same on Kubernetes: start minikube, deploy, wait until all of it is ready

@@ -265,6 +265,15 @@ def test_the_broker_knows_its_clients(system: System) -> None:
     assert b"from the collector" not in system.stored()
 
 
+def test_probes_leave_nothing_in_the_brokers_log(system: System) -> None:
+    broker = system.pods["mosquitto"].main
+    before = broker.log().count("New connection from")
+    assert broker.ready()
+    system.send(payloads(1))  # a device's connection is logged
+    eventually(lambda: broker.log().count("New connection from") > before)
+    assert broker.log().count("New connection from") == before + 1
+
+
 def test_the_collector_is_its_pod(system: System) -> None:
     clients = re.findall(r" as (\S+) \(.*u'iot-collector'", system.pods["mosquitto"].log())
     assert "collector-0" in clients

@@ -38,6 +38,8 @@ HINTS = {
     "data": "remove the constraint or trigger that refuses it; until then nothing more is stored",
     "permission": "grant the user of IOT_DATABASE_URL INSERT on messages and dead_letters",
     "schema": "run `iot-collector migrate`",
+    "upgraded": "PostgreSQL was upgraded under the running server; run the playbook again to "
+    "restart it",
 }
 
 # What the settings may say otherwise.
@@ -61,6 +63,8 @@ def kind_of(error: psycopg2.Error) -> str:
         return "client_id"  # another process writes batches under ours
     if error.pgcode == "23514" and error.diag.table_name and not error.diag.constraint_name:
         return "schema"  # neither a CHECK nor a RAISE: there is no partition for the row
+    if error.pgcode == "58P01" and ".so" in str(error):
+        return "upgraded"  # a library that is missing, or is not of the running server's release
     for state in (error.pgcode, error.pgcode[:2]):
         if state in _KIND_OF:
             return _KIND_OF[state]

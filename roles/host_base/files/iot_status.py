@@ -1,19 +1,25 @@
 #!/usr/bin/env python3
 """Show what runs where and how many messages went through.
 
-`--next` adds commands to try, `--json` is for programs. Fails unless everything runs.
+Fails unless everything runs and the collector says that it is well.
 """
 
 from __future__ import annotations
 
+import argparse
 import configparser
 import json
+import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
+
+from replaced_files import replaced_files
 
 STATE = Path(__file__).resolve().parent.parent
 
@@ -40,12 +46,16 @@ def programs() -> list[tuple[int, str, str]]:
     return sorted(found)
 
 
-def states() -> dict[str, str]:
-    """State of each program as the supervisor sees it."""
+def states() -> dict[str, tuple[str, list[str]]]:
+    """State of each program as the supervisor sees it, and the replaced files it runs from."""
     ctl = str(STATE / "venv/bin/supervisorctl")
-    lines = run(ctl, "-c", str(STATE / "etc/supervisord.conf"), "status").splitlines()
-    fields = [line.split(None, 2) for line in lines]
-    return {f[0]: f[1].lower() for f in fields if len(f) > 1 and f[1].isupper()}
+    found = {}
+    for line in run(ctl, "-c", str(STATE / "etc/supervisord.conf"), "status").splitlines():
+        fields = line.split(None, 2)
+        if len(fields) > 1 and fields[1].isupper():
+            pid = re.match(r"pid (\d+)", fields[2]) if len(fields) > 2 else None
+            found[fields[0]] = fields[1].lower(), replaced_files(int(pid[1])) if pid else []
+    return found
 
 
 def health(url: str) -> dict:
@@ -62,55 +72,137 @@ def health(url: str) -> dict:
         return {}
 
 
-def main() -> int:
-    known = programs()
-    if not known:
-        print(f"Nothing is installed in {STATE}. `make up` installs and starts everything.")
-        return 1
-    state = states()
-    services = {
-        name: {"state": state.get(name, "stopped"), "url": url, "log": f"{STATE}/log/{name}.log"}
-        for _, name, url in known
-    }
-    report = health(services["collector"]["url"]) if "collector" in services else {}
-    running = all(service["state"] == "running" for service in services.values())
-    if "--json" in sys.argv[1:]:
-        accounting = report.get("accounting", {})
-        json.dump({"services": services, "accounting": accounting}, sys.stdout, indent=2)
-        return 0 if running else 1
+@dataclass
+class Status:
+    """What is so now."""
 
+    services: dict[str, dict]
+    report: dict  # the collector's
+    stored: str  # the number of rows; empty when the database does not say
+
+    @property
+    def running(self) -> bool:
+        return all(service["state"] == "running" for service in self.services.values())
+
+    @property
+    def well(self) -> bool:
+        return self.running and ("collector" not in self.services or self.answer == "ok")
+
+    @property
+    def answer(self) -> str:
+        return self.report.get("status", "does not answer")
+
+
+def look(known: list[tuple[int, str, str]]) -> Status:
+    """Ask all that know."""
+    state = states()
+    services = {}
+    for _, name, url in known:
+        now, replaced = state.get(name, ("stopped", []))
+        services[name] = {
+            "state": now,
+            "url": url,
+            "log": f"{STATE}/log/{name}.log",
+            "replaced_files": replaced,
+        }
+    return Status(
+        services,
+        health(services["collector"]["url"]) if "collector" in services else {},
+        run(str(STATE / "bin/psql"), "-Atc", "SELECT count(*) FROM messages"),
+    )
+
+
+def show(status: Status) -> None:
+    """Print the table, and what is to be said about it."""
     rows = [("SERVICE", "STATE", "ADDRESS", "LOG")]
-    rows += [(name, s["state"], s["url"], s["log"]) for name, s in services.items()]
+    rows += [(name, s["state"], s["url"], s["log"]) for name, s in status.services.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
         print("  ".join([*cells, row[3]]))
 
-    print(f"\ncollector  {report.get('status', 'does not answer')}")
-    if "accounting" in report:
+    replaced = {name: s["replaced_files"] for name, s in status.services.items()}
+    if any(replaced.values()):
+        print("\nUpgraded since they were started; `make up` restarts them:")
+        for name, files in replaced.items():
+            if files:
+                print(f"  {name} runs from the old {', '.join(files)}")
+
+    print(f"\ncollector  {status.answer}")
+    for problem in status.report.get("problems", []):
+        print(f"           {problem}")
+    if "accounting" in status.report:
         print(
             "messages   {received} received since it started = {inserted} stored"
             " + {duplicates} duplicates + {dead_letters} dead letters"
-            " + {in_flight} in flight".format(**report["accounting"])
+            " + {in_flight} in flight".format(**status.report["accounting"])
         )
-    stored = run(str(STATE / "bin/psql"), "-Atc", "SELECT count(*) FROM messages")
-    if stored:
-        print(f"table      {stored} messages stored in all")
+    if status.stored:
+        print(f"table      {status.stored} messages stored in all")
 
-    if "--next" in sys.argv[1:]:
-        if running:
-            host, _, port = services["mosquitto"]["url"].rpartition("/")[2].rpartition(":")
-            columns = "received_at, topic, convert_from(payload, 'UTF8') AS payload, fields"
-            query = f"SELECT {columns} FROM messages ORDER BY received_at DESC LIMIT 1"  # noqa: S608 -- shown, not run
-            print("\nNext, publish a message and read it back from the table:")
-            print(f"  mosquitto_pub -h {host} -p {port} -q 1 -t iot/data -m temperature:23")
-            print(f'  {STATE}/bin/psql -c "{query}"')
-            if "grafana" in services:
-                print(f"Dashboards: user admin, password in {STATE}/secrets/grafana_admin_password")
-            print("Also: make status, make simulate, make verify, make down, make help")
-        else:
-            print("\nNext: `make up` starts what does not run; the logs say why it stopped.")
-    return 0 if running else 1
+
+def show_next(status: Status) -> None:
+    """Print commands to try."""
+    services = status.services
+    if not status.running:
+        print("\nNext: `make up` starts what does not run; the logs say why it stopped.")
+    elif not status.well:
+        print(f"\nNext: see the reasons above and {services['collector']['log']}.")
+    else:
+        host, _, port = services["mosquitto"]["url"].rpartition("/")[2].rpartition(":")
+        columns = "received_at, topic, convert_from(payload, 'UTF8') AS payload, fields"
+        query = f"SELECT {columns} FROM messages ORDER BY received_at DESC LIMIT 1"  # noqa: S608 -- shown, not run
+        print("\nNext, publish a message and read it back from the table:")
+        print(f"  mosquitto_pub -h {host.strip('[]')} -p {port} -q 1 -t iot/data -m temperature:23")
+        print(f'  {STATE}/bin/psql -c "{query}"')
+        if "grafana" in services:
+            print(f"Dashboards: user admin, password in {STATE}/secrets/grafana_admin_password")
+        print("Also: make status, make simulate, make verify, make down, make help")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--next", action="store_true", help="add commands to try")
+    parser.add_argument("--json", action="store_true", help="print what programs can read")
+    parser.add_argument(
+        "--wait", type=float, default=0, metavar="SECONDS", help="wait so long for all to be well"
+    )
+    parser.add_argument(
+        "--messages", action="store_true", help="also fail while no message is in the table"
+    )
+    arguments = parser.parse_args()
+
+    known = programs()
+    if not known:
+        print(f"Nothing is installed in {STATE}. `make up` installs and starts everything.")
+        return 1
+
+    until = time.monotonic() + arguments.wait
+    while True:
+        status = look(known)
+        missing = arguments.messages and status.stored in ("", "0")
+        if (status.well and not missing) or time.monotonic() > until:
+            break
+        time.sleep(0.5)
+
+    if arguments.json:
+        report = {
+            "services": status.services,
+            "accounting": status.report.get("accounting", {}),
+            "problems": status.report.get("problems", []),
+        }
+        json.dump(report, sys.stdout, indent=2)
+    else:
+        show(status)
+        if missing:
+            print(
+                "\nNo message is in the table."
+                if status.stored
+                else "\nThe table of messages cannot be read."
+            )
+        if arguments.next:
+            show_next(status)
+    return 0 if status.well and not missing else 1
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def counts() -> tuple[float, float]:
     """Return the messages that all collectors have received, and those that they account for."""
     host, _, port = os.environ["VERIFY_COLLECTOR"].rpartition(":")
     received = settled = 0.0
+    host = host.strip("[]")
     # A name may stand for many pods, each with counters of its own.
     for address in sorted(
         {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}

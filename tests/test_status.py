@@ -1,0 +1,109 @@
+"""What iot-status says, and whether it fails, about a real collector, broker and database.
+
+Only the supervisor is a stand-in: a script that says what it would say.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from services import Collector, Database, Mosquitto, Publisher, binary, eventually
+
+FILES = Path(__file__).parent.parent / "roles/host_base/files"
+
+
+class Installation:
+    """A state directory as the roles make it, for a collector that runs already."""
+
+    def __init__(self, folder: Path, collector: Collector, database: Database) -> None:
+        self.folder = folder
+        for name in ("bin", "etc/supervisor.d", "venv/bin"):
+            (folder / name).mkdir(parents=True)
+        shutil.copy(FILES / "iot_status.py", folder / "bin/iot-status")
+        shutil.copy(FILES / "replaced_files.py", folder / "bin")
+        self.script(
+            "bin/psql",
+            f'PGPASSWORD={database.password} exec {binary("psql")} -d {database.url} -X "$@"',
+        )
+        self.supervised("RUNNING", collector.pid)
+        (folder / "etc/supervisor.d/collector.ini").write_text(
+            "[program:collector]\npriority = 200\n[status:collector]\n"
+            f"url = http://127.0.0.1:{collector.settings['IOT_HTTP_PORT']}\n"
+        )
+
+    def script(self, name: str, line: str) -> None:
+        path = self.folder / name
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+
+    def supervised(self, state: str, pid: int) -> None:
+        """Let the supervisor say so."""
+        self.script(
+            "venv/bin/supervisorctl", f"echo 'collector   {state}   pid {pid}, uptime 0:00:09'"
+        )
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [self.folder / "bin/iot-status", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def status(self, *arguments: str) -> tuple[int, str]:
+        """Its exit status and what it prints."""
+        with self.start(*arguments) as process:
+            printed, _ = process.communicate()
+        return process.returncode, printed
+
+
+@pytest.fixture
+def installation(tmp_path: Path, collector: Collector, database: Database) -> Installation:
+    return Installation(tmp_path / "state", collector, database)
+
+
+def test_it_waits_for_the_first_message(installation: Installation, broker: Mosquitto) -> None:
+    assert installation.status()[0] == 0
+    failed, printed = installation.status("--messages")
+    assert (failed, "No message is in the table" in printed) == (1, True), printed
+
+    with installation.start("--messages", "--wait=60") as waiting, Publisher(broker) as device:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(1)
+        device.publish("iot/data", b"temperature:23")
+        device.settle()
+        printed, _ = waiting.communicate()
+    assert (waiting.returncode, "1 messages stored in all" in printed) == (0, True), printed
+
+
+def test_it_fails_with_the_collectors_reason(
+    installation: Installation, collector: Collector, broker: Mosquitto
+) -> None:
+    broker.stop()
+    eventually(lambda: collector.status("/readyz") == 503)
+    failed, printed = installation.status("--next", "--wait=0.1")
+    assert failed == 1
+    assert "collector  failing\n           broker: " in printed
+    assert "Next: see the reasons above and" in printed
+
+
+def test_it_fails_for_a_program_that_does_not_run(
+    installation: Installation, collector: Collector
+) -> None:
+    installation.supervised("FATAL", collector.pid)
+    failed, printed = installation.status("--next")
+    assert (failed, "`make up` starts what does not run" in printed) == (1, True), printed
+
+
+def test_it_names_what_runs_from_replaced_files(installation: Installation, tmp_path: Path) -> None:
+    sleep = shutil.copy(binary("sleep"), tmp_path / "sleep")
+    with subprocess.Popen([sleep, "100"]) as process:
+        eventually(lambda: Path(f"/proc/{process.pid}/exe").readlink() == sleep)
+        installation.supervised("RUNNING", process.pid)
+        assert "old" not in installation.status()[1]
+        sleep.unlink()
+        assert f"collector runs from the old {sleep}\n" in installation.status()[1]
+        process.kill()
