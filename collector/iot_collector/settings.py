@@ -154,7 +154,9 @@ class Settings(BaseSettings):
     mqtt_max_inflight: int = _setting(
         10_000, "Most un-acknowledged messages the broker may send", ge=1, le=20_000)
     mqtt_session_expiry_seconds: int = _setting(
-        7 * 86400, "How long the broker queues while no collector is there", ge=60, le=0xFFFFFFFF)
+        7 * 86400, "How long the broker queues while no collector is there (with MQTT 3.1.1 "
+        "the broker decides: set what it does); ids of messages are kept a day longer, at least "
+        "8 days; 4294967295 means for ever, for both", ge=60, le=0xFFFFFFFF)
 
     packet_ledger: bool = _setting(
         True, "Whether the broker sends again under the same packet id (MQTT 5 §4.4; AWS IoT Core "

@@ -224,7 +224,7 @@ class Store:
             for day in days:
                 start = datetime.fromtimestamp(day * 86400, UTC)
                 cursor.execute("SELECT ensure_partitions(%s, %s)", (start, MONTHS_AHEAD))
-            forget_old(cursor)
+            forget_old(cursor, self._settings.mqtt_session_expiry_seconds)
         self._days_done = days
 
 

@@ -855,6 +855,48 @@ def test_message_ids(make_collector: MakeCollector, broker: Mosquitto, database:
     )
 
 
+DAY = 86400
+NEVER = 0xFFFFFFFF  # MQTT 5 §3.1.2.11.2: the session does not expire
+
+
+@pytest.mark.parametrize(
+    ("session_expiry", "kept", "forgotten"),
+    [
+        (60, 7, 9),
+        (7 * DAY, 7, 9),
+        (30 * DAY, 30, 32),
+        (NEVER - 1, 49_000, None),
+        (NEVER, 100_000, None),
+    ],
+)
+def test_message_ids_are_kept_as_long_as_the_session(
+    session_expiry: int,
+    kept: int,
+    forgotten: int | None,
+    make_collector: MakeCollector,
+    broker: Mosquitto,
+    database: Database,
+) -> None:
+    """What is sent again at the end of the session's life is still recognised."""
+    days = {"kept": kept, "forgotten": forgotten}
+    for name, age in days.items():
+        if age is not None:
+            database.query(
+                "INSERT INTO message_ids VALUES (%s, now() - make_interval(days => %s))", name, age
+            )
+    collector = make_collector(
+        broker,
+        database,
+        IOT_MESSAGE_ID_KEY="id",
+        IOT_MQTT_SESSION_EXPIRY_SECONDS=str(session_expiry),
+    ).start()
+    publish(broker, numbered(1))  # the day's first batch: old ids are forgotten
+    collector.wait_settled(1)
+    assert database.query("SELECT id FROM message_ids") == [("kept",)]
+    publish(broker, [("iot/data", b'{"id": "kept"}'), ("iot/data", b'{"id": "forgotten"}')])
+    assert collector.wait_settled(3)["db_duplicates_total"] == 1
+
+
 # Settings and logs ---------------------------------------------------------------------------
 
 
