@@ -4,7 +4,9 @@ Used by the network thread alone. What comes from one connection is never acknow
 where its packet ids may mean other messages.
 """
 
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -24,6 +26,19 @@ _RESUBSCRIBE = 15.0  # seconds until a refused subscription is asked for again
 _GREETING = 2.0  # seconds that the database gets to note a new session before it is used
 _SESSION_TAKEN_OVER = 0x8E  # MQTT 5 §3.14.2.1
 _SAME = 8  # times in a row that a read ended with as many un-acknowledged: the broker's window
+
+
+def _callback(method: Callable[..., None]) -> Callable[..., None]:
+    """Have a bug in a callback not be taken for a malformed packet, as its ValueError would be."""
+
+    @functools.wraps(method)
+    def call(*args: object) -> None:
+        try:
+            method(*args)
+        except Exception as error:
+            raise RuntimeError(f"{method.__name__} failed: {error}") from error
+
+    return call
 
 
 class Connection:
@@ -120,6 +135,7 @@ class Connection:
         else:
             self.client.subscribe([(f, qos) for f in self._asked])
 
+    @_callback
     def _on_connect(self, flags: ConnectFlags, reason: ReasonCode) -> None:
         if reason.is_failure:
             self.end = f"broker refused the connection: {reason}"
@@ -143,18 +159,21 @@ class Connection:
             log.info("unsubscribing from topics that are no longer set", filters=stale)
             self.client.unsubscribe(stale)
 
+    @_callback
     def _on_subscribe(self, reasons: list[ReasonCode]) -> None:
-        self.refused = {}
+        refused = {}
         for topic_filter, reason in zip(self._asked, reasons, strict=False):
             if reason.is_failure:
-                self.refused[topic_filter] = str(reason)
+                refused[topic_filter] = str(reason)
                 fault = "broker refused the subscription; check IOT_MQTT_TOPICS and its ACL"
                 log.error(fault, filter=topic_filter, reason=str(reason))
             elif reason.value == 0:
                 log.warning("broker granted QoS 0 only: it may lose messages", filter=topic_filter)
-        self.subscribed = not self.refused
-        self._due, self._due_at = list(self.refused), time.monotonic() + _RESUBSCRIBE
+        self.refused = refused  # other threads read it
+        self.subscribed = not refused
+        self._due, self._due_at = list(refused), time.monotonic() + _RESUBSCRIBE
 
+    @_callback
     def _on_disconnect(self, reason: ReasonCode) -> None:
         if reason.value == _SESSION_TAKEN_OVER:
             self.end = f"another client {twin(self._settings)}"

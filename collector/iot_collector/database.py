@@ -31,6 +31,7 @@ _KIND_OF = {state: kind for kind, states in _KINDS.items() for state in states}
 _CLASSES = {v for k, v in vars(psycopg2.errorcodes).items() if k.startswith("CLASS_")}
 
 HINTS = {
+    "bug": "this is a fault of the collector: report it with the traceback that its log has",
     "authentication": "check the user in IOT_DATABASE_URL and IOT_DATABASE_PASSWORD_FILE",
     "client_id": "another collector has this client id; give each its own IOT_MQTT_CLIENT_ID",
     "connection": "is PostgreSQL running? Check host and port in IOT_DATABASE_URL",
@@ -53,9 +54,16 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def kind_of(error: psycopg2.Error) -> str:
+def kind_of(error: Exception) -> str:
     """Return the kind of an error, one of a small fixed set."""
-    if isinstance(error, psycopg2.InterfaceError) or not error.pgcode:
+    if not isinstance(error, psycopg2.Error):
+        return "bug"
+    if not error.pgcode:
+        # What libpq says of a connection comes as OperationalError, or DatabaseError itself where
+        # psycopg2 has nothing more exact; what psycopg2 finds wrong with a call, as another one
+        # (ProgrammingError, InterfaceError, ...): seen with psycopg2 2.9.
+        if type(error) not in (psycopg2.OperationalError, psycopg2.DatabaseError):
+            return "bug"
         return "authentication" if "authentication failed" in str(error) else "connection"
     if error.diag.constraint_name == "ledger_pkey":
         return "client_id"  # another process writes batches under ours
@@ -68,16 +76,19 @@ def kind_of(error: psycopg2.Error) -> str:
     return "other" if state in _CLASSES else "data"
 
 
-def one_line(error: psycopg2.Error) -> str:
+def one_line(error: Exception) -> str:
     """Return the text of an error without line breaks."""
     return " ".join(str(error).split())
 
 
-def explain(error: psycopg2.Error) -> str:
+def explain(error: Exception) -> str:
     """Return kind and text of an error, and what to do about it."""
     kind = kind_of(error)
+    text = one_line(error)
+    if kind == "bug":
+        text = f"{type(error).__name__}: {text}"
     hint = HINTS.get(kind)
-    return f"{kind}: {one_line(error)}" + (f"; {hint}" if hint else "")
+    return f"{kind}: {text}" + (f"; {hint}" if hint else "")
 
 
 def connect(settings: Settings) -> psycopg2.extensions.connection:

@@ -13,6 +13,9 @@ from .writer import Writer
 # answers; one that has not for so long hangs.
 _STUCK_SECONDS = 60.0
 
+# Bugs that a thread may meet without progress in between before a restart is tried.
+_MANY_BUGS = 5
+
 Report = dict[str, object]
 
 
@@ -79,6 +82,8 @@ class Health:
                 problems.append(f"thread {thread.name} is dead")
             elif time.monotonic() - thread.beat > _STUCK_SECONDS:
                 problems.append(f"thread {thread.name} hangs")
+            elif thread.bugs >= _MANY_BUGS:
+                problems.append(f"thread {thread.name} fails again and again: {thread.error}")
         return problems
 
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import structlog
+from paho.mqtt.exception import MQTTException
 
 from .connection import Connection, twin
 from .flow import Chunk, Flow, Greeting
@@ -21,6 +22,10 @@ from .metrics import Metrics
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
+
+# What connections fail with; TLS's and WebSocket's errors are kinds of OSError.
+_EXPECTED = (OSError, MQTTException)
+_EXPECTED_AT_OPEN = (*_EXPECTED, ValueError)  # of TLS files, or of what cannot be a host's name
 
 _MAX_WAIT = 30.0  # seconds between attempts to connect, at most; each is random below its limit
 _SETTLED = 10.0  # a connection that lasted this long was a good one
@@ -47,13 +52,15 @@ class Link(threading.Thread):
         self.left = threading.Event()
         self.connection: Connection | None = None
         self.error: str | None = "not connected yet"
+        self.bugs = 0  # met since a connection last was a good one
         self.beat = time.monotonic()
         metrics.mqtt_connected.set_function(lambda: self.connected)
 
     @property
     def connected(self) -> bool:
         """Whether the broker sends us what we are here to collect."""
-        return self.connection is not None and self.connection.subscribed
+        connection = self.connection  # which the network thread may take away
+        return connection is not None and connection.subscribed
 
     def acknowledge(self, items: Sequence[Chunk | Greeting]) -> None:
         """Queue what the writer has dealt with for acknowledgement; any thread."""
@@ -76,14 +83,20 @@ class Link(threading.Thread):
         while not self._stopping.is_set():
             began = time.monotonic()
             connection = Connection(self._settings)
+            bug = False
             try:
                 self._serve(connection)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the next attempt may work
+            except Exception as error:  # whatever it is, the next attempt may work
                 self.error = f"{type(error).__name__}: {error}"
+                bug = not isinstance(error, _EXPECTED if self.connection else _EXPECTED_AT_OPEN)
+                if bug:
+                    log.exception("a bug in the collector, will retry", error=self.error)
             self.connection = None
             if self._stopping.is_set():
                 break
+            self._metrics.mqtt_errors.labels("bug" if bug else "connection").inc()
             settled = time.monotonic() - began > _SETTLED
+            self.bugs = (0 if settled else self.bugs) + bug
             failures = 0 if settled else failures + 1
             kicked = kicked + 1 if connection.accepted and not settled else 0
             if kicked > 1:

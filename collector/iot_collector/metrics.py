@@ -54,6 +54,11 @@ class Metrics:
         )
         self.batch_rows = Histogram("db_batch_rows", "Messages in a batch", buckets=_ROWS)
         self.db_errors = Counter("db_errors", "Failed database operations, by kind", ["kind"])
+        self.mqtt_errors = Counter("mqtt_errors", "Failed connections to the broker", ["kind"])
+        # From the start, because Prometheus sees no increase in a series that begins with 1.
+        self.db_errors.labels("bug")
+        for kind in ("bug", "connection"):
+            self.mqtt_errors.labels(kind)
         self.mqtt_connected = Gauge("mqtt_connected", "1 when connected and subscribed")
         self.mqtt_reconnects = Counter("mqtt_reconnects", "Connections to the broker but the first")
         Info("build", "Version of the collector").info({"version": __version__})

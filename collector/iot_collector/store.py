@@ -195,7 +195,7 @@ class Store:
     @contextmanager
     def _cursor(self) -> Iterator[Cursor]:
         """A cursor outside of any transaction, or in one that an error rolls back."""
-        if self._connection is None:
+        if self._connection is None or self._connection.closed:
             self._connection = connect(self._settings)
             self._warn_if_not_durable()
         with self._connection.cursor() as cursor:

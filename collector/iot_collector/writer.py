@@ -51,12 +51,13 @@ class Writer(threading.Thread):
         self._overtaken = False  # somebody has written to the ledger since it was loaded
         self._abandon = threading.Event()
         self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(psycopg2.Error),
+            retry=tenacity.retry_if_exception_type(Exception),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
             sleep=tenacity.sleep_using_event(self._abandon),
             stop=tenacity.stop_when_event_set(self._abandon),
         )
         self.error: str | None = "not connected yet"  # why the database is not usable, or None
+        self.bugs = 0  # met since a step last succeeded
         self.beat = time.monotonic()  # when the thread last made a step
 
     def run(self) -> None:
@@ -94,7 +95,9 @@ class Writer(threading.Thread):
 
     def _write(self, batch: list[Chunk]) -> None:
         started = time.monotonic()
-        stored = self._persist(partial(self._store_batch, batch))
+        stored, packets = self._persist(partial(self._store_batch, batch))
+        # Nothing from here on is tried again: the batch is committed.
+        self._ledger.add(packets)
         now = time.monotonic()
         self._flow.settle(
             inserted=stored.inserted,
@@ -107,7 +110,8 @@ class Writer(threading.Thread):
         for chunk in batch:
             self._metrics.message_delay.observe(now - chunk.at, len(chunk.tags))
 
-    def _store_batch(self, batch: list[Chunk]) -> Stored:
+    def _store_batch(self, batch: list[Chunk]) -> tuple[Stored, bytes]:
+        """Store a batch; return what became of it, and its packets for the ledger."""
         if self._overtaken:
             self._begin(present=True)
             self._overtaken = False
@@ -121,9 +125,8 @@ class Writer(threading.Thread):
             # our predecessor's that was still being committed when we looked.
             self._overtaken = kind_of(error) == "client_id"
             raise
-        self._ledger.add(packets)
         stored.duplicates += _count(batch) - _count(new)
-        return stored
+        return stored, packets
 
     def _persist(self, step: Callable[[], T]) -> T:
         """Return a step's result as soon as the database lets it succeed.
@@ -132,7 +135,7 @@ class Writer(threading.Thread):
         """
         try:
             return self._noted(step)
-        except psycopg2.Error:
+        except Exception:  # noqa: BLE001 - a bug, too, may be one of the moment
             # Only now: tenacity's bookkeeping costs as much as five messages (benchmarks/).
             result: T = self._retrying(self._noted, step)
             return result
@@ -141,19 +144,25 @@ class Writer(threading.Thread):
         """Do a step, and note whether the database is usable."""
         try:
             result = step()
-        except psycopg2.Error as error:
+        except Exception as error:
             self._store.close()
-            self._metrics.db_errors.labels(kind_of(error)).inc()
+            kind = kind_of(error)
+            self._metrics.db_errors.labels(kind).inc()
             self.error = explain(error)
-            log.warning("database is not usable, will retry", error=self.error)
+            if kind == "bug":
+                self.bugs += 1
+                log.exception("a bug in the collector, will retry", error=self.error)
+            else:
+                log.warning("database is not usable, will retry", error=self.error)
             raise
+        self.bugs = 0
         if self.error is not None:
             log.info("database is usable")
             self.error = None
         return result
 
     def _ping(self) -> None:
-        with contextlib.suppress(psycopg2.Error):
+        with contextlib.suppress(Exception):
             self._noted(self._store.ping)
 
 

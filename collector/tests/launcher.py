@@ -1,22 +1,26 @@
 """``iot-collector run`` with a fault built in: python launcher.py FAULT [N].
 
 The product has no hooks for tests; this script replaces parts of it before it starts. What makes
-the process kill itself does so at the N-th time that it gets there.
+the process kill itself does so at the N-th time that it gets there; a bug is met the first N times.
 """
 
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
 import psycopg2.extensions
-from iot_collector import cli
+from iot_collector import cli, store
+from iot_collector.connection import Connection, _callback
+from iot_collector.flow import Chunk
 from iot_collector.reader import BulkClient
 
 FAULT = sys.argv[1]
 YEAR = 366 * 86400
+MOMENTS = {"copying", "before commit"}  # of COPY
 _left = int(sys.argv[2]) if len(sys.argv) > 2 else 1
 
 
@@ -28,6 +32,14 @@ def die_at(fault: str) -> None:
     _left -= 1
     if _left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bug_at(fault: str, error: type[Exception] = ValueError) -> None:
+    """Raise an error as a bug would, if it is the time for it."""
+    global _left
+    if fault == FAULT and _left > 0:
+        _left -= 1
+        raise error("a bug for the test")
 
 
 class Halves:
@@ -56,12 +68,17 @@ class Cursor(psycopg2.extensions.cursor):
             die_at("bisecting")
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
-        super().copy_expert(sql, Halves(file, size), size)
+        bug_at("bug in the writer thread", KeyError)
+        bug_at("misuse of psycopg2", psycopg2.ProgrammingError)
+        bug_at("use of a closed cursor", psycopg2.InterfaceError)
+        super().copy_expert(sql, Halves(file, size) if FAULT in MOMENTS else file, size)
         die_at("after commit")
 
 
 _connect = psycopg2.connect
-_acknowledge = BulkClient.acknowledge
+_acknowledge, _take = BulkClient.acknowledge, BulkClient.take
+_on_subscribe = Connection._on_subscribe
+_tuples = store._tuples
 
 
 def connect(*args: Any, **options: Any) -> Any:
@@ -76,6 +93,24 @@ def acknowledge(self: BulkClient, tags: list[int]) -> None:
     die_at("half acknowledged")
 
 
+def tuples(chunks: list[Chunk]) -> Iterator[bytes]:
+    for piece in _tuples(chunks):
+        yield piece
+        bug_at("bug while copying")
+
+
+def take(self: BulkClient) -> tuple[list[bytes], list[int]]:
+    rows, tags = _take(self)
+    if rows:
+        bug_at("bug in the network thread")
+    return rows, tags
+
+
+def on_subscribe(self: Connection, reasons: list[Any]) -> None:
+    bug_at("bug in a callback of paho")
+    _on_subscribe(self, reasons)
+
+
 def set_clock(number: int, _frame: object) -> None:
     """SIGUSR1 sets the clock a year ahead, SIGUSR2 back again."""
     time.time = lambda: _time() + (YEAR if number == signal.SIGUSR1 else 0)
@@ -86,6 +121,8 @@ if FAULT == "clock":
     signal.signal(signal.SIGUSR1, set_clock)
     signal.signal(signal.SIGUSR2, set_clock)
 psycopg2.connect = connect
-BulkClient.acknowledge = acknowledge  # type: ignore[method-assign]
+BulkClient.acknowledge, BulkClient.take = acknowledge, take  # type: ignore[method-assign]
+Connection._on_subscribe = _callback(on_subscribe)  # type: ignore[method-assign]
+store._tuples = tuples
 sys.argv[1:] = ["run"]
 cli.main()
