@@ -35,9 +35,10 @@ HINTS = {
     "authentication": "check the user in IOT_DATABASE_URL and IOT_DATABASE_PASSWORD_FILE",
     "client_id": "another collector has this client id; give each its own IOT_MQTT_CLIENT_ID",
     "connection": "is PostgreSQL running? Check host and port in IOT_DATABASE_URL",
-    # Met only where dead_letters, too, refuses a row; the text names the table.
+    # Met only where dead_letters_fallback refuses what dead_letters refused; the text names it.
     "data": "remove the constraint or trigger that refuses it; until then nothing more is stored",
-    "permission": "grant the user of IOT_DATABASE_URL INSERT on messages and dead_letters",
+    "permission": "grant the user of IOT_DATABASE_URL INSERT on messages, dead_letters "
+    "and dead_letters_fallback",
     "schema": "run `iot-collector migrate`",
 }
 

@@ -4,7 +4,8 @@ import time
 from dataclasses import asdict, dataclass
 
 from . import __version__
-from .flow import Flow
+from .dead_letters import REFUSED_TWICE
+from .flow import Account, Flow
 from .link import Link
 from .settings import Settings
 from .writer import Writer
@@ -39,6 +40,7 @@ class Health:
             problems.append("the account of messages does not balance: this is a bug")
         connection = self.link.connection
         return _report(problems) | {
+            "warnings": _warnings(account),
             "broker": {
                 "address": str(self.settings.broker),
                 "connected": self.link.connected,
@@ -85,6 +87,16 @@ class Health:
             elif thread.bugs >= _MANY_BUGS:
                 problems.append(f"thread {thread.name} fails again and again: {thread.error}")
         return problems
+
+
+def _warnings(account: Account) -> list[str]:
+    """Return what somebody should look at, though messages are received and stored."""
+    if twice := account.dead_letters[REFUSED_TWICE]:
+        return [
+            f"dead_letters refused {twice} messages, which are kept in dead_letters_fallback; "
+            "remove the constraint or trigger that refuses them"
+        ]
+    return []
 
 
 def _report(problems: list[str]) -> Report:

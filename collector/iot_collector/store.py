@@ -95,7 +95,7 @@ class Store:
             the ledger needs, this one included.
         :raises psycopg2.Error: nothing was stored as far as is known. To be called again with the
             same batch, which then looks whether it was. Of the kind "data" only when the table
-            ``dead_letters`` refuses what ``messages`` refused.
+            ``dead_letters_fallback`` refuses what ``dead_letters`` refused.
         """
         if (stored := self._find_unsure()) is not None:
             return stored

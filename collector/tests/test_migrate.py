@@ -156,7 +156,7 @@ def test_limited_user(database: Database) -> None:
     with pytest.raises(psycopg2.errors.InsufficientPrivilege):
         user.query("SELECT ensure_partitions(now(), 1)")
     database.query(
-        f"GRANT INSERT ON messages, dead_letters TO {role};"
+        f"GRANT INSERT ON messages, dead_letters, dead_letters_fallback TO {role};"
         f"GRANT SELECT, INSERT, UPDATE, DELETE ON ledger, sessions, message_ids TO {role};"
         f"GRANT EXECUTE ON FUNCTION ensure_partitions TO {role}"
     )

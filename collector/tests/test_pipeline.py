@@ -78,7 +78,7 @@ def limited_user(database: Database, **options: str) -> Iterator[Database]:
     role = f"{database.name}_collector"
     database.query(f"CREATE ROLE {role} LOGIN PASSWORD 'first'")
     database.query(
-        f"GRANT INSERT ON messages, dead_letters TO {role};"
+        f"GRANT INSERT ON messages, dead_letters, dead_letters_fallback TO {role};"
         f"GRANT SELECT, INSERT, UPDATE, DELETE ON ledger, sessions, message_ids TO {role};"
         f"GRANT EXECUTE ON FUNCTION ensure_partitions TO {role}"
     )
@@ -241,20 +241,68 @@ def test_refused_row(
     assert database.count() == 110, "the flow goes on"
 
 
+DEFERRED = TRIGGER.format(
+    using="", kind="CONSTRAINT", when="AFTER", deferred="DEFERRABLE INITIALLY DEFERRED"
+)
+TWICE_REFUSED = {
+    "check": "ALTER TABLE messages ADD CHECK (payload <> 'poison'::bytea);"
+    "ALTER TABLE dead_letters ADD CHECK (payload <> 'poison'::bytea)",
+    "trigger": DEFERRED
+    + "CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON dead_letters DEFERRABLE INITIALLY DEFERRED"
+    " FOR EACH ROW EXECUTE FUNCTION refuse()",
+}
+
+
+@pytest.mark.parametrize("kind", TWICE_REFUSED)
 def test_row_refused_by_dead_letters_too(
-    collector: Collector, broker: Mosquitto, database: Database
+    kind: str, make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """Somebody's rule on the last resort: it is named, nothing is lost, and it can be mended."""
-    for table in ("messages", "dead_letters"):
-        database.query(f"ALTER TABLE {table} ADD CONSTRAINT no CHECK (payload <> 'poison'::bytea)")
-    publish(broker, [*numbered(10), ("iot/data", b"poison")])
-    problem(collector, 'relation "dead_letters" violates check constraint', "/health")
-    problem(collector, "remove the constraint", "/health")
-    assert collector.get("/livez").status == 200
-    database.query("ALTER TABLE dead_letters DROP CONSTRAINT no")
-    collector.wait_settled(11)
-    assert database.payloads() == payloads(numbered(10))
-    assert [letter.payload for letter in database.dead_letters()] == [b"poison"]
+    """Somebody's rule on the last resort: the message is kept beside it, and the flow goes on."""
+    database.query(TWICE_REFUSED[kind])
+    poison = Properties(PacketTypes.PUBLISH)
+    poison.UserProperty = [("site", "a")]
+    with limited_user(database) as user:
+        collector = make_collector(broker, user, IOT_BATCH_LINGER_MS="200").start()
+        metric = 'db_dead_letters_total{reason="refused_twice"}'
+        assert collector.metrics()[metric] == 0, "from the start, so that an increase is seen"
+        publish(broker, numbered(10))
+        publish(broker, [("iot/poison", b"poison")], properties=poison)
+        publish(broker, numbered(10, start=10))
+        metrics = collector.wait_settled(21)
+        assert database.payloads() == payloads(numbered(20)), "the rest, in order"
+        assert database.count("dead_letters") == 0
+        ((topic, payload, properties, reason, second),) = database.query(
+            "SELECT topic, payload, properties, reason, refusal FROM dead_letters_fallback"
+        )
+        assert (bytes(topic), bytes(payload)) == (b"iot/poison", b"poison")
+        assert json.loads(bytes(properties)) == {"user": {"site": ["a"]}}
+        assert "messages" in reason or "no poison here" in reason
+        assert "dead_letters" in second or "no poison here" in second
+        assert metrics[metric] == 1
+        health = collector.get("/health")
+        assert health.status == 200
+        assert "dead_letters_fallback" in " ".join(health.json()["warnings"])
+        (event,) = [e for e in collector.events() if "dead_letters_fallback" in e["event"]]
+        assert event["level"] == "error"
+        assert event["topic"] == "b'iot/poison'"
+        collector.close()
+
+
+def test_dead_letters_that_cannot_be_written_are_retried(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """What is wrong with the table, and not with the message, is to be mended."""
+    database.query("ALTER TABLE messages ADD CHECK (payload <> 'poison'::bytea)")
+    with limited_user(database) as user:
+        database.query(f"REVOKE INSERT ON dead_letters FROM {user.user}")
+        collector = make_collector(broker, user).start()
+        publish(broker, [("iot/data", b"poison")])
+        problem(collector, "permission denied for table dead_letters", "/health")
+        assert database.count("dead_letters_fallback") == 0
+        database.query(f"GRANT INSERT ON dead_letters TO {user.user}")
+        collector.wait_settled(1)
+        assert [letter.payload for letter in database.dead_letters()] == [b"poison"]
+        collector.close()
 
 
 def test_row_refused_with_a_code_of_its_own(
