@@ -1,5 +1,10 @@
 """Connections to PostgreSQL, and what its errors mean."""
 
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
@@ -23,7 +28,7 @@ _KINDS = {
     "resources": ["53"],
     "schema": ["3D", "3F", "42"],
     "shutdown": ["57"],
-    "timeout": ["57014"],
+    "timeout": ["55P03", "57014"],
     "too_many_connections": ["53300"],
 }
 _KIND_OF = {state: kind for kind, states in _KINDS.items() for state in states}
@@ -40,6 +45,7 @@ HINTS = {
     "permission": "grant the user of IOT_DATABASE_URL INSERT on messages, dead_letters "
     "and dead_letters_fallback",
     "schema": "run `iot-collector migrate`",
+    "timeout": "find what locks or slows the database, or raise IOT_DATABASE_TIMEOUT_SECONDS",
 }
 
 # What the settings may say otherwise.
@@ -53,6 +59,81 @@ _DEFAULTS: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
+
+
+class Watch:
+    """Knows since when a statement waits for its answer, and can end the wait from outside.
+
+    The server ends a statement after its statement_timeout, but not a COMMIT, and not when the
+    server itself hangs. TCP keepalive notices a dead peer, but not one whose kernel still answers.
+
+    :param limit: the longest wait for one answer, in seconds.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.beat = time.monotonic()  # when a statement was last sent or answered
+        self._waiting = False
+        self._socket: socket.socket | None = None
+
+    def open(self, connection: psycopg2.extensions.connection) -> None:
+        """Watch a new connection."""
+        self.close()
+        # A descriptor of our own: libpq closes its own at any time, and the number is used again.
+        self._socket = socket.socket(fileno=os.dup(connection.fileno()))
+
+    def close(self) -> None:
+        """Watch nothing any more; the connection is closed by its owner."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    @contextlib.contextmanager
+    def statement(self) -> Iterator[None]:
+        """Watch the statement that the block sends."""
+        self.beat, self._waiting = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self.beat, self._waiting = time.monotonic(), False
+
+    def break_if_overdue(self) -> bool:
+        """End a wait that is over its limit by an error in the waiting thread; any thread."""
+        sock = self._socket
+        overdue = self._waiting and time.monotonic() - self.beat > self.limit
+        if sock is None or not overdue:
+            return False
+        with contextlib.suppress(OSError):  # it has just been closed
+            sock.shutdown(socket.SHUT_RDWR)
+        return True
+
+
+class WatchedConnection(psycopg2.extensions.connection):
+    """A connection whose statements may be watched."""
+
+    watch: Watch | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.cursor_factory = WatchedCursor
+
+
+class WatchedCursor(psycopg2.extensions.cursor):
+    """A cursor that tells its connection's watch when it waits."""
+
+    def execute(self, query: Any, values: Any = None) -> None:
+        """Run a statement, see psycopg2."""
+        with self._watched():
+            super().execute(query, values)
+
+    def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
+        """Run COPY, see psycopg2."""
+        with self._watched():
+            super().copy_expert(sql, file, size)
+
+    def _watched(self) -> contextlib.AbstractContextManager[None]:
+        watch = getattr(self.connection, "watch", None)
+        return watch.statement() if watch else contextlib.nullcontext()
 
 
 def kind_of(error: Exception) -> str:
@@ -92,7 +173,7 @@ def explain(error: Exception) -> str:
     return f"{kind}: {text}" + (f"; {hint}" if hint else "")
 
 
-def connect(settings: Settings) -> psycopg2.extensions.connection:
+def connect(settings: Settings) -> WatchedConnection:
     """Open a connection as the settings say, libpq's variables filling what they leave open.
 
     :raises psycopg2.OperationalError: the database is not reached or refuses the login.
@@ -104,7 +185,9 @@ def connect(settings: Settings) -> psycopg2.extensions.connection:
         raise psycopg2.OperationalError(f"password file: {error}") from error
     if password is not None:
         options["password"] = password
-    connection: psycopg2.extensions.connection = psycopg2.connect(**options)
+    connection: WatchedConnection = psycopg2.connect(
+        connection_factory=WatchedConnection, **options
+    )
     # Transactions are begun and ended in SQL, where that saves round trips.
     connection.autocommit = True
     return connection

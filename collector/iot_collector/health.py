@@ -10,10 +10,6 @@ from .link import Link
 from .settings import Settings
 from .writer import Writer
 
-# Threads take a step at least once a second, or, where they wait for the database, whenever it
-# answers; one that has not for so long hangs.
-_STUCK_SECONDS = 60.0
-
 # Bugs that a thread may meet without progress in between before a restart is tried.
 _MANY_BUGS = 5
 
@@ -82,7 +78,7 @@ class Health:
         for thread in (self.link, self.writer):
             if not thread.is_alive():
                 problems.append(f"thread {thread.name} is dead")
-            elif time.monotonic() - thread.beat > _STUCK_SECONDS:
+            elif time.monotonic() - thread.beat > thread.limit:
                 problems.append(f"thread {thread.name} hangs")
             elif thread.bugs >= _MANY_BUGS:
                 problems.append(f"thread {thread.name} fails again and again: {thread.error}")

@@ -54,6 +54,7 @@ class Link(threading.Thread):
         self.error: str | None = "not connected yet"
         self.bugs = 0  # met since a connection last was a good one
         self.beat = time.monotonic()
+        self.limit = 60.0  # how long a step may take, in seconds; a turn takes about one
         metrics.mqtt_connected.set_function(lambda: self.connected)
 
     @property

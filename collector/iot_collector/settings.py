@@ -177,6 +177,10 @@ class Settings(BaseSettings):
     database_password_file: File = _setting(
         None, "File with it, read at every connection", "/run/secrets/database_password")
 
+    database_timeout_seconds: float = _setting(
+        300, "Longest time that a statement in the database may take; then it is cancelled and "
+        "tried again", ge=1, le=86400)
+
     batch_linger_ms: float = _setting(
         10, "After a read that brought little, how long the next waits for more", ge=0, le=1_000)
     buffer_bytes: int = _setting(

@@ -11,7 +11,7 @@ import psycopg2
 import psycopg2.extensions
 import structlog
 
-from .database import connect, kind_of, one_line
+from .database import Watch, WatchedConnection, connect, kind_of, one_line
 from .dead_letters import store_or_bury
 from .flow import Chunk
 from .message_ids import drop_known, forget_old
@@ -21,6 +21,7 @@ from .settings import Settings
 log = structlog.get_logger(__name__)
 
 MONTHS_AHEAD = 3
+_DAILY_SECONDS = 6 * 3600.0  # for a day's old message ids, which may be very many
 _PRUNE_EVERY = 64  # batches: what the ledger does not need any more costs little until then
 
 Cursor = psycopg2.extensions.cursor
@@ -42,7 +43,9 @@ class Store:
         self._settings = settings
         self._client_id = settings.mqtt_client_id
         self._writer = str(uuid.uuid4())
-        self._connection: psycopg2.extensions.connection | None = None
+        self._connection: WatchedConnection | None = None
+        # Twice the time after which the server itself cancels a statement.
+        self.watch = Watch(2 * settings.database_timeout_seconds)
         self._days_done: set[int] = set()
         self._seq = 0  # of the last batch in the ledger, as `begin_session` found it
         # A batch whose COMMIT was sent and not answered, and what becomes of it if it took place.
@@ -180,6 +183,7 @@ class Store:
     def close(self) -> None:
         """Close the connection; the next call opens another."""
         self._days_done.clear()
+        self.watch.close()
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -197,7 +201,9 @@ class Store:
         """A cursor outside of any transaction, or in one that an error rolls back."""
         if self._connection is None or self._connection.closed:
             self._connection = connect(self._settings)
-            self._warn_if_not_durable()
+            self._connection.watch = self.watch
+            self.watch.open(self._connection)
+            self._set_up()
         with self._connection.cursor() as cursor:
             try:
                 yield cursor
@@ -206,21 +212,41 @@ class Store:
                     cursor.execute("ROLLBACK")
                 raise
 
-    def _warn_if_not_durable(self) -> None:
+    def _set_up(self) -> None:
+        """Set the timeout, unless the role or database has a shorter one; look at durability."""
+        milliseconds = round(self._settings.database_timeout_seconds * 1000)
         with self._cursor() as cursor:
-            cursor.execute("SHOW synchronous_commit")
-            if cursor.fetchone() == ("off",):
+            cursor.execute(
+                "SELECT current_setting('synchronous_commit'), set_config(name, CASE WHEN"
+                " setting::bigint BETWEEN 1 AND %(ms)s THEN setting ELSE %(ms)s::text END, false)"
+                " FROM pg_settings WHERE name = 'statement_timeout'",
+                {"ms": milliseconds},
+            )
+            if (cursor.fetchone() or ("",))[0] == "off":
                 log.warning(
                     "synchronous_commit is off: a crash of PostgreSQL can lose acknowledged "
                     "messages; set it to on for this role or database"
                 )
+
+    @contextmanager
+    def _unhurried(self) -> Iterator[None]:
+        usual, self.watch.limit = self.watch.limit, _DAILY_SECONDS
+        try:
+            yield
+        finally:
+            self.watch.limit = usual
 
     def _do_daily(self, chunks: list[Chunk]) -> None:
         # With the first batch of each day: partitions are made months ahead of use.
         days = {int(chunk.timestamp // 86400) for chunk in chunks}
         if days <= self._days_done:
             return
-        with self._transaction() as cursor:
+        milliseconds = round(self._settings.database_timeout_seconds * 1000)
+        with self._transaction() as cursor, self._unhurried():
+            # What works takes its time; what waits for a lock of others is tried again.
+            cursor.execute(
+                "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = %s", (milliseconds,)
+            )
             for day in days:
                 start = datetime.fromtimestamp(day * 86400, UTC)
                 cursor.execute("SELECT ensure_partitions(%s, %s)", (start, MONTHS_AHEAD))

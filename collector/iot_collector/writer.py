@@ -1,7 +1,6 @@
 """The writer thread: takes batches, stores them, and only then has them acknowledged."""
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -58,7 +57,22 @@ class Writer(threading.Thread):
         )
         self.error: str | None = "not connected yet"  # why the database is not usable, or None
         self.bugs = 0  # met since a step last succeeded
-        self.beat = time.monotonic()  # when the thread last made a step
+        self._beat = time.monotonic()
+
+    @property
+    def beat(self) -> float:
+        """When the thread last made a step: a statement, an answer to it, or a look for work."""
+        return max(self._beat, self._store.watch.beat)
+
+    @property
+    def limit(self) -> float:
+        """How long a step may take, in seconds: far more than all timeouts together allow."""
+        return 60 + 2 * self._store.watch.limit
+
+    def break_if_overdue(self) -> None:
+        """Break the connection to a database that does not answer any more; any thread."""
+        if self._store.watch.break_if_overdue():
+            log.warning("the database does not answer, breaking the connection")
 
     def run(self) -> None:
         """Write batches until the flow is closed and empty."""
@@ -82,10 +96,8 @@ class Writer(threading.Thread):
         self._abandon.set()
 
     def _next(self) -> list[Chunk] | Greeting | None:
-        self.beat = time.monotonic()
-        item = self._flow.take(rows=self._batch_rows, size=_BATCH_BYTES, patience=_PING_SECONDS)
-        self.beat = math.inf  # it waits for the database now, which may take what it takes
-        return item
+        self._beat = time.monotonic()
+        return self._flow.take(rows=self._batch_rows, size=_BATCH_BYTES, patience=_PING_SECONDS)
 
     def _begin(self, *, present: bool) -> list[str]:
         """Note the session, and load what the ledger has of it; return its stale filters."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import psycopg2
 import psycopg2.extensions
-from iot_collector import cli, store
+from iot_collector import cli, run, store
 from iot_collector.connection import Connection, _callback
+from iot_collector.database import WatchedCursor
 from iot_collector.flow import Chunk
 from iot_collector.reader import BulkClient
 
@@ -59,7 +60,7 @@ class Halves:
         return part
 
 
-class Cursor(psycopg2.extensions.cursor):
+class Cursor(WatchedCursor):
     """A cursor with places to die at."""
 
     def execute(self, query: Any, values: Any = None) -> None:
@@ -117,6 +118,9 @@ def set_clock(number: int, _frame: object) -> None:
 
 
 _time = time.time
+if FAULT.endswith(", and it ends"):
+    FAULT = FAULT.removesuffix(", and it ends")
+    run.GRACE = 1.0
 if FAULT == "clock":
     signal.signal(signal.SIGUSR1, set_clock)
     signal.signal(signal.SIGUSR2, set_clock)

@@ -1,6 +1,8 @@
 """Bugs in the collector itself: logged with their traceback, counted, and nothing is lost."""
 
+import math
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -10,9 +12,11 @@ import pytest
 from iot_collector.connection import Connection
 from iot_collector.database import explain, kind_of
 from iot_collector.flow import Flow
+from iot_collector.health import Health
 from iot_collector.link import Link
 from iot_collector.settings import Settings
-from services import Collector, Database, Mosquitto, eventually, law, publish
+from iot_collector.writer import Writer
+from services import PATIENCE, Collector, Database, Mosquitto, eventually, law, publish
 
 LAUNCHER = str(Path(__file__).parent / "launcher.py")
 
@@ -95,9 +99,46 @@ def test_bug_again_and_again(
     eventually(failing, what=f"/livez fails\n{collector.log()[-2000:]}")
     law(collector.metrics())
     collector.kill()
+    with_bug(collector, f"{bug}, and it ends", 1000).launch()
+    assert collector.wait() == 1, "where there is no probe, it ends itself"
+    assert collector.events()[-1]["event"] == "exiting to be restarted"
     collector.__dict__.pop("command")
     collector.start().wait_settled(50)
     assert database.count() == 50
+
+
+def test_writer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/livez fails when it has made no step for far longer than a database may make it wait."""
+    settings, flow, metrics = Settings(database_timeout_seconds=10), Flow(max_bytes=1), Mock()
+    link = Mock(is_alive=lambda: True, beat=math.inf, limit=60.0, bugs=0)
+    writer = Writer(settings, flow, metrics, lambda _items: None)
+    health = Health(settings, flow, link, writer)
+    hangs, go_on = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        hangs.set()
+        go_on.wait()
+        raise psycopg2.OperationalError("for the test")
+
+    def live_after(seconds: float) -> list[str]:
+        later = Mock(monotonic=lambda: writer.beat + seconds)
+        monkeypatch.setattr("iot_collector.health.time", later)
+        problems = health.live()["problems"]
+        assert isinstance(problems, list)
+        return problems
+
+    monkeypatch.setattr("iot_collector.store.connect", hang)
+    writer.start()
+    try:
+        assert hangs.wait(PATIENCE)
+        assert live_after(0) == []
+        assert live_after(3 * settings.database_timeout_seconds) == [], "the database is slow"
+        assert live_after(1000) == ["thread writer hangs"]
+    finally:
+        flow.close()
+        go_on.set()
+        writer.join(PATIENCE)
+    assert not writer.is_alive()
 
 
 # psycopg2's errors without an SQLSTATE -----------------------------------------------------------

@@ -616,6 +616,84 @@ def test_database_without_schema(
     assert "iot-collector migrate" in collector.log()
 
 
+def test_statement_timeout(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """What waits longer is cancelled and tried again, as often as it takes."""
+    collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
+    collector.wait_settled(len(publish(broker, numbered(1))))
+    with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
+        cursor.execute("LOCK TABLE messages IN ACCESS EXCLUSIVE MODE")
+        acknowledged = publish(broker, numbered(50, start=1))
+        problem(collector, "timeout: canceling statement due to statement timeout")
+        problem(collector, "IOT_DATABASE_TIMEOUT_SECONDS", "/health")
+        eventually(
+            lambda: collector.metrics()['db_errors_total{kind="timeout"}'] >= 3, what="again"
+        )
+        assert collector.get("/livez").status == 200
+    settled(collector, database, acknowledged)
+    assert database.count() == 51
+
+
+def test_shorter_statement_timeout_of_the_role_is_kept(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    for timeout in ("250", "60000"):
+        database.query(f"ALTER DATABASE {database.name} SET statement_timeout = {timeout}")
+        collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
+        collector.wait_settled(len(publish(broker, numbered(1))))
+        with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
+            cursor.execute("SET statement_timeout = 0; LOCK TABLE messages")
+            publish(broker, numbered(1))
+            problem(collector, "statement timeout")
+        assert collector.stop() == 0
+
+
+def test_daily_work_is_not_timed_out(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """Partitions and old message ids take the time they take, and waiting for a lock is retried."""
+    database.query(
+        "ALTER FUNCTION ensure_partitions RENAME TO ensure_partitions_at_once;"
+        "CREATE FUNCTION ensure_partitions(timestamptz, integer) RETURNS integer LANGUAGE sql AS"
+        " 'SELECT ensure_partitions_at_once($1, $2) FROM pg_sleep(3)'"
+    )
+    collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
+    settled(collector, database, publish(broker, numbered(10)))
+    assert sum(v for k, v in collector.metrics().items() if k.startswith("db_errors_total")) == 0
+    assert collector.stop() == 0
+    with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
+        cursor.execute("LOCK TABLE message_ids")
+        collector.start()
+        publish(broker, numbered(10, start=10))
+        problem(collector, "timeout: canceling statement due to lock timeout")
+    collector.wait_settled(10)
+    assert database.count() == 20
+
+
+def test_database_that_accepts_everything_and_never_answers(
+    make_collector: MakeCollector,
+    make_proxy: Callable[[int], Proxy],
+    broker: Mosquitto,
+    database: Database,
+) -> None:
+    """Neither its timeout nor TCP ends the wait, so the collector does."""
+    proxy = make_proxy(database.server.port)
+    url = database.url.replace(f":{database.server.port}/", f":{proxy.port}/")
+    settings = {"IOT_DATABASE_URL": url, "IOT_DATABASE_TIMEOUT_SECONDS": "1"}
+    collector = make_collector(broker, database, **settings).start()
+    acknowledged = publish(broker, numbered(10))
+    settled(collector, database, acknowledged)
+    proxy.up = proxy.down = "drop"
+    acknowledged |= publish(broker, numbered(40, start=10))
+    problem(collector, "database: connection")
+    assert "the database does not answer, breaking the connection" in collector.log()
+    proxy.up = proxy.down = "pass"
+    proxy.cut()  # attempts to connect that were swallowed
+    settled(collector, database, acknowledged)
+    assert database.count() == 50
+
+
 # Bad days: the broker ------------------------------------------------------------------------
 
 
