@@ -16,7 +16,7 @@ import psycopg2.extensions
 from iot_collector import cli, run, store
 from iot_collector.connection import Connection, _callback
 from iot_collector.database import WatchedCursor
-from iot_collector.flow import Chunk
+from iot_collector.flow import Chunk, Flow
 from iot_collector.reader import BulkClient
 
 FAULT = sys.argv[1]
@@ -79,6 +79,7 @@ class Cursor(WatchedCursor):
 _connect = psycopg2.connect
 _acknowledge, _take = BulkClient.acknowledge, BulkClient.take
 _on_subscribe = Connection._on_subscribe
+_settle = Flow.settle
 _tuples = store._tuples
 
 
@@ -107,6 +108,11 @@ def take(self: BulkClient) -> tuple[list[bytes], list[int]]:
     return rows, tags
 
 
+def settle(self: Flow, **counts: Any) -> None:
+    bug_at("bug after the commit")
+    _settle(self, **counts)
+
+
 def on_subscribe(self: Connection, reasons: list[Any]) -> None:
     bug_at("bug in a callback of paho")
     _on_subscribe(self, reasons)
@@ -120,7 +126,7 @@ def set_clock(number: int, _frame: object) -> None:
 _time = time.time
 if FAULT.endswith(", and it ends"):
     FAULT = FAULT.removesuffix(", and it ends")
-    run.GRACE = 1.0
+    run.GRACE = 1
 if FAULT == "clock":
     signal.signal(signal.SIGUSR1, set_clock)
     signal.signal(signal.SIGUSR2, set_clock)
@@ -128,5 +134,6 @@ psycopg2.connect = connect
 BulkClient.acknowledge, BulkClient.take = acknowledge, take  # type: ignore[method-assign]
 Connection._on_subscribe = _callback(on_subscribe)  # type: ignore[method-assign]
 store._tuples = tuples
+Flow.settle = settle  # type: ignore[method-assign]
 sys.argv[1:] = ["run"]
 cli.main()

@@ -107,6 +107,23 @@ def test_bug_again_and_again(
     assert database.count() == 50
 
 
+def test_bug_after_the_commit(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """To try again would store the batch twice; a new process knows it from the ledger."""
+    collector = with_waiting_messages(make_collector(broker, database), broker)
+    with_bug(collector, "bug after the commit", 1).launch()
+    assert collector.wait() == 1
+    death, end = collector.events()[-2:]
+    assert death["event"] == "a bug ended a thread"
+    assert death["thread"] == "writer"
+    assert "a bug for the test" in death["exception"]
+    assert end["problems"] == ["thread writer is dead"]
+    collector.__dict__.pop("command")
+    assert collector.start().wait_settled(50)["db_duplicates_total"] > 0
+    assert sorted(database.payloads()) == sorted(WAITING), "each once"
+
+
 def test_writer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """/livez fails when it has made no step for far longer than a database may make it wait."""
     settings, flow, metrics = Settings(database_timeout_seconds=10), Flow(max_bytes=1), Mock()
