@@ -896,6 +896,22 @@ def test_answer_to_commit_is_lost(
     assert collector.metrics()["mqtt_messages_total"] == 50
 
 
+def test_commit_that_takes_longer_than_the_timeout(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """statement_timeout does not end a COMMIT: the collector does, and later finds it done."""
+    collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
+    with waiting_commit(database) as commit_waits:
+        acknowledged = publish(broker, numbered(50))
+        commit_waits()
+        problem(collector, "database: connection")
+        assert "the database does not answer" in collector.log()
+        problem(collector, "database: timeout")  # the retry waits for the COMMIT
+    settled(collector, database, acknowledged)
+    assert database.count() == 50
+    assert collector.metrics()["mqtt_messages_total"] == 50
+
+
 def blocked(database: Database) -> str:
     """The statements that wait for a lock of another transaction."""
     found = database.query(
