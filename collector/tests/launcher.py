@@ -14,7 +14,7 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 from iot_collector import cli, run, store
-from iot_collector.connection import Connection, _callback
+from iot_collector.connection import Connection
 from iot_collector.database import WatchedCursor
 from iot_collector.flow import Chunk, Flow
 from iot_collector.reader import BulkClient
@@ -78,7 +78,7 @@ class Cursor(WatchedCursor):
 
 _connect = psycopg2.connect
 _acknowledge, _take = BulkClient.acknowledge, BulkClient.take
-_on_subscribe = Connection._on_subscribe
+_subscribe = Connection._subscribe
 _settle = Flow.settle
 _tuples = store._tuples
 
@@ -113,9 +113,17 @@ def settle(self: Flow, **counts: Any) -> None:
     _settle(self, **counts)
 
 
-def on_subscribe(self: Connection, reasons: list[Any]) -> None:
-    bug_at("bug in a callback of paho")
-    _on_subscribe(self, reasons)
+class Asked(list[str]):
+    """Topic filters that the callback for SUBACK trips over."""
+
+    def __iter__(self) -> Iterator[str]:
+        bug_at("bug in a callback of paho")
+        return super().__iter__()
+
+
+def subscribe(self: Connection) -> None:
+    _subscribe(self)
+    self._asked = Asked(self._asked)
 
 
 def set_clock(number: int, _frame: object) -> None:
@@ -132,7 +140,7 @@ if FAULT == "clock":
     signal.signal(signal.SIGUSR2, set_clock)
 psycopg2.connect = connect
 BulkClient.acknowledge, BulkClient.take = acknowledge, take  # type: ignore[method-assign]
-Connection._on_subscribe = _callback(on_subscribe)  # type: ignore[method-assign]
+Connection._subscribe = subscribe  # type: ignore[method-assign]
 store._tuples = tuples
 Flow.settle = settle  # type: ignore[method-assign]
 sys.argv[1:] = ["run"]
