@@ -182,6 +182,8 @@ class Subscriptions:
     def subscribed(self, mid: int, reasons: list[ReasonCode]) -> None:
         """Take note of the broker's answer to a SUBSCRIBE."""
         request = self._requests.pop(mid)
+        if self._asked and not set(request.filters) <= set(self._settings.mqtt_topics):
+            return  # old ones again
         self.refused = {}
         for topic_filter, reason in zip(request.filters, reasons, strict=False):
             if reason.is_failure:

@@ -14,6 +14,7 @@ import psycopg2
 import psycopg2.extensions
 from iot_collector import cli
 from iot_collector.reader import BulkClient
+from iot_collector.subscriptions import Subscriptions
 
 FAULT = sys.argv[1]
 YEAR = 366 * 86400
@@ -74,6 +75,24 @@ def acknowledge(self: BulkClient, tags: list[int]) -> None:
         tags = tags[: len(tags) // 2]
     _acknowledge(self, tags)
     die_at("half acknowledged")
+
+
+def subscribe(self: Subscriptions, filters: list[str], stale: list[str]) -> None:
+    _subscribe(self, filters, stale)
+    if stale:
+        die_at("replacement asked for")
+
+
+def remove(self: Subscriptions, stale: list[str]) -> None:
+    die_at("replacement granted")
+    _remove(self, stale)
+    die_at("old filter given up")
+
+
+_subscribe = Subscriptions._subscribe
+_remove = Subscriptions._remove
+Subscriptions._subscribe = subscribe  # type: ignore[method-assign]
+Subscriptions._remove = remove  # type: ignore[method-assign]
 
 
 def set_clock(number: int, _frame: object) -> None:

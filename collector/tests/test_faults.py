@@ -124,7 +124,11 @@ class Load:
             client.loop_start()
             with contextlib.suppress(AssertionError):
                 eventually(client.is_connected, 5)
-                while client.is_connected() and not self._stop.wait(self._every):
+                due = time.monotonic()
+                while client.is_connected() and not self._stop.wait(
+                    max(0.0, due - time.monotonic())
+                ):
+                    due = max(due, time.monotonic() - 0.1) + self._every
                     if len(self._open) < 1000:
                         for n in itertools.islice(numbers, 5):
                             self._publish(client, self._payload(n))
@@ -766,6 +770,35 @@ def test_subscription_changes_its_form(
         rate = len(load.acknowledged) / (time.monotonic() - began)
         found = complete(load, broker, database, *pods.pods)
     print(f"{len(found)} messages, {rate:.0f}/s")
+
+
+@pytest.mark.parametrize(
+    "moment", ["replacement asked for", "replacement granted", "old filter given up"]
+)
+def test_killed_while_the_subscription_changes_its_form(
+    moment: str, make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """Nothing is lost. Between SUBSCRIBE and UNSUBSCRIBE the session has both forms.
+
+    What comes before the next process has changed them may be stored twice.
+    """
+    pods = StatefulSet(lambda **settings: make_collector(broker, database, **settings))
+    pods.apply(1, PLAIN)
+    pod = pods.pods[0]
+    doubles: set[bytes] = set()
+    with Load(broker, rate=times(500, 2000)) as load:
+        for filters in (SHARED, PLAIN) * times(1, 5):
+            load.more(100)
+            assert pod.stop() == 0
+            pod.settings["IOT_MQTT_TOPICS"] = filters
+            assert with_fault(pod, moment).launch().wait() == -signal.SIGKILL, pod.log()
+            before = load.sent.copy()
+            without_fault(pod).start()
+            pods.wait_subscribed(database)
+            doubles |= load.sent - before
+            load.more(100)
+        found = complete(load, broker, database, pod, doubles=doubles)
+    print(f"{found.total() - len(found)} doubles of {len(found)}")
 
 
 # The clock -----------------------------------------------------------------------------------
