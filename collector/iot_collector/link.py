@@ -152,6 +152,8 @@ class Link(threading.Thread):
 
     def _see_off(self, connection: Connection) -> None:
         """Take a step towards leaving: unsubscribe, empty the session, and be sure that it is."""
+        if not connection.accepted:
+            return
         if not connection.unsubscribed:
             connection.unsubscribed = True
             self.subscriptions.leave()
