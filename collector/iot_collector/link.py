@@ -83,6 +83,7 @@ class Link(threading.Thread):
             except Exception as error:  # noqa: BLE001 - whatever it is, the next attempt may work
                 self.error = f"{type(error).__name__}: {error}"
             self.connection = None
+            self.subscriptions.end()
             if self._stopping.is_set():
                 break
             settled = time.monotonic() - began > _SETTLED
@@ -111,7 +112,6 @@ class Link(threading.Thread):
                 connection.client.finish(_FINISH, end_session=self.left.is_set())
                 log.info("disconnected from broker")
                 return
-        self.subscriptions.end()
         self.error = connection.end
 
     def _turn(self, connection: Connection) -> None:

@@ -56,29 +56,38 @@ class Subscriptions:
         self._settings = settings
         self._v5 = settings.mqtt_version == "5"
         self._another_pod = bool(settings.session_on_stop == "ordinal" and settings.leave_on_stop)
+        self._client: StockClient
+        self._source: object = None
         self._certain = False  # the session has the filters of the settings and no others
         self._waiting_since = math.inf
         self.active = False  # the broker sends us what we are here to collect
-        self.refused: dict[str, str] = {}  # topic filter -> why the broker refused it
-        self.waits_for: list[str] = []  # client ids whose sessions are in the way
-        self.notes: list[Note] = []  # to be put into the flow
+        self.refused: dict[str, str]  # topic filter -> why the broker refused it
+        self.waits_for: list[str]  # client ids whose sessions are in the way
+        self.notes: list[Note]  # to be put into the flow
+        self.end()
 
-    def begin(self, client: StockClient, source: object, *, present: bool) -> None:
-        """Start over: there is a connection, and a session that is ``present`` since before."""
-        self._client = client
-        self._source = source
+    def end(self) -> None:
+        """Forget what concerns one connection only: it is gone."""
+        self.active, self.refused, self.waits_for, self.notes = False, {}, [], []
         self._requests: dict[int | None, _Request] = {}
         self._removal: int | None = None  # the UNSUBSCRIBE that ends a replacement
         self._farewell: int | None = None  # the one that leaves the session without subscription
-        self._stale: list[str] = []
+        self._due: list[str] = []  # filters of the next SUBSCRIBE, and when it is sent
+        self._due_at = 0.0
+        self._asked = self._left = False  # for the filters of the settings; for none any more
         self._held: list[str] = []
-        self._asked = self._left = False
+        self._stale: list[str] = []
+        self._gone: list[str] = []
         self._ask_at = math.inf
         # Where in what is read now the copies begin and end; see `drop_copies`.
         self._from: int | None = None
         self._until: int | None = None
         self._last: bytes | None = None
-        self.active, self.refused, self.waits_for, self.notes = False, {}, [], []
+
+    def begin(self, client: StockClient, source: object, *, present: bool) -> None:
+        """Start over: there is a connection, and a session that is ``present`` since before."""
+        self.end()
+        self._client, self._source = client, source
         self._due, self._due_at = self._settings.mqtt_topics, 0.0
         self._certain = self._certain and present
         if not self._certain:
@@ -87,10 +96,6 @@ class Subscriptions:
             patience = _KEPT_SESSION if present else _NEW_SESSION
             self._due_at = time.monotonic() + (_OTHER_POD if self._another_pod else patience)
         self.look()
-
-    def end(self) -> None:
-        """Take note that the connection is gone."""
-        self.active = False
 
     def look(self) -> None:
         """Do what is due; called at least once a second."""
