@@ -44,6 +44,7 @@ class Health:
                 "topics": self.settings.mqtt_topics,
                 "client_id": self.settings.mqtt_client_id,
                 "error": self._broker_error(),
+                "waiting_for": self._waits_for(),
             },
             "database": {"connected": self.writer.error is None, "error": self.writer.error},
             "oldest_unacked_seconds": round(oldest, 3),
@@ -56,21 +57,28 @@ class Health:
         return _report(self._threads())
 
     def ready(self) -> Report:
-        """Whether messages can be received and stored now."""
-        return _report(self._dependencies())
+        """Whether messages can be received and stored now, or another pod does it for us.
+
+        A StatefulSet replaces pod 0, for which the other pods wait, when they are ready.
+        """
+        waits_for = self._waits_for()
+        return _report(self._dependencies()) | ({"waiting_for": waits_for} if waits_for else {})
 
     def _dependencies(self) -> list[str]:
         problems = []
-        if not self.link.connected:
+        if not self.link.connected and not self._waits_for():
             problems.append(f"broker: {self._broker_error() or 'not subscribed yet'}")
         if self.writer.error is not None:
             problems.append(f"database: {self.writer.error}")
         return problems
 
+    def _waits_for(self) -> list[str]:
+        return self.link.subscriptions.waits_for if self.link.connection is not None else []
+
     def _broker_error(self) -> str | None:
-        connection = self.link.connection
-        if connection is not None and connection.refused:
-            return f"subscription refused: {connection.refused}"
+        refused = self.link.subscriptions.refused
+        if refused and self.link.connection is not None:
+            return f"subscription refused: {refused}"
         return self.link.error
 
     def _threads(self) -> list[str]:

@@ -17,9 +17,10 @@ import structlog
 from paho.mqtt.exception import MQTTException
 
 from .connection import Connection, twin
-from .flow import Chunk, Flow, Greeting
+from .flow import Chunk, Flow, Greeting, Note
 from .metrics import Metrics
 from .settings import Settings
+from .subscriptions import Subscriptions
 
 log = structlog.get_logger(__name__)
 
@@ -40,9 +41,10 @@ class Link(threading.Thread):
     def __init__(self, settings: Settings, flow: Flow, metrics: Metrics) -> None:
         super().__init__(name="network", daemon=True)
         self._settings = settings
+        self.subscriptions = Subscriptions(settings)
         self._flow = flow
         self._metrics = metrics
-        self._done: deque[Chunk | Greeting] = deque()  # by the writer, for us to act on
+        self._done: deque[Chunk | Note] = deque()  # by the writer, for us to act on
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
@@ -60,10 +62,9 @@ class Link(threading.Thread):
     @property
     def connected(self) -> bool:
         """Whether the broker sends us what we are here to collect."""
-        connection = self.connection  # which the network thread may take away
-        return connection is not None and connection.subscribed
+        return self.connection is not None and self.subscriptions.active
 
-    def acknowledge(self, items: Sequence[Chunk | Greeting]) -> None:
+    def acknowledge(self, items: Sequence[Chunk | Note]) -> None:
         """Queue what the writer has dealt with for acknowledgement; any thread."""
         self._done.extend(items)
         self._wake()
@@ -83,7 +84,7 @@ class Link(threading.Thread):
         failures = kicked = 0
         while not self._stopping.is_set():
             began = time.monotonic()
-            connection = Connection(self._settings)
+            connection = Connection(self._settings, self.subscriptions)
             bug = False
             try:
                 self._serve(connection)
@@ -93,6 +94,7 @@ class Link(threading.Thread):
                 if bug:
                     log.exception("a bug in the collector, will retry", error=self.error)
             self.connection = None
+            self.subscriptions.end()
             if self._stopping.is_set():
                 break
             self._metrics.mqtt_errors.labels("bug" if bug else "connection").inc()
@@ -123,7 +125,6 @@ class Link(threading.Thread):
                 connection.client.finish(_FINISH, end_session=self.left.is_set())
                 log.info("disconnected from broker")
                 return
-        connection.subscribed = False
         self.error = connection.end
 
     def _turn(self, connection: Connection) -> None:
@@ -159,13 +160,16 @@ class Link(threading.Thread):
                 client.excuse_ping()
             client.loop_misc()
             if not self._leaving:
-                connection.tend()
+                self.subscriptions.look()
+        self._pass_notes()
 
     def _see_off(self, connection: Connection) -> None:
         """Take a step towards leaving: unsubscribe, empty the session, and be sure that it is."""
+        if not connection.accepted:
+            return
         if not connection.unsubscribed:
             connection.unsubscribed = True
-            connection.client.unsubscribe(self._settings.mqtt_topics)
+            self.subscriptions.leave()
         account = self._flow.account()
         if self._done or account.in_flight:
             connection.quiet_at = None
@@ -181,7 +185,11 @@ class Link(threading.Thread):
         if connection.greeting is not None:
             self._greet(connection.greeting)
             connection.greeting = None
+        self._pass_notes()
         rows, tags = connection.client.take()
+        if self.subscriptions.replacing:
+            rows, tags, copies = self.subscriptions.drop_copies(rows, tags)
+            self._flow.drop(copies)
         if rows:
             connection.received(tags)
             chunk = Chunk(connection, rows, tags, at, timestamp)
@@ -190,6 +198,10 @@ class Link(threading.Thread):
                 # and saves waking both threads for each of them (benchmarks/).
                 self._next_read = at + self._settings.batch_linger_ms / 1000
             self._flow.put(chunk)
+
+    def _pass_notes(self) -> None:
+        while self.subscriptions.notes:
+            self._flow.put(self.subscriptions.notes.pop(0))
 
     def _greet(self, greeting: Greeting) -> None:
         log.info("connected to broker", session_present=greeting.session_present)
@@ -206,8 +218,8 @@ class Link(threading.Thread):
             if item.source is not connection:
                 continue
             if isinstance(item, Greeting):
-                connection.session_noted(item.stale)
-            else:
+                self.subscriptions.answer(item.claim)
+            elif isinstance(item, Chunk):
                 tags += item.tags
         if tags:
             connection.acknowledge(tags)

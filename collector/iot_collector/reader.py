@@ -81,6 +81,11 @@ class StockClient(Client):
         self._prefixes, self._payloads, self._tags = [], [], []
         return rows, tags
 
+    @property
+    def pending(self) -> int:
+        """How many messages `take` would return now."""
+        return len(self._tags)
+
     def acknowledge(self, tags: list[int]) -> None:
         """Acknowledge stored messages."""
         for tag in tags:

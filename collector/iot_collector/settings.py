@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
@@ -35,7 +36,7 @@ _QUOTING = "in user name and password, / ? # [ ] @ are written as %2F %3F %23 %5
 
 # MQTT 5 §4.7.1, §4.8.2: levels, the last of which may be #, after $share/<group>/ or not.
 _FILTER = re.compile(r"(\$share/[^/+#]+/(?=.)|(?!\$share(/|$)))(([^/+#\0]*|\+)/)*([^/+#\0]*|\+|#)")
-_ORDINAL = re.compile(r".*-(0|[1-9][0-9]*)")  # how a StatefulSet numbers its pods
+_ORDINAL = re.compile(r"(.*-)(0|[1-9][0-9]*)")  # how a StatefulSet numbers its pods
 
 
 class SettingsError(click.ClickException):
@@ -222,6 +223,17 @@ class Settings(BaseSettings):
         if self.session_on_stop == "ordinal":
             return not self.mqtt_client_id.endswith("-0")
         return self.session_on_stop == "leave"
+
+    def pods_to_wait_for(self, client_ids: Iterable[str]) -> list[str]:
+        """Return which of these may hold the subscription of their StatefulSet that we replace.
+
+        For pod 0 the other pods, for those pod 0; without a StatefulSet none.
+        """
+        me = _ORDINAL.fullmatch(self.mqtt_client_id)
+        if me is None or self.session_on_stop != "ordinal":
+            return []
+        pods = [pod for pod in map(_ORDINAL.fullmatch, client_ids) if pod and pod[1] == me[1]]
+        return [pod[0] for pod in pods if (pod[2] == "0") != (me[2] == "0")]
 
     @property
     def broker(self) -> Broker:

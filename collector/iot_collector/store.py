@@ -11,6 +11,7 @@ import psycopg2
 import psycopg2.extensions
 import structlog
 
+from . import sessions
 from .database import Watch, WatchedConnection, connect, kind_of, one_line
 from .dead_letters import store_or_bury
 from .flow import Chunk
@@ -59,27 +60,37 @@ class Store:
         with self._cursor() as cursor:
             cursor.execute("SELECT 'messages'::regclass")  # needs no right to read it
 
-    def begin_session(self, *, present: bool, filters: list[str]) -> tuple[list[str], list[bytes]]:
-        """Note that the broker has a session for us, subscribed to ``filters``.
+    def begin_session(
+        self, *, present: bool, insist: bool = False
+    ) -> tuple[sessions.Claim, list[bytes]]:
+        """Note that the broker has a session for us, and claim the filters of the settings for it.
 
         :param present: whether it is the one that it had before; if not, the ledger means nothing.
-        :returns: the filters it was subscribed to before and is not now, and the ledger's batches.
+        :param insist: see `sessions.claim`.
+        :returns: what came of the claim, and the ledger's batches.
         :raises psycopg2.Error: nothing was noted.
         """
-        client = (self._client_id,)
-        stale: list[str] = []
         with self._transaction() as cursor:
-            if present:
-                cursor.execute("SELECT filters FROM sessions WHERE client_id = %s", client)
-                stale = [f for (old,) in cursor.fetchall() for f in old if f not in filters]
-            else:
-                cursor.execute("DELETE FROM ledger WHERE client_id = %s", client)
-            cursor.execute(
-                "INSERT INTO sessions (client_id, filters) VALUES (%s, %s)"
-                " ON CONFLICT (client_id) DO UPDATE SET filters = excluded.filters",
-                (self._client_id, filters),
-            )
-            return stale, self._batches(cursor)
+            if not present:
+                cursor.execute("DELETE FROM ledger WHERE client_id = %s", (self._client_id,))
+            claim = sessions.claim(cursor, self._settings, present=present, insist=insist)
+            return claim, self._batches(cursor)
+
+    def read_ledger(self) -> list[bytes]:
+        """Return the ledger's batches, which another process may have added to.
+
+        :raises psycopg2.Error: they could not be read.
+        """
+        with self._transaction() as cursor:
+            return self._batches(cursor)
+
+    def note_filters(self, filters: list[str]) -> None:
+        """Note what our session is subscribed to.
+
+        :raises psycopg2.Error: it was not noted.
+        """
+        with self._transaction() as cursor:
+            sessions.note(cursor, self._client_id, filters)
 
     def _batches(self, cursor: Cursor) -> list[bytes]:
         cursor.execute(

@@ -12,9 +12,10 @@ import structlog
 import tenacity
 
 from .database import explain, kind_of
-from .flow import Chunk, Flow, Greeting
+from .flow import Chunk, Flow, Greeting, Note, Subscribed
 from .ledger import Ledger
 from .metrics import Metrics
+from .sessions import Claim
 from .settings import Settings
 from .store import Store, Stored
 
@@ -36,11 +37,10 @@ class Writer(threading.Thread):
         settings: Settings,
         flow: Flow,
         metrics: Metrics,
-        acknowledge: Callable[[Sequence[Chunk | Greeting]], None],
+        acknowledge: Callable[[Sequence[Chunk | Note]], None],
     ) -> None:
         super().__init__(name="writer", daemon=True)
         self._acknowledge = acknowledge
-        self._filters = settings.mqtt_topics
         self._flow = flow
         self._metrics = metrics
         self._store = Store(settings)
@@ -80,8 +80,10 @@ class Writer(threading.Thread):
             self._ping()
             while (item := self._next()) is not None:
                 if isinstance(item, Greeting):
-                    item.stale = self._persist(partial(self._begin, present=item.session_present))
+                    item.claim = self._persist(partial(self._begin, item))
                     self._acknowledge([item])
+                elif isinstance(item, Subscribed):
+                    self._persist(partial(self._store.note_filters, item.filters))
                 elif item:
                     self._write(item)
                 else:
@@ -95,15 +97,17 @@ class Writer(threading.Thread):
         """Stop retrying; called from another thread when the drain time is over."""
         self._abandon.set()
 
-    def _next(self) -> list[Chunk] | Greeting | None:
+    def _next(self) -> list[Chunk] | Note | None:
         self._beat = time.monotonic()
         return self._flow.take(rows=self._batch_rows, size=_BATCH_BYTES, patience=_PING_SECONDS)
 
-    def _begin(self, *, present: bool) -> list[str]:
-        """Note the session, and load what the ledger has of it; return its stale filters."""
-        stale, batches = self._store.begin_session(present=present, filters=self._filters)
+    def _begin(self, greeting: Greeting) -> Claim:
+        """Note the session, and load what the ledger has of it; return what it may do."""
+        claim, batches = self._store.begin_session(
+            present=greeting.session_present, insist=greeting.insist
+        )
         self._ledger.reset(batches)
-        return stale
+        return claim
 
     def _write(self, batch: list[Chunk]) -> None:
         started = time.monotonic()
@@ -125,7 +129,7 @@ class Writer(threading.Thread):
     def _store_batch(self, batch: list[Chunk]) -> tuple[Stored, bytes]:
         """Store a batch; return what became of it, and its packets for the ledger."""
         if self._overtaken:
-            self._begin(present=True)
+            self._ledger.reset(self._store.read_ledger())
             self._overtaken = False
         new, packets = self._ledger.split(batch)
         stored = Stored()

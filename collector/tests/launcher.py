@@ -14,10 +14,10 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 from iot_collector import cli, run, store
-from iot_collector.connection import Connection
 from iot_collector.database import WatchedCursor
 from iot_collector.flow import Chunk, Flow
 from iot_collector.reader import BulkClient
+from iot_collector.subscriptions import Subscriptions
 
 FAULT = sys.argv[1]
 YEAR = 366 * 86400
@@ -78,7 +78,6 @@ class Cursor(WatchedCursor):
 
 _connect = psycopg2.connect
 _acknowledge, _take = BulkClient.acknowledge, BulkClient.take
-_subscribe = Connection._subscribe
 _settle = Flow.settle
 _tuples = store._tuples
 
@@ -121,9 +120,24 @@ class Asked(list[str]):
         return super().__iter__()
 
 
-def subscribe(self: Connection) -> None:
-    _subscribe(self)
-    self._asked = Asked(self._asked)
+def subscribe(self: Subscriptions, filters: list[str], stale: list[str]) -> None:
+    _subscribe(self, filters, stale)
+    for request in self._requests.values():
+        request.filters = Asked(request.filters)
+    if stale:
+        die_at("replacement asked for")
+
+
+def remove(self: Subscriptions, stale: list[str]) -> None:
+    die_at("replacement granted")
+    _remove(self, stale)
+    die_at("old filter given up")
+
+
+_subscribe = Subscriptions._subscribe
+_remove = Subscriptions._remove
+Subscriptions._subscribe = subscribe  # type: ignore[method-assign]
+Subscriptions._remove = remove  # type: ignore[method-assign]
 
 
 def set_clock(number: int, _frame: object) -> None:
@@ -140,7 +154,6 @@ if FAULT == "clock":
     signal.signal(signal.SIGUSR2, set_clock)
 psycopg2.connect = connect
 BulkClient.acknowledge, BulkClient.take = acknowledge, take  # type: ignore[method-assign]
-Connection._subscribe = subscribe  # type: ignore[method-assign]
 store._tuples = tuples
 Flow.settle = settle  # type: ignore[method-assign]
 sys.argv[1:] = ["run"]

@@ -441,6 +441,36 @@ def test_shared_subscription(
     assert all(shares), shares
 
 
+def test_pod_waits_for_another(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """It is ready meanwhile, or the StatefulSet would never replace the one that it waits for."""
+    first, second = (
+        make_collector(
+            broker,
+            database,
+            IOT_MQTT_CLIENT_ID=f"collector-{ordinal}",
+            IOT_MQTT_TOPICS=topics,
+            IOT_SESSION_ON_STOP="ordinal",
+        )
+        for ordinal, topics in enumerate(["iot/data", "$share/g/iot/data"])
+    )
+    first.start()
+    second.start()
+    assert second.get("/readyz").json()["waiting_for"] == ["collector-0"]
+    assert second.health()["broker"]["waiting_for"] == ["collector-0"]
+    assert second.status("/health") == 200
+    assert "waiting until other pods" in second.log()
+    settled(first, database, publish(broker, numbered(100)))
+    assert second.metrics()["mqtt_messages_total"] == 0
+    broker.stop()
+    eventually(lambda: second.status("/readyz") == 503, what="it has no connection")
+    broker.start()
+    second.wait_ready()
+    assert second.stop() == 0
+    assert database.query("SELECT client_id FROM sessions") == [("collector-0",)]
+
+
 # The account ---------------------------------------------------------------------------------
 
 
@@ -1160,3 +1190,23 @@ def test_refused_subscription(
     security.allow(broker, "secret/+")
     collector.wait_ready()
     settled(collector, database, publish(broker, [("secret/1", b"x"), ("iot/data", b"y")]))
+
+
+def test_refused_subscription_in_place_of_another(
+    make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
+) -> None:
+    """The old one stays until the new one is granted."""
+    security = DynamicSecurity(tmp_path, deny_subscribe="$share/g/iot/data")
+    broker = make_broker(*security.settings).start()
+    collector = make_collector(broker, database, IOT_MQTT_TOPICS="iot/data").start()
+    assert collector.stop() == 0
+    collector.settings["IOT_MQTT_TOPICS"] = "$share/g/iot/data"
+    collector.launch().wait_listening()
+    problem(collector, "$share/g/iot/data")
+    acknowledged = publish(broker, numbered(100))
+    settled(collector, database, acknowledged)
+    security.allow(broker, "$share/g/iot/data")
+    collector.wait_ready()
+    query = "SELECT filters FROM sessions"
+    eventually(lambda: database.query(query) == [(["$share/g/iot/data"],)], what="replaced")
+    settled(collector, database, acknowledged | publish(broker, numbered(100, start=100)))
