@@ -79,31 +79,47 @@ def test_wait_after_a_read(messages: int, share: float) -> None:
     assert before + wait <= link._next_read <= after + wait
 
 
+def woken(link: Link) -> bool:
+    """Return whether the network thread was told to look."""
+    try:
+        return bool(link._wake_reader.recv(100))
+    except BlockingIOError:
+        return False
+
+
 def test_acknowledged_right_before_the_next_read() -> None:
     """Earlier, the broker's Nagle would send what then waits for the end of the linger."""
-    with linked(PUBLISH) as (link, connection, broker):
+    with linked(PUBLISH * 2) as (link, connection, broker):
         link._turn(connection)
-        link._next_read = time.monotonic() + 60
         take(link)
-        with pytest.raises(BlockingIOError):
-            link._wake_reader.recv(1)  # the thread is not woken for it
+        link._next_read = 0
+        link._turn(connection)
+        assert broker.recv(100) == PUBACK * 2
+        broker.sendall(PUBLISH)
+        link._turn(connection)
+        assert link._hold_until == link._next_read
+        take(link)
+        assert not woken(link), "it would only wait again"
         link._wake()
         link._turn(connection)
         with pytest.raises(BlockingIOError):
-            broker.recv(1)
+            broker.recv(100)
         broker.sendall(PUBLISH)
-        link._next_read = time.monotonic()
+        link._next_read = link._hold_until = time.monotonic()
         link._turn(connection)
         assert broker.recv(100) == PUBACK
-        assert link._flow.account().received == 2
+        assert link._flow.account().received == 4
 
 
-def test_acknowledged_at_once_when_nothing_else_is_waited_for() -> None:
-    """A COMMIT that took longer than the linger wakes the network thread."""
-    with linked(PUBLISH) as (link, connection, broker):
-        link._turn(connection)
-        link._next_read = time.monotonic()
-        take(link)
-        assert link._wake_reader.recv(1)
-        link._turn(connection)
-        assert broker.recv(100) == PUBACK
+def test_acknowledged_at_once_when_the_window_may_be_full() -> None:
+    """A broker that has never sent more at a time may be waiting for it."""
+    with linked(PUBLISH * 2) as (link, connection, broker):
+        for _ in range(3):
+            link._turn(connection)
+            take(link)
+            assert woken(link)
+            link._wake()
+            link._turn(connection)
+            assert broker.recv(100) == PUBACK * 2
+            link._next_read = 0
+            broker.sendall(PUBLISH * 2)
