@@ -64,6 +64,7 @@ class Connection:
         self.quiet_at: int | None = None  # messages received when the broker was last asked
         self.end: str | None = None  # why the connection ended
         self._unacked = self._last_unacked = self._repeated = 0
+        self._most_unacked = 0
         self._window = settings.mqtt_max_inflight
         self._warned = False  # that it exceeds its window
 
@@ -88,6 +89,7 @@ class Connection:
     def received(self, tags: list[int]) -> None:
         """Count messages that the broker waits to have acknowledged."""
         self._unacked += len(tags)
+        self._most_unacked = max(self._most_unacked, self._unacked)
         announced = self._settings.mqtt_max_inflight
         # The broker's own window may be smaller, and it does not say so. Where it was only traffic
         # that was so regular, there are soon more.
@@ -113,6 +115,14 @@ class Connection:
         """Whether the broker stops sending, or soon will, until it gets acknowledgements."""
         announced = self._settings.mqtt_max_inflight
         return self._window < announced or self._unacked >= announced // 2
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the broker has sent twice as many before without an acknowledgement.
+
+        Then its window, which it may not have announced, is at least half empty now.
+        """
+        return 2 * self._unacked <= self._most_unacked
 
     def acknowledge(self, tags: list[int]) -> None:
         """Acknowledge stored messages."""
