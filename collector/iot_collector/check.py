@@ -63,7 +63,8 @@ def _check_database(settings: Settings) -> tuple[int, str]:
             where = f"database {info.host}:{info.port}/{info.dbname} as {info.user}"
             missing = [name for name, _ in missing_migrations(cursor)]
             # Nothing is inserted, but whoever may not insert is told so.
-            cursor.execute("EXPLAIN INSERT INTO messages DEFAULT VALUES")
+            for table in () if missing else ("messages", "dead_letters", "dead_letters_fallback"):
+                cursor.execute(f"EXPLAIN INSERT INTO {table} DEFAULT VALUES")
     except psycopg2.Error as error:
         return DATABASE_FAILED, f"{where}: {explain(error)}"
     if missing:

@@ -4,7 +4,8 @@ Used by the network thread alone. What comes from one connection is never acknow
 where its packet ids may mean other messages.
 """
 
-import time
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -12,43 +13,58 @@ from paho.mqtt.client import Client, ConnectFlags
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from .flow import Greeting
 from .reader import make_client
 from .settings import Settings
+from .subscriptions import Subscriptions
 
 log = structlog.get_logger(__name__)
 
-_RESUBSCRIBE = 15.0  # seconds until a refused subscription is asked for again
-_GREETING = 2.0  # seconds that the database gets to note a new session before it is used
 _SESSION_TAKEN_OVER = 0x8E  # MQTT 5 §3.14.2.1
 _SAME = 8  # times in a row that a read ended with as many un-acknowledged: the broker's window
+
+
+def _callback(method: Callable[..., None]) -> Callable[..., None]:
+    """Have a bug in a callback not be taken for a malformed packet, as its ValueError would be."""
+
+    @functools.wraps(method)
+    def call(*args: object) -> None:
+        try:
+            method(*args)
+        except Exception as error:
+            raise RuntimeError(f"{method.__name__} failed: {error}") from error
+
+    return call
 
 
 class Connection:
     """A client, and what is known of its session."""
 
-    def __init__(self, settings: Settings, *, keep_session: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        subscriptions: Subscriptions | None = None,
+        *,
+        keep_session: bool = True,
+    ) -> None:
         self._settings = settings
+        self.subscriptions = subscriptions or Subscriptions(settings)
         self._keep_session = keep_session
         self.client = make_client(settings, keep_session=keep_session)
-        # Of paho's arguments for each, we need neither the first two nor the last.
+        # Of paho's arguments for each, the first two and the last are not needed.
         self.client.on_connect = lambda _c, _u, flags, why, _p: self._on_connect(flags, why)
-        self.client.on_subscribe = lambda _c, _u, _m, reasons, _p: self._on_subscribe(reasons)
+        self.client.on_subscribe = lambda _c, _u, mid, why, _p: self._on_subscribe(mid, why)
+        self.client.on_unsubscribe = lambda _c, _u, mid, _w, _p: self._on_unsubscribe(mid)
         self.client.on_disconnect = lambda _c, _u, _f, why, _p: self._on_disconnect(why)
         self.accepted = False
         self.session_present = False
         self.greeting: Greeting | None = None  # to be put before the first messages
-        self.refused: dict[str, str] = {}  # topic filter -> why the broker refused it
-        self.subscribed = False
         self.unsubscribed = False  # for good, to leave
         self.quiet_at: int | None = None  # messages received when the broker was last asked
         self.end: str | None = None  # why the connection ended
-        self._asked: list[str] = []  # topic filters of the last SUBSCRIBE
-        self._due: list[str] = []  # those of the next, and when it is sent
-        self._due_at = 0.0
         self._unacked = self._last_unacked = self._repeated = 0
+        self._most_unacked = 0
         self._window = settings.mqtt_max_inflight
         self._warned = False  # that it exceeds its window
 
@@ -70,14 +86,10 @@ class Connection:
             options = {"clean_start": not self._keep_session, "properties": properties}
         self.client.connect(broker.host, broker.port, settings.mqtt_keepalive_seconds, **options)
 
-    def tend(self) -> None:
-        """Do what is due; called at least once a second."""
-        if self._due and time.monotonic() >= self._due_at:
-            self._subscribe()
-
     def received(self, tags: list[int]) -> None:
         """Count messages that the broker waits to have acknowledged."""
         self._unacked += len(tags)
+        self._most_unacked = max(self._most_unacked, self._unacked)
         announced = self._settings.mqtt_max_inflight
         # The broker's own window may be smaller, and it does not say so. Where it was only traffic
         # that was so regular, there are soon more.
@@ -104,22 +116,20 @@ class Connection:
         announced = self._settings.mqtt_max_inflight
         return self._window < announced or self._unacked >= announced // 2
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the broker has sent twice as many before without an acknowledgement.
+
+        Then its window, which it may not have announced, is at least half empty now.
+        """
+        return 2 * self._unacked <= self._most_unacked
+
     def acknowledge(self, tags: list[int]) -> None:
         """Acknowledge stored messages."""
         self.client.acknowledge(tags)
         self._unacked -= len(tags)
 
-    def _subscribe(self) -> None:
-        self._asked, self._due = self._due, []
-        qos = min(self._settings.mqtt_qos, self.client.max_qos)
-        if self._settings.mqtt_version == "5":
-            # Retained messages only for a new subscription, or each reconnect stores them again.
-            new_only = SubscribeOptions.RETAIN_SEND_IF_NEW_SUB
-            options = SubscribeOptions(qos=qos, retainHandling=new_only)
-            self.client.subscribe([(f, options) for f in self._asked])
-        else:
-            self.client.subscribe([(f, qos) for f in self._asked])
-
+    @_callback
     def _on_connect(self, flags: ConnectFlags, reason: ReasonCode) -> None:
         if reason.is_failure:
             self.end = f"broker refused the connection: {reason}"
@@ -127,34 +137,17 @@ class Connection:
         self.accepted = True
         self.session_present = flags.session_present
         self.greeting = Greeting(self, flags.session_present)
-        self._due = self._settings.mqtt_topics
-        if not flags.session_present:
-            # A session that is new makes the ledger void. That is to be noted before the first
-            # message can be sent, so that no process can take it for one of the old session;
-            # but a database that is away shall not cost messages.
-            self._due_at = time.monotonic() + _GREETING
-        self.tend()
+        self.subscriptions.begin(self.client, self, present=flags.session_present)
 
-    def session_noted(self, stale: list[str]) -> None:
-        """Go on: the database knows about the session, and of ``stale`` filters in it."""
-        self._due_at = 0.0
-        self.tend()
-        if stale:
-            log.info("unsubscribing from topics that are no longer set", filters=stale)
-            self.client.unsubscribe(stale)
+    @_callback
+    def _on_subscribe(self, mid: int, reasons: list[ReasonCode]) -> None:
+        self.subscriptions.subscribed(mid, reasons)
 
-    def _on_subscribe(self, reasons: list[ReasonCode]) -> None:
-        self.refused = {}
-        for topic_filter, reason in zip(self._asked, reasons, strict=False):
-            if reason.is_failure:
-                self.refused[topic_filter] = str(reason)
-                fault = "broker refused the subscription; check IOT_MQTT_TOPICS and its ACL"
-                log.error(fault, filter=topic_filter, reason=str(reason))
-            elif reason.value == 0:
-                log.warning("broker granted QoS 0 only: it may lose messages", filter=topic_filter)
-        self.subscribed = not self.refused
-        self._due, self._due_at = list(self.refused), time.monotonic() + _RESUBSCRIBE
+    @_callback
+    def _on_unsubscribe(self, mid: int) -> None:
+        self.subscriptions.unsubscribed(mid)
 
+    @_callback
     def _on_disconnect(self, reason: ReasonCode) -> None:
         if reason.value == _SESSION_TAKEN_OVER:
             self.end = f"another client {twin(self._settings)}"

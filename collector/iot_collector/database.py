@@ -1,5 +1,10 @@
 """Connections to PostgreSQL, and what its errors mean."""
 
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
@@ -23,7 +28,7 @@ _KINDS = {
     "resources": ["53"],
     "schema": ["3D", "3F", "42"],
     "shutdown": ["57"],
-    "timeout": ["57014"],
+    "timeout": ["55P03", "57014"],
     "too_many_connections": ["53300"],
 }
 _KIND_OF = {state: kind for kind, states in _KINDS.items() for state in states}
@@ -31,13 +36,16 @@ _KIND_OF = {state: kind for kind, states in _KINDS.items() for state in states}
 _CLASSES = {v for k, v in vars(psycopg2.errorcodes).items() if k.startswith("CLASS_")}
 
 HINTS = {
+    "bug": "this is a fault of the collector: report it with the traceback that its log has",
     "authentication": "check the user in IOT_DATABASE_URL and IOT_DATABASE_PASSWORD_FILE",
     "client_id": "another collector has this client id; give each its own IOT_MQTT_CLIENT_ID",
     "connection": "is PostgreSQL running? Check host and port in IOT_DATABASE_URL",
-    # Met only where dead_letters, too, refuses a row; the text names the table.
+    # Met only where dead_letters_fallback refuses what dead_letters refused; the text names it.
     "data": "remove the constraint or trigger that refuses it; until then nothing more is stored",
-    "permission": "grant the user of IOT_DATABASE_URL INSERT on messages and dead_letters",
+    "permission": "grant the user of IOT_DATABASE_URL INSERT on messages, dead_letters "
+    "and dead_letters_fallback",
     "schema": "run `iot-collector migrate`",
+    "timeout": "find what locks or slows the database, or raise IOT_DATABASE_TIMEOUT_SECONDS",
     "upgraded": "PostgreSQL was upgraded under the running server; run the playbook again to "
     "restart it",
 }
@@ -55,9 +63,91 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def kind_of(error: psycopg2.Error) -> str:
+class Watch:
+    """Knows since when a statement waits for its answer, and can end the wait from outside.
+
+    The server ends a statement after its statement_timeout, but not a COMMIT, and not when the
+    server itself hangs. TCP keepalive notices a dead peer, but not one whose kernel still answers.
+
+    :param limit: the longest wait for one answer, in seconds.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.beat = time.monotonic()  # when a statement was last sent or answered
+        self._waiting = False
+        self._socket: socket.socket | None = None
+
+    def open(self, connection: psycopg2.extensions.connection) -> None:
+        """Watch a new connection."""
+        self.close()
+        # A descriptor of our own: libpq closes its own at any time, and the number is used again.
+        self._socket = socket.socket(fileno=os.dup(connection.fileno()))
+
+    def close(self) -> None:
+        """Watch nothing any more; the connection is closed by its owner."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    @contextlib.contextmanager
+    def statement(self) -> Iterator[None]:
+        """Watch the statement that the block sends."""
+        self.beat, self._waiting = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self.beat, self._waiting = time.monotonic(), False
+
+    def break_if_overdue(self) -> bool:
+        """End a wait that is over its limit by an error in the waiting thread; any thread."""
+        sock = self._socket
+        overdue = self._waiting and time.monotonic() - self.beat > self.limit
+        if sock is None or not overdue:
+            return False
+        with contextlib.suppress(OSError):  # it has just been closed
+            sock.shutdown(socket.SHUT_RDWR)
+        return True
+
+
+class WatchedConnection(psycopg2.extensions.connection):
+    """A connection whose statements may be watched."""
+
+    watch: Watch | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.cursor_factory = WatchedCursor
+
+
+class WatchedCursor(psycopg2.extensions.cursor):
+    """A cursor that tells its connection's watch when it waits."""
+
+    def execute(self, query: Any, values: Any = None) -> None:
+        """Run a statement, see psycopg2."""
+        with self._watched():
+            super().execute(query, values)
+
+    def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
+        """Run COPY, see psycopg2."""
+        with self._watched():
+            super().copy_expert(sql, file, size)
+
+    def _watched(self) -> contextlib.AbstractContextManager[None]:
+        watch = getattr(self.connection, "watch", None)
+        return watch.statement() if watch else contextlib.nullcontext()
+
+
+def kind_of(error: Exception) -> str:
     """Return the kind of an error, one of a small fixed set."""
-    if isinstance(error, psycopg2.InterfaceError) or not error.pgcode:
+    if not isinstance(error, psycopg2.Error):
+        return "bug"
+    if not error.pgcode:
+        # What libpq says of a connection comes as OperationalError, or DatabaseError itself where
+        # psycopg2 has nothing more exact; what psycopg2 finds wrong with a call, as another one
+        # (ProgrammingError, InterfaceError, ...): seen with psycopg2 2.9.
+        if type(error) not in (psycopg2.OperationalError, psycopg2.DatabaseError):
+            return "bug"
         return "authentication" if "authentication failed" in str(error) else "connection"
     if error.diag.constraint_name == "ledger_pkey":
         return "client_id"  # another process writes batches under ours
@@ -72,19 +162,22 @@ def kind_of(error: psycopg2.Error) -> str:
     return "other" if state in _CLASSES else "data"
 
 
-def one_line(error: psycopg2.Error) -> str:
+def one_line(error: Exception) -> str:
     """Return the text of an error without line breaks."""
     return " ".join(str(error).split())
 
 
-def explain(error: psycopg2.Error) -> str:
+def explain(error: Exception) -> str:
     """Return kind and text of an error, and what to do about it."""
     kind = kind_of(error)
+    text = one_line(error)
+    if kind == "bug":
+        text = f"{type(error).__name__}: {text}"
     hint = HINTS.get(kind)
-    return f"{kind}: {one_line(error)}" + (f"; {hint}" if hint else "")
+    return f"{kind}: {text}" + (f"; {hint}" if hint else "")
 
 
-def connect(settings: Settings) -> psycopg2.extensions.connection:
+def connect(settings: Settings) -> WatchedConnection:
     """Open a connection as the settings say, libpq's variables filling what they leave open.
 
     :raises psycopg2.OperationalError: the database is not reached or refuses the login.
@@ -96,7 +189,9 @@ def connect(settings: Settings) -> psycopg2.extensions.connection:
         raise psycopg2.OperationalError(f"password file: {error}") from error
     if password is not None:
         options["password"] = password
-    connection: psycopg2.extensions.connection = psycopg2.connect(**options)
+    connection: WatchedConnection = psycopg2.connect(
+        connection_factory=WatchedConnection, **options
+    )
     # Transactions are begun and ended in SQL, where that saves round trips.
     connection.autocommit = True
     return connection

@@ -1,17 +1,36 @@
-"""What PostgreSQL refuses for the data's sake: found by bisection, kept in ``dead_letters``."""
+"""What PostgreSQL refuses because of the data: found by bisection, kept in ``dead_letters``.
+
+Somebody's constraint or trigger on ``dead_letters`` may refuse it again. Then it is kept in
+``dead_letters_fallback``, a table without constraints, and the flow goes on. A table and not the
+log, because logs are rotated away, and a rule that refuses everything would make that a loss.
+"""
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import psycopg2
 import psycopg2.extensions
 import structlog
 
-from .database import kind_of
+from .database import kind_of, one_line
 from .rows import copy, decode, without_fields
 
 log = structlog.get_logger(__name__)
 
+REFUSED_TWICE = "refused_twice"
 _REASONS = {"22": "invalid_data", "23": "constraint", "54": "too_large"}  # by class of SQLSTATE
+
+_INSERT = """
+INSERT INTO dead_letters
+    (received_at, topic, payload, properties, qos, retained, reason, sqlstate)
+VALUES (to_timestamp(%s), %s, %s, %s, %s, %s, %s, %s)
+"""
+_INSERT_FALLBACK = """
+INSERT INTO dead_letters_fallback
+    (received_at, topic, payload, properties, qos, retained, reason, sqlstate, refusal)
+VALUES (to_timestamp(%s), %s, %s, %s, %s, %s, %s, %s, %s)
+"""
 
 
 def store_or_bury(
@@ -21,9 +40,9 @@ def store_or_bury(
 
     :param rows: tuples with their heads.
     :returns: how many were stored.
-    :raises psycopg2.Error: for no row's sake, or ``dead_letters`` itself refused one.
+    :raises psycopg2.Error: the cause is not the data, or ``dead_letters_fallback`` refused it.
     """
-    refusal = _try(cursor, rows)
+    refusal = _attempt(cursor, partial(copy, cursor, rows))
     if refusal is None:
         return len(rows)
     if len(rows) > 1:
@@ -33,16 +52,17 @@ def store_or_bury(
     if (bare := without_fields(rows[0])) != rows[0]:
         # Perhaps only our reading of the payload is at fault.
         return store_or_bury(cursor, [bare], dead_letters)
-    _bury(cursor, rows[0], refusal)
-    dead_letters[_REASONS.get((refusal.pgcode or "")[:2], "refused")] += 1
+    dead_letters[_bury(cursor, rows[0], refusal)] += 1
     return 0
 
 
-def _try(cursor: psycopg2.extensions.cursor, rows: list[bytes]) -> psycopg2.Error | None:
-    """Store the rows and return None, or store none and return why the data was refused."""
+def _attempt(
+    cursor: psycopg2.extensions.cursor, step: Callable[[], object]
+) -> psycopg2.Error | None:
+    """Do a step and return None, or undo it and return why the data was refused."""
     cursor.execute("SAVEPOINT part")
     try:
-        copy(cursor, rows)
+        step()
     except psycopg2.Error as error:
         if kind_of(error) != "data":
             raise
@@ -52,13 +72,24 @@ def _try(cursor: psycopg2.extensions.cursor, rows: list[bytes]) -> psycopg2.Erro
     return None
 
 
-def _bury(cursor: psycopg2.extensions.cursor, row: bytes, refusal: psycopg2.Error) -> None:
+def _bury(cursor: psycopg2.extensions.cursor, row: bytes, refusal: psycopg2.Error) -> str:
+    """Keep a row as a dead letter; return the reason it is counted under."""
     timestamp, qos, retained, topic, properties, _, payload = decode(row)
-    reason = refusal.diag.message_primary or str(refusal)
-    cursor.execute(
-        "INSERT INTO dead_letters"
-        " (received_at, topic, payload, properties, qos, retained, reason, sqlstate)"
-        " VALUES (to_timestamp(%s), %s, %s, %s, %s, %s, %s, %s)",
-        (timestamp, topic, payload, properties, qos, retained, reason, refusal.pgcode),
+    state = refusal.pgcode or ""
+    letter = (timestamp, topic, payload, properties, qos, retained, _text(refusal), state)
+    again = _attempt(cursor, partial(cursor.execute, _INSERT, letter))
+    if again is None:
+        log.error("message kept as dead letter", topic=topic, sqlstate=state)
+        return _REASONS.get(state[:2], "refused")
+    cursor.execute(_INSERT_FALLBACK, (*letter, _text(again)))
+    log.error(
+        "dead_letters refused a message, which is kept in dead_letters_fallback",
+        topic=topic,
+        sqlstate=again.pgcode,
+        error=one_line(again),
     )
-    log.error("message kept as dead letter", topic=topic, sqlstate=refusal.pgcode)
+    return REFUSED_TWICE
+
+
+def _text(refusal: psycopg2.Error) -> str:
+    return refusal.diag.message_primary or str(refusal)

@@ -12,6 +12,8 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
+from .sessions import Claim
+
 _OVERHEAD = 80  # bytes of memory for a message besides its row's: two objects, and their places
 
 
@@ -41,13 +43,25 @@ class Greeting:
     """The start of a connection, in its place among the messages: none of them is before it.
 
     ``session_present`` is the broker's word whether it kept the session, with what it has sent
-    and was not acknowledged. The writer answers with the ``stale`` filters, which the session is
-    subscribed to and the settings do not name any more.
+    and was not acknowledged. The writer answers with the ``claim``: what may be subscribed to. As
+    long as that is to wait, the question is put again, in the end with ``insist``.
     """
 
     source: object
     session_present: bool
-    stale: list[str] = field(default_factory=list)
+    insist: bool = False
+    claim: Claim = field(default_factory=Claim)
+
+
+@dataclass(slots=True, eq=False)
+class Subscribed:
+    """What the session is subscribed to from now on, for the writer to note."""
+
+    source: object
+    filters: list[str]
+
+
+Note = Greeting | Subscribed
 
 
 @dataclass(slots=True)
@@ -72,14 +86,14 @@ class Flow:
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._changed = threading.Condition()
-        self._queue: deque[Chunk | Greeting] = deque()
+        self._queue: deque[Chunk | Note] = deque()
         self._written: list[Chunk] = []  # taken by the writer, not settled
         self._bytes = 0  # of both
         self._account = Account()
         self._closed = False
 
-    def put(self, item: Chunk | Greeting) -> None:
-        """Add a chunk. Never blocks and never refuses; the reader asks `full` before it reads."""
+    def put(self, item: Chunk | Note) -> None:
+        """Add a chunk or a note. Never blocks, never refuses; the reader asks `full` first."""
         with self._changed:
             if isinstance(item, Chunk):
                 self._account.received += len(item.tags)
@@ -88,13 +102,19 @@ class Flow:
             self._queue.append(item)
             self._changed.notify()
 
+    def drop(self, count: int) -> None:
+        """Book messages as received and as duplicates that need no acknowledgement."""
+        with self._changed:
+            self._account.received += count
+            self._account.duplicates += count
+
     @property
     def full(self) -> bool:
         """Whether the reader must stop reading: until a batch is settled, or for good."""
         return self._closed or self._bytes >= self._max_bytes
 
-    def take(self, *, rows: int, size: int, patience: float) -> list[Chunk] | Greeting | None:
-        """Return what is next: a batch, a greeting, [] after ``patience`` seconds, None at the end.
+    def take(self, *, rows: int, size: int, patience: float) -> list[Chunk] | Note | None:
+        """Return what is next: a batch, a note, [] after ``patience`` seconds, None at the end.
 
         A batch is what is there, up to about ``rows`` rows or ``size`` bytes: what comes while it
         is written makes the next one.
@@ -106,7 +126,7 @@ class Flow:
             batch: list[Chunk] = []
             while self._queue and rows > 0 and size > 0:
                 item = self._queue.popleft()
-                if isinstance(item, Greeting):
+                if not isinstance(item, Chunk):
                     if not batch:
                         return item
                     self._queue.appendleft(item)

@@ -4,14 +4,14 @@ import time
 from dataclasses import asdict, dataclass
 
 from . import __version__
-from .flow import Flow
+from .dead_letters import REFUSED_TWICE
+from .flow import Account, Flow
 from .link import Link
 from .settings import Settings
 from .writer import Writer
 
-# Threads take a step at least once a second, or, where they wait for the database, whenever it
-# answers; one that has not for so long hangs.
-_STUCK_SECONDS = 60.0
+# Bugs that a thread may meet without progress in between before a restart is tried.
+_MANY_BUGS = 5
 
 Report = dict[str, object]
 
@@ -36,6 +36,7 @@ class Health:
             problems.append("the account of messages does not balance: this is a bug")
         connection = self.link.connection
         return _report(problems) | {
+            "warnings": _warnings(account),
             "broker": {
                 "address": str(self.settings.broker),
                 "connected": self.link.connected,
@@ -43,6 +44,7 @@ class Health:
                 "topics": self.settings.mqtt_topics,
                 "client_id": self.settings.mqtt_client_id,
                 "error": self._broker_error(),
+                "waiting_for": self._waits_for(),
             },
             "database": {"connected": self.writer.error is None, "error": self.writer.error},
             "oldest_unacked_seconds": round(oldest, 3),
@@ -55,21 +57,28 @@ class Health:
         return _report(self._threads())
 
     def ready(self) -> Report:
-        """Whether messages can be received and stored now."""
-        return _report(self._dependencies())
+        """Whether messages can be received and stored now, or another pod does it for us.
+
+        A StatefulSet replaces pod 0, for which the other pods wait, when they are ready.
+        """
+        waits_for = self._waits_for()
+        return _report(self._dependencies()) | ({"waiting_for": waits_for} if waits_for else {})
 
     def _dependencies(self) -> list[str]:
         problems = []
-        if not self.link.connected:
+        if not self.link.connected and not self._waits_for():
             problems.append(f"broker: {self._broker_error() or 'not subscribed yet'}")
         if self.writer.error is not None:
             problems.append(f"database: {self.writer.error}")
         return problems
 
+    def _waits_for(self) -> list[str]:
+        return self.link.subscriptions.waits_for if self.link.connection is not None else []
+
     def _broker_error(self) -> str | None:
-        connection = self.link.connection
-        if connection is not None and connection.refused:
-            return f"subscription refused: {connection.refused}"
+        refused = self.link.subscriptions.refused
+        if refused and self.link.connection is not None:
+            return f"subscription refused: {refused}"
         return self.link.error
 
     def _threads(self) -> list[str]:
@@ -77,9 +86,21 @@ class Health:
         for thread in (self.link, self.writer):
             if not thread.is_alive():
                 problems.append(f"thread {thread.name} is dead")
-            elif time.monotonic() - thread.beat > _STUCK_SECONDS:
+            elif time.monotonic() - thread.beat > thread.limit:
                 problems.append(f"thread {thread.name} hangs")
+            elif thread.bugs >= _MANY_BUGS:
+                problems.append(f"thread {thread.name} fails again and again: {thread.error}")
         return problems
+
+
+def _warnings(account: Account) -> list[str]:
+    """Return what somebody should look at, though messages are received and stored."""
+    if twice := account.dead_letters[REFUSED_TWICE]:
+        return [
+            f"dead_letters refused {twice} messages, which are kept in dead_letters_fallback; "
+            "remove the constraint or trigger that refuses them"
+        ]
+    return []
 
 
 def _report(problems: list[str]) -> Report:

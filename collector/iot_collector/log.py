@@ -18,7 +18,11 @@ def configure(settings: Settings) -> None:
         final.append(structlog.processors.format_exc_info)
         final.append(structlog.processors.JSONRenderer(default=repr))
     else:
-        final.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+        # Without the values of local variables, some of which are passwords.
+        plain = structlog.dev.plain_traceback
+        final.append(
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)
+        )
     structlog.configure(
         processors=[*shared, ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

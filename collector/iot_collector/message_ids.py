@@ -11,8 +11,12 @@ import psycopg2.extensions
 
 from .rows import decode
 
-# How long ids are remembered; nothing is sent again after its session has expired.
-REMEMBER = "8 days"
+# Seconds. An id is kept as long as the broker may send its message again, which is until the
+# session expires, plus a margin for the time from COMMIT to the end of the connection; and at
+# least as long as with the default expiry, for devices that publish again themselves.
+_MARGIN = 86400
+_LEAST = 8 * 86400
+_NEVER = 0xFFFFFFFF  # a session that does not expire (MQTT 5 §3.1.2.11.2)
 _MAX_LENGTH = 255
 
 
@@ -35,9 +39,17 @@ def drop_known(cursor: psycopg2.extensions.cursor, rows: list[bytes], key: str) 
     return kept
 
 
-def forget_old(cursor: psycopg2.extensions.cursor) -> None:
-    """Forget ids that are older than any message that can still be sent again."""
-    cursor.execute("DELETE FROM message_ids WHERE stored_at < now() - %s::interval", (REMEMBER,))
+def forget_old(cursor: psycopg2.extensions.cursor, session_expiry: int) -> None:
+    """Forget ids that are older than any message that can still be sent again.
+
+    :param session_expiry: IOT_MQTT_SESSION_EXPIRY_SECONDS.
+    """
+    if session_expiry == _NEVER:
+        return
+    cursor.execute(
+        "DELETE FROM message_ids WHERE stored_at < now() - make_interval(secs => %s)",
+        (max(session_expiry + _MARGIN, _LEAST),),
+    )
 
 
 def message_id(row: bytes, key: str) -> str | None:

@@ -15,6 +15,7 @@ from prometheus_client import (
 )
 
 from . import __version__
+from .dead_letters import REFUSED_TWICE
 from .flow import Flow
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
@@ -54,6 +55,11 @@ class Metrics:
         )
         self.batch_rows = Histogram("db_batch_rows", "Messages in a batch", buckets=_ROWS)
         self.db_errors = Counter("db_errors", "Failed database operations, by kind", ["kind"])
+        self.mqtt_errors = Counter("mqtt_errors", "Failed connections to the broker", ["kind"])
+        # From the start, because Prometheus sees no increase in a series that begins with 1.
+        self.db_errors.labels("bug")
+        for kind in ("bug", "connection"):
+            self.mqtt_errors.labels(kind)
         self.mqtt_connected = Gauge("mqtt_connected", "1 when connected and subscribed")
         self.mqtt_reconnects = Counter("mqtt_reconnects", "Connections to the broker but the first")
         Info("build", "Version of the collector").info({"version": __version__})
@@ -67,7 +73,8 @@ class Metrics:
         yield counter("db_inserts", "Messages stored", account.inserted)
         yield counter("db_duplicates", "Messages sent again, not stored again", account.duplicates)
         refused = counter("db_dead_letters", "Messages the database refused", labels=["reason"])
-        for reason, count in account.dead_letters.items():
+        # From the start, as above, what there is an alert for.
+        for reason, count in ({REFUSED_TWICE: 0} | account.dead_letters).items():
             refused.add_metric([reason], count)
         yield refused
         yield gauge("messages_in_flight", "Messages waiting for their COMMIT", account.in_flight)

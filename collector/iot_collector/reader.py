@@ -4,8 +4,9 @@ paho reads a packet with about seven system calls and hands it over through an o
 and a callback. This subclass reads up to 256 KiB at once, turns every PUBLISH straight into a COPY
 tuple, and hands every other packet to paho. What that gains is measured in benchmarks/.
 
-It leans on a few of paho's internals, so pyproject.toml pins paho's minor release, a test compares
-both readers byte by byte, and `make_client` falls back to the stock reader when one is missing.
+It uses a few of paho's internals. So pyproject.toml pins paho's minor release, a test compares
+both readers byte by byte, and `make_client` falls back to the stock reader, which uses none of
+them, when one is missing.
 """
 
 import base64
@@ -26,8 +27,11 @@ log = structlog.get_logger(__name__)
 
 _READ_SIZE = 1 << 18
 _READ_MESSAGES = 1_000  # so that acknowledgements are not kept waiting
-_INTERNALS = ["_sock_recv", "_packet_queue", "_packet_handle", "_handle_pubrel"]
-_INTERNALS += ["_loop_rc_handle", "_send_pubcomp", "_send_pingreq"]
+# Every private attribute of paho's Client that is used in this package (a test compares).
+INTERNALS = [
+    *("_in_packet", "_last_bytes_received", "_loop_rc_handle", "_msgtime_mutex", "_packet_handle"),
+    *("_packet_queue", "_ping_t", "_send_pingreq", "_send_pubcomp", "_sock_recv"),
+]
 
 # Packet types, MQTT 5 §2.1.2, as the first byte of their packets.
 _PUBLISH = 0x30
@@ -55,6 +59,8 @@ class StockClient(Client):
             manual_ack=True,
         )
         self.on_message = self._receive_message
+        self.on_unsubscribe = lambda _c, _u, mid, _r, _p: self._unsubscribed(mid)
+        self._asked: int | None = None  # packet id of the UNSUBSCRIBE that `ping` sent
         self._known = [Prefixes(flags) for flags in range(8)]  # by QoS and RETAIN
         self._prefixes: list[bytes] = []
         self._payloads: list[bytes] = []
@@ -75,6 +81,11 @@ class StockClient(Client):
         self._prefixes, self._payloads, self._tags = [], [], []
         return rows, tags
 
+    @property
+    def pending(self) -> int:
+        """How many messages `take` would return now."""
+        return len(self._tags)
+
     def acknowledge(self, tags: list[int]) -> None:
         """Acknowledge stored messages."""
         for tag in tags:
@@ -83,16 +94,21 @@ class StockClient(Client):
 
     def excuse_ping(self) -> None:
         """Forget an outstanding PINGREQ: its answer may be behind what we do not read for now."""
-        self._ping_t = 0.0
+        # paho has no public way to do so: a database that hangs may cost the connection.
 
     def ping(self) -> None:
         """Ask the broker for a sign that it has read everything sent before; see `answered`."""
-        self._send_pingreq()
+        # paho sends no PINGREQ on demand; a broker answers each UNSUBSCRIBE (MQTT 5 §3.10.4).
+        _, self._asked = self.unsubscribe("iot-collector/ping")
 
     @property
     def answered(self) -> bool:
         """Whether every ping has been answered."""
-        return self._ping_t == 0
+        return self._asked is None
+
+    def _unsubscribed(self, mid: int) -> None:
+        if mid == self._asked:
+            self._asked = None
 
     def finish(self, seconds: float, *, end_session: bool = False) -> None:
         """Disconnect when the broker has read all that was sent to it, or after ``seconds``.
@@ -106,7 +122,7 @@ class StockClient(Client):
             self.loop(0.1)
             self.take()
         properties = None
-        if end_session and self._protocol == MQTTProtocolVersion.MQTTv5:
+        if end_session and self.protocol == MQTTProtocolVersion.MQTTv5:
             properties = Properties(PacketTypes.DISCONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = 0
         self.disconnect(properties=properties)
@@ -131,6 +147,19 @@ class BulkClient(StockClient):
         self._v5 = settings.mqtt_version == "5"
         self._parts: list[bytes] = []  # the beginning of a packet whose end is not read yet
         self._missing = 0  # how many bytes that packet needs at least to go on
+
+    def excuse_ping(self) -> None:
+        """Forget an outstanding PINGREQ: its answer may be behind what we do not read for now."""
+        self._ping_t = 0.0
+
+    def ping(self) -> None:
+        """Ask the broker for a sign that it has read everything sent before; see `answered`."""
+        self._send_pingreq()
+
+    @property
+    def answered(self) -> bool:
+        """Whether every ping has been answered."""
+        return self._ping_t == 0
 
     def loop_read(self, max_packets: int = 1) -> MQTTErrorCode:
         """Do one read, of however many packets there are."""
@@ -210,7 +239,7 @@ class BulkClient(StockClient):
                 tags.append(tag)
             else:
                 self._hand_over(header, data[body:end])
-                if self._sock is None:
+                if self.socket() is None:
                     return size
             at = end
         self._missing = 1 if at < size else 0
@@ -291,8 +320,9 @@ def _properties(properties: Properties) -> bytes | None:
 
 def make_client(settings: Settings, *, keep_session: bool = True) -> StockClient:
     """Return the bulk client, or the stock one when paho has changed below us."""
-    missing = [name for name in _INTERNALS if not callable(getattr(Client, name, None))]
-    if missing:
-        log.warning("reading packet by packet: this paho-mqtt has changed", missing=missing)
-        return StockClient(settings, keep_session=keep_session)
-    return BulkClient(settings, keep_session=keep_session)
+    client = BulkClient(settings, keep_session=keep_session)
+    missing = [name for name in INTERNALS if not hasattr(client, name)]
+    if not missing:
+        return client
+    log.warning("reading packet by packet: this paho-mqtt has changed", missing=missing)
+    return StockClient(settings, keep_session=keep_session)

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import orjson
+import psycopg2
 import psycopg2.extensions
 
 from .fields import fields_of_all
@@ -106,7 +107,12 @@ def copy(
 ) -> None:
     """Copy tuples, with their heads, into ``messages``; SQL before and after in the same query."""
     file: Any = _Pieces(itertools.chain((HEADER,), tuples, (TRAILER,)))
-    cursor.copy_expert(opening + _COPY + closing, file, size=_ANY_SIZE)
+    try:
+        cursor.copy_expert(opening + _COPY + closing, file, size=_ANY_SIZE)
+    except psycopg2.Error:
+        if file.bug is not None:  # psycopg2 makes a canceled query of it, without its traceback
+            raise file.bug from None
+        raise
 
 
 class _Pieces:
@@ -118,10 +124,15 @@ class _Pieces:
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces = filter(None, pieces)  # an empty one would be the end
+        self.bug: Exception | None = None  # what the making of a piece has raised
 
     def read(self, _size: int) -> bytes:
         """Return the next piece, or nothing at the end."""
-        return next(self._pieces, b"")
+        try:
+            return next(self._pieces, b"")
+        except Exception as error:
+            self.bug = error
+            raise
 
 
 def decode(row: bytes) -> Message:

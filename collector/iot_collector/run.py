@@ -17,12 +17,16 @@ from .writer import Writer
 
 log = structlog.get_logger(__name__)
 
+GRACE = 60  # looks at /livez, a second apart, that fail in a row until the process ends itself
+
 
 def run(settings: Settings) -> int:
     """Collect until SIGTERM or SIGINT; return the exit status.
 
-    Status 0 after a signal; 1 when a thread died, which is a bug: a restart is the cure.
+    Status 0 after a signal; 1 when a thread died, or /livez has failed for a minute, which is a
+    bug: a restart is the cure.
     """
+    threading.excepthook = _log_death
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -31,7 +35,8 @@ def run(settings: Settings) -> int:
     metrics = Metrics(flow)
     link = Link(settings, flow, metrics)
     writer = Writer(settings, flow, metrics, link.acknowledge)
-    serve(settings, Health(settings, flow, link, writer))
+    health = Health(settings, flow, link, writer)
+    serve(settings, health)
     writer.start()
     link.start()
     log.info(
@@ -41,11 +46,15 @@ def run(settings: Settings) -> int:
         topics=settings.mqtt_topics,
         http=f"http://{settings.http_host}:{settings.http_port}",
     )
+    failures = 0
     while not stop.wait(1.0):
-        for thread in (link, writer):
-            if not thread.is_alive():
-                log.critical("a thread died; exiting to be restarted", thread=thread.name)
-                return 1
+        writer.break_if_overdue()
+        problems = health.live()["problems"]
+        # Counted, not timed: a process that was stopped for a while is well when it goes on.
+        failures = failures + 1 if problems else 0
+        if failures > GRACE or not (link.is_alive() and writer.is_alive()):
+            log.critical("exiting to be restarted", problems=problems)
+            return 1
     log.info("draining", in_flight=flow.account().in_flight)
     until = time.monotonic() + settings.drain_seconds
     if settings.leave_on_stop:
@@ -61,3 +70,9 @@ def run(settings: Settings) -> int:
     account = flow.account()
     log.info("stopped", received=account.received, stored=account.inserted)
     return 0
+
+
+def _log_death(death: threading.ExceptHookArgs) -> None:
+    """Log the exception that ends a thread like everything else, with its traceback."""
+    name = death.thread.name if death.thread else None
+    log.critical("a bug ended a thread", thread=name, exc_info=death.exc_value)

@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
@@ -35,7 +36,7 @@ _QUOTING = "in user name and password, / ? # [ ] @ are written as %2F %3F %23 %5
 
 # MQTT 5 §4.7.1, §4.8.2: levels, the last of which may be #, after $share/<group>/ or not.
 _FILTER = re.compile(r"(\$share/[^/+#]+/(?=.)|(?!\$share(/|$)))(([^/+#\0]*|\+)/)*([^/+#\0]*|\+|#)")
-_ORDINAL = re.compile(r".*-(0|[1-9][0-9]*)")  # how a StatefulSet numbers its pods
+_ORDINAL = re.compile(r"(.*-)(0|[1-9][0-9]*)")  # how a StatefulSet numbers its pods
 
 
 class SettingsError(click.ClickException):
@@ -154,7 +155,9 @@ class Settings(BaseSettings):
     mqtt_max_inflight: int = _setting(
         10_000, "Most un-acknowledged messages the broker may send", ge=1, le=20_000)
     mqtt_session_expiry_seconds: int = _setting(
-        7 * 86400, "How long the broker queues while no collector is there", ge=60, le=0xFFFFFFFF)
+        7 * 86400, "How long the broker queues while no collector is there (with MQTT 3.1.1 "
+        "the broker decides: set what it does); ids of messages are kept a day longer, at least "
+        "8 days; 4294967295 means for ever, for both", ge=60, le=0xFFFFFFFF)
 
     packet_ledger: bool = _setting(
         True, "Whether the broker sends again under the same packet id (MQTT 5 §4.4; AWS IoT Core "
@@ -175,8 +178,13 @@ class Settings(BaseSettings):
     database_password_file: File = _setting(
         None, "File with it, read at every connection", "/run/secrets/database_password")
 
+    database_timeout_seconds: float = _setting(
+        300, "Longest time that a statement in the database may take; then it is cancelled and "
+        "tried again", ge=1, le=86400)
+
     batch_linger_ms: float = _setting(
-        10, "After a read that brought little, how long the next waits for more", ge=0, le=1_000)
+        10, "How long to wait, at most, for more messages to store with one COMMIT; while fewer "
+        "than 50 come in that time, a fifth of it", ge=0, le=1_000)
     buffer_bytes: int = _setting(
         64 << 20, "Memory for what is not stored yet; beyond it the broker waits", ge=1 << 20)
 
@@ -216,6 +224,17 @@ class Settings(BaseSettings):
         if self.session_on_stop == "ordinal":
             return not self.mqtt_client_id.endswith("-0")
         return self.session_on_stop == "leave"
+
+    def pods_to_wait_for(self, client_ids: Iterable[str]) -> list[str]:
+        """Return which of these may hold the subscription of their StatefulSet that we replace.
+
+        For pod 0 the other pods, for those pod 0; without a StatefulSet none.
+        """
+        me = _ORDINAL.fullmatch(self.mqtt_client_id)
+        if me is None or self.session_on_stop != "ordinal":
+            return []
+        pods = [pod for pod in map(_ORDINAL.fullmatch, client_ids) if pod and pod[1] == me[1]]
+        return [pod[0] for pod in pods if (pod[2] == "0") != (me[2] == "0")]
 
     @property
     def broker(self) -> Broker:

@@ -11,7 +11,8 @@ import psycopg2
 import psycopg2.extensions
 import structlog
 
-from .database import connect, kind_of, one_line
+from . import sessions
+from .database import Watch, WatchedConnection, connect, kind_of, one_line
 from .dead_letters import store_or_bury
 from .flow import Chunk
 from .message_ids import drop_known, forget_old
@@ -21,6 +22,7 @@ from .settings import Settings
 log = structlog.get_logger(__name__)
 
 MONTHS_AHEAD = 3
+_DAILY_SECONDS = 6 * 3600.0  # for a day's old message ids, which may be very many
 _PRUNE_EVERY = 64  # batches: what the ledger does not need any more costs little until then
 
 Cursor = psycopg2.extensions.cursor
@@ -42,7 +44,9 @@ class Store:
         self._settings = settings
         self._client_id = settings.mqtt_client_id
         self._writer = str(uuid.uuid4())
-        self._connection: psycopg2.extensions.connection | None = None
+        self._connection: WatchedConnection | None = None
+        # Twice the time after which the server itself cancels a statement.
+        self.watch = Watch(2 * settings.database_timeout_seconds)
         self._days_done: set[int] = set()
         self._seq = 0  # of the last batch in the ledger, as `begin_session` found it
         # A batch whose COMMIT was sent and not answered, and what becomes of it if it took place.
@@ -56,27 +60,37 @@ class Store:
         with self._cursor() as cursor:
             cursor.execute("SELECT 'messages'::regclass")  # needs no right to read it
 
-    def begin_session(self, *, present: bool, filters: list[str]) -> tuple[list[str], list[bytes]]:
-        """Note that the broker has a session for us, subscribed to ``filters``.
+    def begin_session(
+        self, *, present: bool, insist: bool = False
+    ) -> tuple[sessions.Claim, list[bytes]]:
+        """Note that the broker has a session for us, and claim the filters of the settings for it.
 
         :param present: whether it is the one that it had before; if not, the ledger means nothing.
-        :returns: the filters it was subscribed to before and is not now, and the ledger's batches.
+        :param insist: see `sessions.claim`.
+        :returns: what came of the claim, and the ledger's batches.
         :raises psycopg2.Error: nothing was noted.
         """
-        client = (self._client_id,)
-        stale: list[str] = []
         with self._transaction() as cursor:
-            if present:
-                cursor.execute("SELECT filters FROM sessions WHERE client_id = %s", client)
-                stale = [f for (old,) in cursor.fetchall() for f in old if f not in filters]
-            else:
-                cursor.execute("DELETE FROM ledger WHERE client_id = %s", client)
-            cursor.execute(
-                "INSERT INTO sessions (client_id, filters) VALUES (%s, %s)"
-                " ON CONFLICT (client_id) DO UPDATE SET filters = excluded.filters",
-                (self._client_id, filters),
-            )
-            return stale, self._batches(cursor)
+            if not present:
+                cursor.execute("DELETE FROM ledger WHERE client_id = %s", (self._client_id,))
+            claim = sessions.claim(cursor, self._settings, present=present, insist=insist)
+            return claim, self._batches(cursor)
+
+    def read_ledger(self) -> list[bytes]:
+        """Return the ledger's batches, which another process may have added to.
+
+        :raises psycopg2.Error: they could not be read.
+        """
+        with self._transaction() as cursor:
+            return self._batches(cursor)
+
+    def note_filters(self, filters: list[str]) -> None:
+        """Note what our session is subscribed to.
+
+        :raises psycopg2.Error: it was not noted.
+        """
+        with self._transaction() as cursor:
+            sessions.note(cursor, self._client_id, filters)
 
     def _batches(self, cursor: Cursor) -> list[bytes]:
         cursor.execute(
@@ -95,7 +109,7 @@ class Store:
             the ledger needs, this one included.
         :raises psycopg2.Error: nothing was stored as far as is known. To be called again with the
             same batch, which then looks whether it was. Of the kind "data" only when the table
-            ``dead_letters`` refuses what ``messages`` refused.
+            ``dead_letters_fallback`` refuses what ``dead_letters`` refused.
         """
         if (stored := self._find_unsure()) is not None:
             return stored
@@ -180,6 +194,7 @@ class Store:
     def close(self) -> None:
         """Close the connection; the next call opens another."""
         self._days_done.clear()
+        self.watch.close()
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -195,9 +210,11 @@ class Store:
     @contextmanager
     def _cursor(self) -> Iterator[Cursor]:
         """A cursor outside of any transaction, or in one that an error rolls back."""
-        if self._connection is None:
+        if self._connection is None or self._connection.closed:
             self._connection = connect(self._settings)
-            self._warn_if_not_durable()
+            self._connection.watch = self.watch
+            self.watch.open(self._connection)
+            self._set_up()
         with self._connection.cursor() as cursor:
             try:
                 yield cursor
@@ -206,25 +223,45 @@ class Store:
                     cursor.execute("ROLLBACK")
                 raise
 
-    def _warn_if_not_durable(self) -> None:
+    def _set_up(self) -> None:
+        """Set the timeout, unless the role or database has a shorter one; look at durability."""
+        milliseconds = round(self._settings.database_timeout_seconds * 1000)
         with self._cursor() as cursor:
-            cursor.execute("SHOW synchronous_commit")
-            if cursor.fetchone() == ("off",):
+            cursor.execute(
+                "SELECT current_setting('synchronous_commit'), set_config(name, CASE WHEN"
+                " setting::bigint BETWEEN 1 AND %(ms)s THEN setting ELSE %(ms)s::text END, false)"
+                " FROM pg_settings WHERE name = 'statement_timeout'",
+                {"ms": milliseconds},
+            )
+            if (cursor.fetchone() or ("",))[0] == "off":
                 log.warning(
                     "synchronous_commit is off: a crash of PostgreSQL can lose acknowledged "
                     "messages; set it to on for this role or database"
                 )
+
+    @contextmanager
+    def _unhurried(self) -> Iterator[None]:
+        usual, self.watch.limit = self.watch.limit, _DAILY_SECONDS
+        try:
+            yield
+        finally:
+            self.watch.limit = usual
 
     def _do_daily(self, chunks: list[Chunk]) -> None:
         # With the first batch of each day: partitions are made months ahead of use.
         days = {int(chunk.timestamp // 86400) for chunk in chunks}
         if days <= self._days_done:
             return
-        with self._transaction() as cursor:
+        milliseconds = round(self._settings.database_timeout_seconds * 1000)
+        with self._transaction() as cursor, self._unhurried():
+            # What works takes its time; what waits for a lock of others is tried again.
+            cursor.execute(
+                "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = %s", (milliseconds,)
+            )
             for day in days:
                 start = datetime.fromtimestamp(day * 86400, UTC)
                 cursor.execute("SELECT ensure_partitions(%s, %s)", (start, MONTHS_AHEAD))
-            forget_old(cursor)
+            forget_old(cursor, self._settings.mqtt_session_expiry_seconds)
         self._days_done = days
 
 

@@ -1,7 +1,6 @@
 """The writer thread: takes batches, stores them, and only then has them acknowledged."""
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +12,10 @@ import structlog
 import tenacity
 
 from .database import explain, kind_of
-from .flow import Chunk, Flow, Greeting
+from .flow import Chunk, Flow, Greeting, Note, Subscribed
 from .ledger import Ledger
 from .metrics import Metrics
+from .sessions import Claim
 from .settings import Settings
 from .store import Store, Stored
 
@@ -37,11 +37,10 @@ class Writer(threading.Thread):
         settings: Settings,
         flow: Flow,
         metrics: Metrics,
-        acknowledge: Callable[[Sequence[Chunk | Greeting]], None],
+        acknowledge: Callable[[Sequence[Chunk | Note]], None],
     ) -> None:
         super().__init__(name="writer", daemon=True)
         self._acknowledge = acknowledge
-        self._filters = settings.mqtt_topics
         self._flow = flow
         self._metrics = metrics
         self._store = Store(settings)
@@ -51,13 +50,29 @@ class Writer(threading.Thread):
         self._overtaken = False  # somebody has written to the ledger since it was loaded
         self._abandon = threading.Event()
         self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(psycopg2.Error),
+            retry=tenacity.retry_if_exception_type(Exception),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
             sleep=tenacity.sleep_using_event(self._abandon),
             stop=tenacity.stop_when_event_set(self._abandon),
         )
         self.error: str | None = "not connected yet"  # why the database is not usable, or None
-        self.beat = time.monotonic()  # when the thread last made a step
+        self.bugs = 0  # met since a step last succeeded
+        self._beat = time.monotonic()
+
+    @property
+    def beat(self) -> float:
+        """When the thread last made a step: a statement, an answer to it, or a look for work."""
+        return max(self._beat, self._store.watch.beat)
+
+    @property
+    def limit(self) -> float:
+        """How long a step may take, in seconds: far more than all timeouts together allow."""
+        return 60 + 2 * self._store.watch.limit
+
+    def break_if_overdue(self) -> None:
+        """Break the connection to a database that does not answer any more; any thread."""
+        if self._store.watch.break_if_overdue():
+            log.warning("the database does not answer, breaking the connection")
 
     def run(self) -> None:
         """Write batches until the flow is closed and empty."""
@@ -65,8 +80,10 @@ class Writer(threading.Thread):
             self._ping()
             while (item := self._next()) is not None:
                 if isinstance(item, Greeting):
-                    item.stale = self._persist(partial(self._begin, present=item.session_present))
+                    item.claim = self._persist(partial(self._begin, item))
                     self._acknowledge([item])
+                elif isinstance(item, Subscribed):
+                    self._persist(partial(self._store.note_filters, item.filters))
                 elif item:
                     self._write(item)
                 else:
@@ -80,21 +97,23 @@ class Writer(threading.Thread):
         """Stop retrying; called from another thread when the drain time is over."""
         self._abandon.set()
 
-    def _next(self) -> list[Chunk] | Greeting | None:
-        self.beat = time.monotonic()
-        item = self._flow.take(rows=self._batch_rows, size=_BATCH_BYTES, patience=_PING_SECONDS)
-        self.beat = math.inf  # it waits for the database now, which may take what it takes
-        return item
+    def _next(self) -> list[Chunk] | Note | None:
+        self._beat = time.monotonic()
+        return self._flow.take(rows=self._batch_rows, size=_BATCH_BYTES, patience=_PING_SECONDS)
 
-    def _begin(self, *, present: bool) -> list[str]:
-        """Note the session, and load what the ledger has of it; return its stale filters."""
-        stale, batches = self._store.begin_session(present=present, filters=self._filters)
+    def _begin(self, greeting: Greeting) -> Claim:
+        """Note the session, and load what the ledger has of it; return what it may do."""
+        claim, batches = self._store.begin_session(
+            present=greeting.session_present, insist=greeting.insist
+        )
         self._ledger.reset(batches)
-        return stale
+        return claim
 
     def _write(self, batch: list[Chunk]) -> None:
         started = time.monotonic()
-        stored = self._persist(partial(self._store_batch, batch))
+        stored, packets = self._persist(partial(self._store_batch, batch))
+        # Nothing from here on is tried again: the batch is committed.
+        self._ledger.add(packets)
         now = time.monotonic()
         self._flow.settle(
             inserted=stored.inserted,
@@ -107,9 +126,10 @@ class Writer(threading.Thread):
         for chunk in batch:
             self._metrics.message_delay.observe(now - chunk.at, len(chunk.tags))
 
-    def _store_batch(self, batch: list[Chunk]) -> Stored:
+    def _store_batch(self, batch: list[Chunk]) -> tuple[Stored, bytes]:
+        """Store a batch; return what became of it, and its packets for the ledger."""
         if self._overtaken:
-            self._begin(present=True)
+            self._ledger.reset(self._store.read_ledger())
             self._overtaken = False
         new, packets = self._ledger.split(batch)
         stored = Stored()
@@ -121,9 +141,8 @@ class Writer(threading.Thread):
             # our predecessor's that was still being committed when we looked.
             self._overtaken = kind_of(error) == "client_id"
             raise
-        self._ledger.add(packets)
         stored.duplicates += _count(batch) - _count(new)
-        return stored
+        return stored, packets
 
     def _persist(self, step: Callable[[], T]) -> T:
         """Return a step's result as soon as the database lets it succeed.
@@ -132,7 +151,7 @@ class Writer(threading.Thread):
         """
         try:
             return self._noted(step)
-        except psycopg2.Error:
+        except Exception:  # noqa: BLE001 - a bug, too, may be one of the moment
             # Only now: tenacity's bookkeeping costs as much as five messages (benchmarks/).
             result: T = self._retrying(self._noted, step)
             return result
@@ -141,19 +160,25 @@ class Writer(threading.Thread):
         """Do a step, and note whether the database is usable."""
         try:
             result = step()
-        except psycopg2.Error as error:
+        except Exception as error:
             self._store.close()
-            self._metrics.db_errors.labels(kind_of(error)).inc()
+            kind = kind_of(error)
+            self._metrics.db_errors.labels(kind).inc()
             self.error = explain(error)
-            log.warning("database is not usable, will retry", error=self.error)
+            if kind == "bug":
+                self.bugs += 1
+                log.exception("a bug in the collector, will retry", error=self.error)
+            else:
+                log.warning("database is not usable, will retry", error=self.error)
             raise
+        self.bugs = 0
         if self.error is not None:
             log.info("database is usable")
             self.error = None
         return result
 
     def _ping(self) -> None:
-        with contextlib.suppress(psycopg2.Error):
+        with contextlib.suppress(Exception):
             self._noted(self._store.ping)
 
 

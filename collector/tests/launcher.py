@@ -1,22 +1,27 @@
 """``iot-collector run`` with a fault built in: python launcher.py FAULT [N].
 
 The product has no hooks for tests; this script replaces parts of it before it starts. What makes
-the process kill itself does so at the N-th time that it gets there.
+the process kill itself does so at the N-th time that it gets there; a bug is met the first N times.
 """
 
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
 import psycopg2.extensions
-from iot_collector import cli
+from iot_collector import cli, run, store
+from iot_collector.database import WatchedCursor
+from iot_collector.flow import Chunk, Flow
 from iot_collector.reader import BulkClient
+from iot_collector.subscriptions import Subscriptions
 
 FAULT = sys.argv[1]
 YEAR = 366 * 86400
+MOMENTS = {"copying", "before commit"}  # of COPY
 _left = int(sys.argv[2]) if len(sys.argv) > 2 else 1
 
 
@@ -28,6 +33,14 @@ def die_at(fault: str) -> None:
     _left -= 1
     if _left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bug_at(fault: str, error: type[Exception] = ValueError) -> None:
+    """Raise an error as a bug would, if it is the time for it."""
+    global _left
+    if fault == FAULT and _left > 0:
+        _left -= 1
+        raise error("a bug for the test")
 
 
 class Halves:
@@ -47,7 +60,7 @@ class Halves:
         return part
 
 
-class Cursor(psycopg2.extensions.cursor):
+class Cursor(WatchedCursor):
     """A cursor with places to die at."""
 
     def execute(self, query: Any, values: Any = None) -> None:
@@ -56,12 +69,17 @@ class Cursor(psycopg2.extensions.cursor):
             die_at("bisecting")
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
-        super().copy_expert(sql, Halves(file, size), size)
+        bug_at("bug in the writer thread", KeyError)
+        bug_at("misuse of psycopg2", psycopg2.ProgrammingError)
+        bug_at("use of a closed cursor", psycopg2.InterfaceError)
+        super().copy_expert(sql, Halves(file, size) if FAULT in MOMENTS else file, size)
         die_at("after commit")
 
 
 _connect = psycopg2.connect
-_acknowledge = BulkClient.acknowledge
+_acknowledge, _take = BulkClient.acknowledge, BulkClient.take
+_settle = Flow.settle
+_tuples = store._tuples
 
 
 def connect(*args: Any, **options: Any) -> Any:
@@ -76,16 +94,67 @@ def acknowledge(self: BulkClient, tags: list[int]) -> None:
     die_at("half acknowledged")
 
 
+def tuples(chunks: list[Chunk]) -> Iterator[bytes]:
+    for piece in _tuples(chunks):
+        yield piece
+        bug_at("bug while copying")
+
+
+def take(self: BulkClient) -> tuple[list[bytes], list[int]]:
+    rows, tags = _take(self)
+    if rows:
+        bug_at("bug in the network thread")
+    return rows, tags
+
+
+def settle(self: Flow, **counts: Any) -> None:
+    bug_at("bug after the commit")
+    _settle(self, **counts)
+
+
+class Asked(list[str]):
+    """Topic filters that the callback for SUBACK trips over."""
+
+    def __iter__(self) -> Iterator[str]:
+        bug_at("bug in a callback of paho")
+        return super().__iter__()
+
+
+def subscribe(self: Subscriptions, filters: list[str], stale: list[str]) -> None:
+    _subscribe(self, filters, stale)
+    for request in self._requests.values():
+        request.filters = Asked(request.filters)
+    if stale:
+        die_at("replacement asked for")
+
+
+def remove(self: Subscriptions, stale: list[str]) -> None:
+    die_at("replacement granted")
+    _remove(self, stale)
+    die_at("old filter given up")
+
+
+_subscribe = Subscriptions._subscribe
+_remove = Subscriptions._remove
+Subscriptions._subscribe = subscribe  # type: ignore[method-assign]
+Subscriptions._remove = remove  # type: ignore[method-assign]
+
+
 def set_clock(number: int, _frame: object) -> None:
     """SIGUSR1 sets the clock a year ahead, SIGUSR2 back again."""
     time.time = lambda: _time() + (YEAR if number == signal.SIGUSR1 else 0)
 
 
 _time = time.time
+if FAULT.endswith(", and it ends"):
+    FAULT = FAULT.removesuffix(", and it ends")
+    run.GRACE = 1
 if FAULT == "clock":
     signal.signal(signal.SIGUSR1, set_clock)
     signal.signal(signal.SIGUSR2, set_clock)
 psycopg2.connect = connect
-BulkClient.acknowledge = acknowledge  # type: ignore[method-assign]
+BulkClient.acknowledge, BulkClient.take = acknowledge, take  # type: ignore[method-assign]
+store._tuples = tuples
+Flow.settle = settle  # type: ignore[method-assign]
 sys.argv[1:] = ["run"]
 cli.main()

@@ -124,7 +124,11 @@ class Load:
             client.loop_start()
             with contextlib.suppress(AssertionError):
                 eventually(client.is_connected, 5)
-                while client.is_connected() and not self._stop.wait(self._every):
+                due = time.monotonic()
+                while client.is_connected() and not self._stop.wait(
+                    max(0.0, due - time.monotonic())
+                ):
+                    due = max(due, time.monotonic() - 0.1) + self._every
                     if len(self._open) < 1000:
                         for n in itertools.islice(numbers, 5):
                             self._publish(client, self._payload(n))
@@ -160,7 +164,10 @@ def well(*collectors: Collector) -> None:
             lambda c=collector: not c.metrics()["messages_in_flight"],  # type: ignore[misc]
             what=f"nothing is in flight\n{collector.log()[-2000:]}",
         )
-        law(collector.metrics())
+        metrics = collector.metrics()
+        law(metrics)
+        bugs = {name: count for name, count in metrics.items() if 'kind="bug"' in name and count}
+        assert not bugs, collector.log()[-2000:]
         assert collector.get("/livez").status == 200
 
 
@@ -693,6 +700,119 @@ def test_scale_out_and_in(
         members[0].start()
         assert members[0].health()["broker"]["session_present"]
         complete(load, broker, database, members[0])
+
+
+PLAIN, SHARED = "iot/data", "$share/collectors/iot/data"
+
+
+class StatefulSet:
+    """The collector's pods as processes, and what the controller does to them, in its order.
+
+    With podManagementPolicy Parallel it makes, or ends, at once all pods that are too few or too
+    many. It replaces a pod of an old template as soon as all with higher ordinals are ready.
+    """
+
+    def __init__(self, make: Callable[..., Collector]) -> None:
+        self._make = make
+        self.pods: list[Collector] = []
+
+    def apply(self, replicas: int, filters: str) -> None:
+        """Change the number of pods and their template; return when the roll-out is done."""
+        old, condemned = self.pods[:replicas], self.pods[replicas:]
+        for pod in condemned:
+            pod.signal(signal.SIGTERM)
+        new = [
+            self._make(
+                IOT_MQTT_CLIENT_ID=f"collector-{ordinal}",
+                IOT_MQTT_TOPICS=filters,
+                IOT_SESSION_ON_STOP="ordinal",
+            ).launch()
+            for ordinal in range(len(old), replicas)
+        ]
+        for pod in reversed(new):
+            pod.wait_listening().wait_ready()
+        for pod in reversed(old):
+            if pod.settings["IOT_MQTT_TOPICS"] != filters:
+                assert pod.stop() == 0
+                pod.settings["IOT_MQTT_TOPICS"] = filters
+                pod.start()
+        self.pods = old + new
+        for pod in condemned:
+            assert pod.wait() == 0
+            assert "session kept" not in pod.log()
+
+    def wait_subscribed(self, database: Database) -> None:
+        """Wait until the sessions have the filters of the template, and no others."""
+        wanted = {
+            p.settings["IOT_MQTT_CLIENT_ID"]: p.settings["IOT_MQTT_TOPICS"] for p in self.pods
+        }
+        query = "SELECT client_id, array_to_string(filters, ',') FROM sessions"
+        eventually(
+            lambda: dict(database.query(query)) == wanted,
+            90,
+            what=f"sessions are {wanted}\n" + "\n".join(p.log()[-1500:] for p in self.pods),
+        )
+        eventually(lambda: all(p.metrics()["mqtt_connected"] for p in self.pods), what="subscribed")
+
+
+@pytest.mark.parametrize("version", times(["5"], ["5", "3.1.1"]))
+@pytest.mark.parametrize("replicas", [3, 1], ids=["1-3-1", "autoscaler"])
+def test_subscription_changes_its_form(
+    replicas: int,
+    version: str,
+    make_collector: MakeCollector,
+    broker: Mosquitto,
+    database: Database,
+) -> None:
+    """Plain with one pod, shared with more or with an autoscaler, and back, under load."""
+    pods = StatefulSet(
+        lambda **settings: make_collector(broker, database, IOT_MQTT_VERSION=version, **settings)
+    )
+    pods.apply(1, PLAIN)
+    began = time.monotonic()
+    with Load(broker, rate=times(500, 2200)) as load:
+        for _ in range(times(1, 10)):
+            for count, filters in ((replicas, SHARED), (1, PLAIN)):
+                load.more(100)
+                pods.apply(count, filters)
+                pods.wait_subscribed(database)
+                load.more(100)
+        rate = len(load.acknowledged) / (time.monotonic() - began)
+        found = complete(load, broker, database, *pods.pods)
+    print(f"{len(found)} messages, {rate:.0f}/s")
+
+
+@pytest.mark.parametrize(
+    "moment",
+    times(
+        ["replacement granted"],
+        ["replacement asked for", "replacement granted", "old filter given up"],
+    ),
+)
+def test_killed_while_the_subscription_changes_its_form(
+    moment: str, make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """Nothing is lost. Between SUBSCRIBE and UNSUBSCRIBE the session has both forms.
+
+    What comes before the next process has changed them may be stored twice.
+    """
+    pods = StatefulSet(lambda **settings: make_collector(broker, database, **settings))
+    pods.apply(1, PLAIN)
+    pod = pods.pods[0]
+    doubles: set[bytes] = set()
+    with Load(broker, rate=times(500, 2000)) as load:
+        for filters in (SHARED, PLAIN) * times(1, 5):
+            load.more(100)
+            assert pod.stop() == 0
+            pod.settings["IOT_MQTT_TOPICS"] = filters
+            before = load.sent.copy()
+            assert with_fault(pod, moment).launch().wait() == -signal.SIGKILL, pod.log()
+            without_fault(pod).start()
+            pods.wait_subscribed(database)
+            doubles |= load.sent - before
+            load.more(100)
+        found = complete(load, broker, database, pod, doubles=doubles)
+    print(f"{found.total() - len(found)} doubles of {len(found)}")
 
 
 # The clock -----------------------------------------------------------------------------------

@@ -4,19 +4,21 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from typing import Any
 
 import psycopg2
 import pytest
 from iot_collector.flow import Chunk
 from iot_collector.migrate import migrate, migrations
 from iot_collector.rows import Prefixes, tuples
+from iot_collector.sessions import Claim
 from iot_collector.settings import Settings
 from iot_collector.store import MONTHS_AHEAD, Store
 from services import Database, run_command
 
 
-def settings_for(database: Database) -> Settings:
-    return Settings(database_url=database.url, database_password=database.password)  # type: ignore[arg-type]
+def settings_for(database: Database, **more: Any) -> Settings:
+    return Settings(database_url=database.url, database_password=database.password, **more)  # type: ignore[arg-type]
 
 
 def partitions(database: Database) -> list[str]:
@@ -156,17 +158,19 @@ def test_limited_user(database: Database) -> None:
     with pytest.raises(psycopg2.errors.InsufficientPrivilege):
         user.query("SELECT ensure_partitions(now(), 1)")
     database.query(
-        f"GRANT INSERT ON messages, dead_letters TO {role};"
+        f"GRANT INSERT ON messages, dead_letters, dead_letters_fallback TO {role};"
         f"GRANT SELECT, INSERT, UPDATE, DELETE ON ledger, sessions, message_ids TO {role};"
         f"GRANT EXECUTE ON FUNCTION ensure_partitions TO {role}"
     )
     database.query("ALTER TABLE messages ADD CONSTRAINT c CHECK (payload <> 'poison'::bytea)")
-    store = Store(settings_for(user))
+    store = Store(settings_for(user, mqtt_topics=["a"]))
     store.ping()
-    assert store.begin_session(present=False, filters=["a"]) == ([], [])
+    assert store.begin_session(present=False) == (Claim(), [])
     stored = store.write([chunk_at(datetime.now(UTC), b"a:1", b"poison", b"a:2")], b"packets", 1)
     assert (stored.inserted, stored.dead_letters) == (2, {"constraint": 1})
-    assert store.begin_session(present=True, filters=["b"]) == (["a"], [b"packets"])
+    assert store.begin_session(present=True) == (Claim(held=["a"]), [b"packets"])
+    store.note_filters([])
+    assert database.count("sessions") == 0
     store.write([chunk_at(datetime(2040, 5, 1, tzinfo=UTC), b"a:3")], b"", 1)
     store.close()
     assert database.payloads() == [b"a:1", b"a:2", b"a:3"]

@@ -78,7 +78,7 @@ def limited_user(database: Database, **options: str) -> Iterator[Database]:
     role = f"{database.name}_collector"
     database.query(f"CREATE ROLE {role} LOGIN PASSWORD 'first'")
     database.query(
-        f"GRANT INSERT ON messages, dead_letters TO {role};"
+        f"GRANT INSERT ON messages, dead_letters, dead_letters_fallback TO {role};"
         f"GRANT SELECT, INSERT, UPDATE, DELETE ON ledger, sessions, message_ids TO {role};"
         f"GRANT EXECUTE ON FUNCTION ensure_partitions TO {role}"
     )
@@ -241,20 +241,68 @@ def test_refused_row(
     assert database.count() == 110, "the flow goes on"
 
 
+DEFERRED = TRIGGER.format(
+    using="", kind="CONSTRAINT", when="AFTER", deferred="DEFERRABLE INITIALLY DEFERRED"
+)
+TWICE_REFUSED = {
+    "check": "ALTER TABLE messages ADD CHECK (payload <> 'poison'::bytea);"
+    "ALTER TABLE dead_letters ADD CHECK (payload <> 'poison'::bytea)",
+    "trigger": DEFERRED
+    + "CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON dead_letters DEFERRABLE INITIALLY DEFERRED"
+    " FOR EACH ROW EXECUTE FUNCTION refuse()",
+}
+
+
+@pytest.mark.parametrize("kind", TWICE_REFUSED)
 def test_row_refused_by_dead_letters_too(
-    collector: Collector, broker: Mosquitto, database: Database
+    kind: str, make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """Somebody's rule on the last resort: it is named, nothing is lost, and it can be mended."""
-    for table in ("messages", "dead_letters"):
-        database.query(f"ALTER TABLE {table} ADD CONSTRAINT no CHECK (payload <> 'poison'::bytea)")
-    publish(broker, [*numbered(10), ("iot/data", b"poison")])
-    problem(collector, 'relation "dead_letters" violates check constraint', "/health")
-    problem(collector, "remove the constraint", "/health")
-    assert collector.get("/livez").status == 200
-    database.query("ALTER TABLE dead_letters DROP CONSTRAINT no")
-    collector.wait_settled(11)
-    assert database.payloads() == payloads(numbered(10))
-    assert [letter.payload for letter in database.dead_letters()] == [b"poison"]
+    """Somebody's rule on the last resort: the message is kept beside it, and the flow goes on."""
+    database.query(TWICE_REFUSED[kind])
+    poison = Properties(PacketTypes.PUBLISH)
+    poison.UserProperty = [("site", "a")]
+    with limited_user(database) as user:
+        collector = make_collector(broker, user, IOT_BATCH_LINGER_MS="200").start()
+        metric = 'db_dead_letters_total{reason="refused_twice"}'
+        assert collector.metrics()[metric] == 0, "from the start, so that an increase is seen"
+        publish(broker, numbered(10))
+        publish(broker, [("iot/poison", b"poison")], properties=poison)
+        publish(broker, numbered(10, start=10))
+        metrics = collector.wait_settled(21)
+        assert database.payloads() == payloads(numbered(20)), "the rest, in order"
+        assert database.count("dead_letters") == 0
+        ((topic, payload, properties, reason, second),) = database.query(
+            "SELECT topic, payload, properties, reason, refusal FROM dead_letters_fallback"
+        )
+        assert (bytes(topic), bytes(payload)) == (b"iot/poison", b"poison")
+        assert json.loads(bytes(properties)) == {"user": {"site": ["a"]}}
+        assert "messages" in reason or "no poison here" in reason
+        assert "dead_letters" in second or "no poison here" in second
+        assert metrics[metric] == 1
+        health = collector.get("/health")
+        assert health.status == 200
+        assert "dead_letters_fallback" in " ".join(health.json()["warnings"])
+        (event,) = [e for e in collector.events() if "dead_letters_fallback" in e["event"]]
+        assert event["level"] == "error"
+        assert event["topic"] == "b'iot/poison'"
+        collector.close()
+
+
+def test_dead_letters_that_cannot_be_written_are_retried(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """What is wrong with the table, and not with the message, is to be mended."""
+    database.query("ALTER TABLE messages ADD CHECK (payload <> 'poison'::bytea)")
+    with limited_user(database) as user:
+        database.query(f"REVOKE INSERT ON dead_letters FROM {user.user}")
+        collector = make_collector(broker, user).start()
+        publish(broker, [("iot/data", b"poison")])
+        problem(collector, "permission denied for table dead_letters", "/health")
+        assert database.count("dead_letters_fallback") == 0
+        database.query(f"GRANT INSERT ON dead_letters TO {user.user}")
+        collector.wait_settled(1)
+        assert [letter.payload for letter in database.dead_letters()] == [b"poison"]
+        collector.close()
 
 
 def test_row_refused_with_a_code_of_its_own(
@@ -391,6 +439,36 @@ def test_shared_subscription(
     shares = [collector.wait_settled(1)["db_inserts_total"] for collector in pair]
     assert sum(shares) == 1000
     assert all(shares), shares
+
+
+def test_pod_waits_for_another(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """It is ready meanwhile, or the StatefulSet would never replace the one that it waits for."""
+    first, second = (
+        make_collector(
+            broker,
+            database,
+            IOT_MQTT_CLIENT_ID=f"collector-{ordinal}",
+            IOT_MQTT_TOPICS=topics,
+            IOT_SESSION_ON_STOP="ordinal",
+        )
+        for ordinal, topics in enumerate(["iot/data", "$share/g/iot/data"])
+    )
+    first.start()
+    second.start()
+    assert second.get("/readyz").json()["waiting_for"] == ["collector-0"]
+    assert second.health()["broker"]["waiting_for"] == ["collector-0"]
+    assert second.status("/health") == 200
+    assert "waiting until other pods" in second.log()
+    settled(first, database, publish(broker, numbered(100)))
+    assert second.metrics()["mqtt_messages_total"] == 0
+    broker.stop()
+    eventually(lambda: second.status("/readyz") == 503, what="it has no connection")
+    broker.start()
+    second.wait_ready()
+    assert second.stop() == 0
+    assert database.query("SELECT client_id FROM sessions") == [("collector-0",)]
 
 
 # The account ---------------------------------------------------------------------------------
@@ -566,6 +644,84 @@ def test_database_without_schema(
     collector = make_collector(broker, empty_database).launch().wait_listening()
     problem(collector, "database: schema")
     assert "iot-collector migrate" in collector.log()
+
+
+def test_statement_timeout(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """What waits longer is cancelled and tried again, as often as it takes."""
+    collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
+    collector.wait_settled(len(publish(broker, numbered(1))))
+    with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
+        cursor.execute("LOCK TABLE messages IN ACCESS EXCLUSIVE MODE")
+        acknowledged = publish(broker, numbered(50, start=1))
+        problem(collector, "timeout: canceling statement due to statement timeout")
+        problem(collector, "IOT_DATABASE_TIMEOUT_SECONDS", "/health")
+        eventually(
+            lambda: collector.metrics()['db_errors_total{kind="timeout"}'] >= 3, what="again"
+        )
+        assert collector.get("/livez").status == 200
+    settled(collector, database, acknowledged)
+    assert database.count() == 51
+
+
+def test_shorter_statement_timeout_of_the_role_is_kept(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    for timeout in ("250", "60000"):
+        database.query(f"ALTER DATABASE {database.name} SET statement_timeout = {timeout}")
+        collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
+        collector.wait_settled(len(publish(broker, numbered(1))))
+        with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
+            cursor.execute("SET statement_timeout = 0; LOCK TABLE messages")
+            publish(broker, numbered(1))
+            problem(collector, "statement timeout")
+        assert collector.stop() == 0
+
+
+def test_daily_work_is_not_timed_out(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """Partitions and old message ids take the time they take, and waiting for a lock is retried."""
+    database.query(
+        "ALTER FUNCTION ensure_partitions RENAME TO ensure_partitions_at_once;"
+        "CREATE FUNCTION ensure_partitions(timestamptz, integer) RETURNS integer LANGUAGE sql AS"
+        " 'SELECT ensure_partitions_at_once($1, $2) FROM pg_sleep(3)'"
+    )
+    collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
+    settled(collector, database, publish(broker, numbered(10)))
+    assert sum(v for k, v in collector.metrics().items() if k.startswith("db_errors_total")) == 0
+    assert collector.stop() == 0
+    with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
+        cursor.execute("LOCK TABLE message_ids")
+        collector.start()
+        publish(broker, numbered(10, start=10))
+        problem(collector, "timeout: canceling statement due to lock timeout")
+    collector.wait_settled(10)
+    assert database.count() == 20
+
+
+def test_database_that_accepts_everything_and_never_answers(
+    make_collector: MakeCollector,
+    make_proxy: Callable[[int], Proxy],
+    broker: Mosquitto,
+    database: Database,
+) -> None:
+    """Neither its timeout nor TCP ends the wait, so the collector does."""
+    proxy = make_proxy(database.server.port)
+    url = database.url.replace(f":{database.server.port}/", f":{proxy.port}/")
+    settings = {"IOT_DATABASE_URL": url, "IOT_DATABASE_TIMEOUT_SECONDS": "1"}
+    collector = make_collector(broker, database, **settings).start()
+    acknowledged = publish(broker, numbered(10))
+    settled(collector, database, acknowledged)
+    proxy.up = proxy.down = "drop"
+    acknowledged |= publish(broker, numbered(40, start=10))
+    problem(collector, "database: connection")
+    assert "the database does not answer, breaking the connection" in collector.log()
+    proxy.up = proxy.down = "pass"
+    proxy.cut()  # attempts to connect that were swallowed
+    settled(collector, database, acknowledged)
+    assert database.count() == 50
 
 
 # Bad days: the broker ------------------------------------------------------------------------
@@ -770,6 +926,22 @@ def test_answer_to_commit_is_lost(
     assert collector.metrics()["mqtt_messages_total"] == 50
 
 
+def test_commit_that_takes_longer_than_the_timeout(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """statement_timeout does not end a COMMIT: the collector does, and later finds it done."""
+    collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
+    with waiting_commit(database) as commit_waits:
+        acknowledged = publish(broker, numbered(50))
+        commit_waits()
+        problem(collector, "database: connection")
+        assert "the database does not answer" in collector.log()
+        problem(collector, "database: timeout")  # the retry waits for the COMMIT
+    settled(collector, database, acknowledged)
+    assert database.count() == 50
+    assert collector.metrics()["mqtt_messages_total"] == 50
+
+
 def blocked(database: Database) -> str:
     """The statements that wait for a lock of another transaction."""
     found = database.query(
@@ -853,6 +1025,48 @@ def test_message_ids(make_collector: MakeCollector, broker: Mosquitto, database:
     assert sorted(database.payloads()) == sorted(
         [messages[0][1], messages[2][1], b"no id", b"no id"]
     )
+
+
+DAY = 86400
+NEVER = 0xFFFFFFFF  # MQTT 5 §3.1.2.11.2: the session does not expire
+
+
+@pytest.mark.parametrize(
+    ("session_expiry", "kept", "forgotten"),
+    [
+        (60, 7, 9),
+        (7 * DAY, 7, 9),
+        (30 * DAY, 30, 32),
+        (NEVER - 1, 49_000, None),
+        (NEVER, 100_000, None),
+    ],
+)
+def test_message_ids_are_kept_as_long_as_the_session(
+    session_expiry: int,
+    kept: int,
+    forgotten: int | None,
+    make_collector: MakeCollector,
+    broker: Mosquitto,
+    database: Database,
+) -> None:
+    """What is sent again at the end of the session's life is still recognised."""
+    days = {"kept": kept, "forgotten": forgotten}
+    for name, age in days.items():
+        if age is not None:
+            database.query(
+                "INSERT INTO message_ids VALUES (%s, now() - make_interval(days => %s))", name, age
+            )
+    collector = make_collector(
+        broker,
+        database,
+        IOT_MESSAGE_ID_KEY="id",
+        IOT_MQTT_SESSION_EXPIRY_SECONDS=str(session_expiry),
+    ).start()
+    publish(broker, numbered(1))  # the day's first batch: old ids are forgotten
+    collector.wait_settled(1)
+    assert database.query("SELECT id FROM message_ids") == [("kept",)]
+    publish(broker, [("iot/data", b'{"id": "kept"}'), ("iot/data", b'{"id": "forgotten"}')])
+    assert collector.wait_settled(3)["db_duplicates_total"] == 1
 
 
 # Settings and logs ---------------------------------------------------------------------------
@@ -976,3 +1190,23 @@ def test_refused_subscription(
     security.allow(broker, "secret/+")
     collector.wait_ready()
     settled(collector, database, publish(broker, [("secret/1", b"x"), ("iot/data", b"y")]))
+
+
+def test_refused_subscription_in_place_of_another(
+    make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
+) -> None:
+    """The old one stays until the new one is granted."""
+    security = DynamicSecurity(tmp_path, deny_subscribe="$share/g/iot/data")
+    broker = make_broker(*security.settings).start()
+    collector = make_collector(broker, database, IOT_MQTT_TOPICS="iot/data").start()
+    assert collector.stop() == 0
+    collector.settings["IOT_MQTT_TOPICS"] = "$share/g/iot/data"
+    collector.launch().wait_listening()
+    problem(collector, "$share/g/iot/data")
+    acknowledged = publish(broker, numbered(100))
+    settled(collector, database, acknowledged)
+    security.allow(broker, "$share/g/iot/data")
+    collector.wait_ready()
+    query = "SELECT filters FROM sessions"
+    eventually(lambda: database.query(query) == [(["$share/g/iot/data"],)], what="replaced")
+    settled(collector, database, acknowledged | publish(broker, numbered(100, start=100)))

@@ -1,23 +1,28 @@
 """The bulk reader against paho's own, and against streams that no broker should send."""
 
+import ast
 import base64
+import inspect
 import socket
 import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
+import iot_collector
 import orjson
 import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from iot_collector.connection import Connection
-from iot_collector.reader import BulkClient, StockClient, make_client
+from iot_collector.reader import INTERNALS, BulkClient, StockClient, make_client
 from iot_collector.rows import decode, head
 from iot_collector.settings import Settings
 from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from services import PATIENCE
@@ -383,9 +388,21 @@ def test_the_broker_says_why_it_ends_the_connection(packet: bytes, text: str) ->
     assert text in (connection.end or "")
 
 
-@pytest.mark.parametrize("kind", [StockClient, BulkClient])
-def test_finish_waits_until_the_broker_has_read_all(kind: type[StockClient]) -> None:
-    """DISCONNECT goes out, and the socket is closed, only after the answer to a last ping."""
+@pytest.mark.parametrize(
+    ("kind", "question", "answer"),
+    [
+        (BulkClient, b"\xc0\0", b"\xd0\0"),  # PINGREQ, PINGRESP
+        (
+            StockClient,  # UNSUBSCRIBE, UNSUBACK
+            b"\xa2\x17\0\1\0\0\x12iot-collector/ping",
+            b"\xb0\4\0\1\0\x11",
+        ),
+    ],
+)
+def test_finish_waits_until_the_broker_has_read_all(
+    kind: type[StockClient], question: bytes, answer: bytes
+) -> None:
+    """DISCONNECT goes out, and the socket is closed, only after a last answer of the broker."""
     ours, brokers = socket.socketpair()
     ours.setblocking(False)
     brokers.settimeout(PATIENCE)
@@ -395,16 +412,16 @@ def test_finish_waits_until_the_broker_has_read_all(kind: type[StockClient]) -> 
     thread = threading.Thread(target=client.finish, args=(PATIENCE,), daemon=True)
     thread.start()
     received = b""
-    while b"\xc0\0" not in received:
+    while question not in received:
         received += brokers.recv(100)
-    assert received == b"\x40\2\0\1\xc0\0"
+    assert received == b"\x40\2\0\1" + question
     brokers.sendall(publish_packet())  # what comes now is not ours to take
     brokers.setblocking(False)
     with pytest.raises(BlockingIOError):
         brokers.recv(100)
     brokers.setblocking(True)
     brokers.settimeout(PATIENCE)
-    brokers.sendall(b"\xd0\0")
+    brokers.sendall(answer)
     assert brokers.recv(100)[0] == 0xE0
     thread.join(PATIENCE)
     assert client.socket() is None
@@ -418,11 +435,75 @@ def test_make_client() -> None:
     assert logs == []
 
 
-@pytest.mark.parametrize("name", ["_packet_handle", "_sock_recv", "_packet_queue"])
+@pytest.mark.parametrize("name", INTERNALS)
 def test_make_client_without_an_internal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(Client, name)
+    if hasattr(Client, name):
+        monkeypatch.delattr(Client, name)
+    else:  # an attribute of the instance
+        create = Client.__init__
+
+        def create_without(self: Client, *args: object, **options: object) -> None:
+            create(self, *args, **options)  # type: ignore[arg-type]
+            delattr(self, name)
+
+        monkeypatch.setattr(Client, "__init__", create_without)
     with structlog.testing.capture_logs() as logs:
-        assert type(make_client(Settings())) is StockClient
+        client = make_client(Settings())
+    assert type(client) is StockClient
     (entry,) = logs
     assert entry["log_level"] == "warning"
     assert entry["missing"] == [name]
+
+
+def private_names_of_paho(source: str) -> set[str]:
+    """Return the private attributes of paho's Client that a piece of Python source names.
+
+    Looked at are ``self._x`` where self is a subclass of Client, and ``client._x`` and
+    ``anything.client._x`` everywhere.
+    """
+    found: set[str] = set()
+
+    def look(node: ast.AST, *, in_client: bool) -> None:
+        if isinstance(node, ast.ClassDef):
+            bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+            in_client = bool(bases & {"Client", "StockClient", "BulkClient"})
+        if isinstance(node, ast.Attribute):
+            match node.value:
+                case ast.Name(id="self"):
+                    is_client = in_client
+                case ast.Name(id="client") | ast.Attribute(attr="client"):
+                    is_client = True
+                case _:
+                    is_client = False
+            if is_client and node.attr.startswith("_"):
+                found.add(node.attr)
+        for child in ast.iter_child_nodes(node):
+            look(child, in_client=in_client)
+
+    look(ast.parse(source), in_client=False)
+    return found & set(dir(Client(CallbackAPIVersion.VERSION2)))
+
+
+def test_internals_of_paho_are_those_used() -> None:
+    """Each one that is used is guarded, and each one that is guarded is used."""
+    package = Path(iot_collector.__file__).parent
+    used = {
+        name
+        for file in (*package.glob("*.py"), *package.with_name("iot_simulator").glob("*.py"))
+        for name in private_names_of_paho(file.read_text())
+    }
+    assert used == set(INTERNALS)
+    assert len(set(INTERNALS)) == len(INTERNALS)
+
+
+def test_stock_reader_uses_no_internals_of_paho() -> None:
+    """It is what remains when they are gone."""
+    assert private_names_of_paho(inspect.getsource(StockClient)) == set()
+
+
+def test_our_names_are_not_paho_s() -> None:
+    """Paho may give a private attribute any name, so ours must not replace one by accident."""
+    meant = {"loop_read"}
+    ours = {name for kind in (StockClient, BulkClient) for name in vars(kind)}
+    of_paho = set(dir(Client(CallbackAPIVersion.VERSION2)))
+    assert {name for name in ours & of_paho if not name.startswith("__")} == meant

@@ -47,6 +47,7 @@ FULL = {
     "IOT_MESSAGE_ID_KEY": ("id", "id"),
     "IOT_SESSION_ON_STOP": ("leave", "leave"),
     "IOT_DATABASE_URL": ("host=db dbname=iot", "host=db dbname=iot"),
+    "IOT_DATABASE_TIMEOUT_SECONDS": ("60", 60.0),
     "IOT_BATCH_LINGER_MS": ("2.5", 2.5),
     "IOT_BUFFER_BYTES": ("2000000", 2_000_000),
     "IOT_HTTP_HOST": ("0.0.0.0", "0.0.0.0"),

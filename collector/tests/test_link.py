@@ -1,0 +1,125 @@
+"""When the network thread reads and acknowledges."""
+
+import itertools
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import Mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from iot_collector.connection import Connection
+from iot_collector.flow import Flow
+from iot_collector.link import Link, linger
+from iot_collector.settings import Settings
+
+LINGER = 0.01  # seconds, the default
+LONG = 1_000  # milliseconds, the longest that can be set
+PUBLISH = b"\x32\x0a\0\1t\0\1n:123"  # to topic t with QoS 1 and packet id 1, MQTT 3.1.1
+PUBACK = b"\x40\2\0\1"
+
+
+def lingers(rate: int, *, first: float) -> list[float]:
+    """Return the waits before the reads, at a steady rate of messages per second."""
+    waits = itertools.accumulate(
+        range(30), lambda wait, _: linger(LINGER, max(1, round(rate * wait))), initial=first
+    )
+    return list(waits)
+
+
+@pytest.mark.parametrize("rate", [1, 100, 1_000, 3_000])
+def test_few_messages_do_not_wait_long(rate: int) -> None:
+    """Even when the wait was long before, as after a burst."""
+    assert lingers(rate, first=LINGER)[-1] == pytest.approx(LINGER / 5)
+
+
+@pytest.mark.parametrize("rate", [7_000, 10_000, 100_000])
+def test_many_messages_share_a_commit(rate: int) -> None:
+    assert lingers(rate, first=0.0)[-1] == LINGER
+
+
+@given(limit=st.floats(0, 1), messages=st.integers(1, 100_000))
+def test_setting_is_the_limit(limit: float, messages: int) -> None:
+    assert 0 <= linger(limit, messages) <= linger(limit, messages + 1) <= limit
+
+
+@contextmanager
+def linked(*sent: bytes) -> Iterator[tuple[Link, Connection, socket.socket]]:
+    """Yield a link that is not running, its connection, and the broker's end of it."""
+    settings = Settings(mqtt_version="3.1.1", batch_linger_ms=LONG)
+    flow = Flow(max_bytes=1 << 20)
+    metrics = Mock(spec_set=("mqtt_connected",))  # a process can have the real ones only once
+    link, connection = Link(settings, flow, metrics), Connection(settings)
+    ours, broker = socket.socketpair()
+    with ours, broker, link._wake_reader, link._wake_writer:
+        ours.setblocking(False)
+        broker.settimeout(0)
+        connection.client._sock = ours
+        broker.sendall(b"".join(sent))
+        yield link, connection, broker
+
+
+def take(link: Link) -> None:
+    """Acknowledge what was read, as the writer does after COMMIT."""
+    batch = link._flow.take(rows=1_000, size=1 << 20, patience=0)
+    assert isinstance(batch, list)
+    assert batch
+    link.acknowledge(batch)
+
+
+@pytest.mark.parametrize(("messages", "share"), [(1, 0.2), (10, 0.2), (25, 0.5), (60, 1)])
+def test_wait_after_a_read(messages: int, share: float) -> None:
+    with linked(PUBLISH * messages) as (link, connection, _):
+        before = time.monotonic()
+        link._turn(connection)
+        after = time.monotonic()
+    wait = share * LONG / 1_000
+    assert before + wait <= link._next_read <= after + wait
+
+
+def woken(link: Link) -> bool:
+    """Return whether the network thread was told to look."""
+    try:
+        return bool(link._wake_reader.recv(100))
+    except BlockingIOError:
+        return False
+
+
+def test_acknowledged_right_before_the_next_read() -> None:
+    """Earlier, the broker's Nagle would send what then waits for the end of the linger."""
+    with linked(PUBLISH * 2) as (link, connection, broker):
+        link._turn(connection)
+        take(link)
+        link._next_read = 0
+        link._turn(connection)
+        assert broker.recv(100) == PUBACK * 2
+        broker.sendall(PUBLISH)
+        link._turn(connection)
+        assert link._hold_until == link._next_read
+        take(link)
+        assert not woken(link), "it would only wait again"
+        link._wake()
+        link._turn(connection)
+        with pytest.raises(BlockingIOError):
+            broker.recv(100)
+        broker.sendall(PUBLISH)
+        link._next_read = link._hold_until = time.monotonic()
+        link._turn(connection)
+        assert broker.recv(100) == PUBACK
+        assert link._flow.account().received == 4
+
+
+def test_acknowledged_at_once_when_the_window_may_be_full() -> None:
+    """A broker that has never sent more at a time may be waiting for it."""
+    with linked(PUBLISH * 2) as (link, connection, broker):
+        for _ in range(3):
+            link._turn(connection)
+            take(link)
+            assert woken(link)
+            link._wake()
+            link._turn(connection)
+            assert broker.recv(100) == PUBACK * 2
+            link._next_read = 0
+            broker.sendall(PUBLISH * 2)
