@@ -178,3 +178,65 @@ def service_images(engine: Engine, official: Mapping[str, str], folder: Path) ->
             made[name] = build(engine, folder, f"--file={dockerfile}")
         return made
     return dict(official)
+
+
+# A machine that systemd boots: Debian with what the roles install, whose own services stay off.
+_MACHINE = "debian:12"
+_MACHINE_PACKAGES = (
+    *("systemd-sysv", "ca-certificates", "python3-venv", "python3-packaging"),
+    *("mosquitto", "mosquitto-clients", "postgresql"),
+)
+_MACHINE_SERVICES_OFF = "systemctl mask mosquitto postgresql"
+
+
+def machine_image(engine: Engine, folder: Path) -> str:
+    """Return the image of a machine, see `start_machine`.
+
+    :param folder: for large temporary files.
+    :raises EngineError: it cannot be made.
+    """
+    packages = " ".join(_MACHINE_PACKAGES)
+    try:
+        if not engine.has(_MACHINE):
+            engine("pull", _MACHINE, timeout=120)
+    except EngineError as error:
+        name = f"localhost/iot-machine-test:{sha256(packages.encode()).hexdigest()[:12]}"
+        if not engine.has(name):
+            options = (
+                f"--include={packages.replace(' ', ',')}",
+                f'--customize-hook=chroot "$1" {_MACHINE_SERVICES_OFF}',
+                "bookworm",
+            )
+            _import_debian(engine, name, options, folder, error)
+        return name
+    dockerfile = folder / "machine"
+    dockerfile.write_text(
+        f"FROM {_MACHINE}\nRUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install"
+        f" --yes --no-install-recommends {packages} && {_MACHINE_SERVICES_OFF}\n"
+    )
+    return build(engine, folder, f"--file={dockerfile}")
+
+
+def start_machine(engine: Engine, image: str, name: str, *options: str) -> None:
+    """Start a container with systemd as its first process, on the network of this machine.
+
+    :raises EngineError: it does not start.
+    """
+    if engine.command[0] == "podman":
+        boot = ["--systemd=always"]
+    else:
+        boot = [
+            "--stop-signal=SIGRTMIN+3",
+            "--cgroupns=host",
+            "--volume=/sys/fs/cgroup:/sys/fs/cgroup",
+        ]
+        boot += [f"--tmpfs={path}" for path in ("/run", "/run/lock", "/tmp")]
+    # What systemd needs to give a unit its own view of the file system.
+    boot += [
+        "--cap-add=SYS_ADMIN",
+        "--security-opt=seccomp=unconfined",
+        "--security-opt=apparmor=unconfined",
+    ]
+    limits = ("--ulimit=nofile=20000:20000", "--ulimit=nproc=4096:4096")
+    options = (*boot, *limits, "--network=host", f"--name={name}", *options)
+    engine("run", "--detach", *options, image, "/lib/systemd/systemd")

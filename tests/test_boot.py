@@ -1,0 +1,209 @@
+"""What systemd starts: the unit as systemd reads it, and a machine that is booted with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ansible_runs import playbook
+from engines import ROOT, Engine, EngineError, machine_image, start_machine
+from rendering import render
+from services import eventually, free_port
+
+STATE = "/var/lib/iot-system"
+UNIT = "iot-system.service"
+SUPERVISORD = (f"{STATE}/venv/bin/supervisord", "-c", f"{STATE}/etc/supervisord.conf")
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+
+
+@pytest.mark.parametrize("scope", ["system", "user"])
+@pytest.mark.parametrize("state", [STATE, '/srv/50% of "it"/a$b'])
+def test_systemd_understands_the_unit(tmp_path: Path, scope: str, state: str) -> None:
+    analyze = shutil.which("systemd-analyze")
+    if not analyze:
+        pytest.skip("systemd-analyze is not installed")
+    unit = tmp_path / UNIT
+    unit.write_text(
+        render(
+            "common/iot-system.service.j2",
+            common_state_dir=state,
+            __common_as_root=scope == "system",
+            __common_supervisor_command=["/usr/bin/env", f"{state}/supervisord"],
+            __common_supervisorctl=f"{state}/supervisorctl",
+            __common_supervisor_conf=f"{state}/supervisord.conf",
+            __common_unit_target="multi-user.target",
+        )
+    )
+
+    def verify() -> tuple[int, str]:
+        done = subprocess.run(
+            [analyze, f"--{scope}", "verify", "--man=no", unit],
+            env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        # It reads other units as well, and has something to say about some.
+        return done.returncode, "\n".join(x for x in done.stdout.splitlines() if UNIT in x)
+
+    assert verify() == (0, "")
+    unit.write_text(unit.read_text().replace("KillMode=process", "KillMode=orderly"))
+    assert "kill mode" in verify()[1], "it does not see a mistake"
+
+
+class Machine:
+    """A container that systemd has booted, with the system deployed on it."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self.engine = engine
+        self.name = f"iot-machine-test-{uuid.uuid4().hex[:8]}"
+        self.port = free_port()
+        (folder / "hosts.yml").write_text(
+            json.dumps(
+                {
+                    "host": {
+                        "hosts": {self.name: {}},
+                        "vars": {
+                            # For Podman, too: its own has no pipelining.
+                            "ansible_connection": "community.docker.docker",
+                            "ansible_python_interpreter": "/usr/bin/python3",
+                            "mosquitto_port": self.port,
+                            "postgres_port": free_port(),
+                            "collector_http_port": free_port(),
+                        },
+                    }
+                }
+            )
+        )
+        (folder / "group_vars").symlink_to(ROOT / "inventories/host/group_vars")
+        (folder / "docker").symlink_to(shutil.which(engine.command[0]) or "")
+        self.folder = folder
+
+    def playbook(self, path: str, *arguments: str) -> str:
+        """Run a playbook on the machine and return the last line of what it printed."""
+        done = playbook(
+            path,
+            f"-i{self.folder}",
+            *arguments,
+            PATH=f"{self.folder}:{os.environ['PATH']}",
+            ANSIBLE_ROLES_PATH=str(ROOT / "roles"),
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout.strip().splitlines()[-1]
+
+    def __call__(self, *command: str) -> str:
+        """Run a command on the machine.
+
+        :raises EngineError: it failed.
+        """
+        return self.engine("exec", self.name, *command)
+
+    def succeeds(self, *command: str) -> bool:
+        try:
+            self(*command)
+        except EngineError:
+            return False
+        return True
+
+    def reboot(self) -> None:
+        self.engine("restart", "--time=90", self.name, timeout=120)
+        # Jobs are in the queue until everything that is to be started has been.
+        eventually(
+            lambda: self.succeeds("systemctl", "is-system-running", "--wait"),
+            timeout=120,
+            what="systemd has booted",
+        )
+
+    def unit(self, name: str) -> str:
+        """A property of the unit."""
+        return self("systemctl", "show", f"--property={name}", "--value", UNIT).strip()
+
+    def log(self, program: str) -> str:
+        return self("cat", f"{STATE}/log/{program}.log")
+
+    def stores_a_message(self) -> bool:
+        """Publish a message and see it in the table."""
+        text = uuid.uuid4().hex
+        count = f"SELECT count(*) FROM messages WHERE payload = '{text}'"
+        eventually(
+            lambda: self.succeeds(f"{STATE}/bin/iot-status"), timeout=60, what="everything runs"
+        )
+        self("mosquitto_pub", f"-p{self.port}", "-q1", "-tiot/data", f"-m{text}")
+        return eventually(lambda: self(f"{STATE}/bin/psql", "-Atc", count) == "1\n", timeout=60)
+
+
+@pytest.fixture(scope="module")
+def machine(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    folder = tmp_path_factory.mktemp("machine")
+    machine = Machine(engine, folder)
+    options = [f"--env=PIP_CERT={CERTIFICATES}"]
+    if CERTIFICATES.exists():  # what this machine trusts, the other one does
+        options += [f"--volume={CERTIFICATES}:{CERTIFICATES}:ro"]
+    if index := os.environ.get("PIP_INDEX_URL"):
+        options += [f"--env=PIP_INDEX_URL={index}"]
+    try:
+        image = machine_image(engine, tmp_path_factory.mktemp("image"))
+        start_machine(engine, image, machine.name, *options)
+        machine("systemctl", "is-system-running", "--wait")
+    except EngineError as error:
+        machine.engine("rm", "--force", machine.name)
+        pytest.skip(f"no container that systemd boots: {error}")
+    try:
+        machine.playbook("tests/boot.yml")
+        yield machine
+    finally:
+        machine.engine("rm", "--force", machine.name)
+
+
+@pytest.mark.timeout(900)  # seconds: a machine is made, and everything deployed on it
+def test_comes_back_after_a_reboot(machine: Machine) -> None:
+    assert machine.stores_a_message()
+    machine.reboot()
+    assert machine.stores_a_message()
+    assert machine.unit("NRestarts") == "0"
+    assert machine.log("supervisord").count("exit status 0") >= 3  # each program, when told to
+    assert "was interrupted" not in machine.log("postgres")
+
+
+@pytest.mark.timeout(300)
+def test_comes_back_when_the_supervisor_is_killed(machine: Machine) -> None:
+    first = machine.unit("MainPID")
+    machine("kill", "-KILL", first)
+    eventually(
+        lambda: machine.unit("NRestarts") == "1" and machine.unit("ActiveState") == "active",
+        timeout=60,
+        what="systemd has started the supervisor again",
+    )
+    assert machine.stores_a_message()
+    # The programs were told to stop, and not killed with it.
+    assert "was interrupted" not in machine.log("postgres")
+
+
+@pytest.mark.timeout(600)
+def test_takes_over_what_an_earlier_version_has_started(machine: Machine) -> None:
+    machine("systemctl", "disable", "--now", UNIT)
+    machine("rm", f"/etc/systemd/system/{UNIT}")
+    machine("systemctl", "daemon-reload")
+    machine(*SUPERVISORD)
+    machine.playbook("tests/boot.yml", "--tags=run")
+    assert machine.unit("ActiveState") == "active"
+    assert machine.unit("UnitFileState") == "enabled"
+    assert machine.unit("MainPID") == machine("cat", f"{STATE}/run/supervisord.pid").strip()
+    assert machine.stores_a_message()
+    assert " changed=0 " in machine.playbook("tests/boot.yml", "--tags=run")
+
+
+@pytest.mark.timeout(300)
+def test_teardown_takes_the_unit_away(machine: Machine) -> None:
+    machine.playbook("playbooks/teardown.yml")
+    assert machine.unit("LoadState") == "not-found"
+    machine.reboot()
+    assert not machine.succeeds(f"{STATE}/venv/bin/supervisorctl", *SUPERVISORD[1:], "pid")
+    assert " changed=0 " in machine.playbook("playbooks/teardown.yml")
