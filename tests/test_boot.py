@@ -177,8 +177,7 @@ def test_comes_back_after_a_reboot(machine: Machine) -> None:
 
 @pytest.mark.timeout(300)
 def test_comes_back_when_the_supervisor_is_killed(machine: Machine) -> None:
-    first = machine.unit("MainPID")
-    machine("kill", "-KILL", first)
+    machine("systemctl", "kill", "--kill-who=main", "--signal=KILL", UNIT)
     eventually(
         lambda: machine.unit("NRestarts") == "1" and machine.unit("ActiveState") == "active",
         timeout=60,
