@@ -194,12 +194,12 @@ def test_takes_over_what_an_earlier_version_has_started(machine: Machine) -> Non
     machine("rm", f"/etc/systemd/system/{UNIT}")
     machine("systemctl", "daemon-reload")
     machine(*SUPERVISORD)
-    machine.playbook("tests/boot.yml", "--tags=run")
+    machine.playbook("tests/boot.yml")
     assert machine.unit("ActiveState") == "active"
     assert machine.unit("UnitFileState") == "enabled"
     assert machine.unit("MainPID") == machine("cat", f"{STATE}/run/supervisord.pid").strip()
     assert machine.stores_a_message()
-    assert " changed=0 " in machine.playbook("tests/boot.yml", "--tags=run")
+    assert " changed=0 " in machine.playbook("tests/boot.yml")
 
 
 @pytest.mark.timeout(300)
