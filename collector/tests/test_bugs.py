@@ -15,6 +15,7 @@ from iot_collector.flow import Flow
 from iot_collector.health import Health
 from iot_collector.link import Link
 from iot_collector.settings import Settings
+from iot_collector.subscriptions import Subscriptions, _Request
 from iot_collector.writer import Writer
 from services import PATIENCE, Collector, Database, Mosquitto, eventually, law, publish
 
@@ -250,17 +251,17 @@ def test_connection_ends_while_another_thread_asks() -> None:
 
 def test_refused_subscriptions_change_while_another_thread_reads() -> None:
     """They are replaced, never changed: a dict that grows while it is printed is an error."""
-    connection = Connection(Settings(mqtt_topics=["a", "b"]))
-    before = connection.refused
-    connection._asked = ["a", "b"]
+    subscriptions = Subscriptions(Settings(mqtt_topics=["a", "b"]))
+    subscriptions._requests = {1: _Request(["a", "b"], [])}
+    before = subscriptions.refused
     seen: list[dict[str, str]] = []
 
     class Reason:
         @property
         def is_failure(self) -> bool:
-            seen.append(dict(connection.refused))
+            seen.append(dict(subscriptions.refused))
             return True
 
-    connection._on_subscribe([Reason(), Reason()])  # type: ignore[list-item]
+    subscriptions.subscribed(1, [Reason(), Reason()])  # type: ignore[list-item]
     assert seen == [before, before]
-    assert set(connection.refused) == {"a", "b"}
+    assert set(subscriptions.refused) == {"a", "b"}
