@@ -89,11 +89,11 @@ lint: $(VENV)/.dev ## Check style and types
 	$(VENV)/bin/shellcheck .ci/*
 
 .PHONY: molecule
-molecule: $(VENV)/.dev packages ## Deploy each platform to a place of its own, twice, verify, and take it down
+molecule: $(VENV)/.dev $(VENV)/emulator/.stamp packages ## Deploy each platform to a place of its own, twice, verify, and take it down
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH molecule test --all
 
 .PHONY: pytest
-pytest: $(VENV)/.dev $(VENV)/checkov/.stamp packages ## Run the tests in Python
+pytest: $(VENV)/.dev $(VENV)/checkov/.stamp $(VENV)/emulator/.stamp packages ## Run the tests in Python
 	$(VENV)/bin/python -m pytest
 
 .PHONY: bench
@@ -129,6 +129,14 @@ $(VENV)/checkov/.stamp: pyproject.toml | $(VENV)/bin/pip
 	@echo 'Installing checkov into $(VENV)/checkov (once, about a minute)'
 	@$(PYTHON) -m venv $(VENV)/checkov
 	@$(VENV)/checkov/bin/python -m pip install --quiet --no-compile --disable-pip-version-check 'checkov>=3.2,<4'
+	@touch $@
+
+# The emulator of AWS, with the AWS CLI and what it signs certificates with; it insists on one release of botocore.
+$(VENV)/emulator/.stamp: pyproject.toml | $(VENV)/bin/pip
+	@echo 'Installing the emulator of AWS into $(VENV)/emulator (once, about a minute)'
+	@$(PYTHON) -m venv $(VENV)/emulator
+	@$(VENV)/emulator/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
+	  'ministack==1.5.33' boto3 cryptography 'awscli<2'
 	@touch $@
 
 # A fresh Debian has Python without what it takes to make an environment.

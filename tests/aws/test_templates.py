@@ -1,0 +1,698 @@
+"""The five CloudFormation templates, without an account: what linters say, and what is promised.
+
+The controls are those of AWS Security Hub (AWS Foundational Security Best Practices); a test that
+is about one has it in its name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible_runs import ROOT
+
+ROLES = ("network", "ecr", "rds", "eks", "iot_core")
+REGIONS = ("eu-west-1", "us-east-1")
+FILES = {role: ROOT / "roles" / role / "files/stack.yml" for role in ROLES}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with CloudFormation's short forms. cfn-lint has one, which takes seconds to import."""
+
+
+def _long_form(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> dict[str, Any]:
+    """``!Sub text`` is ``{"Fn::Sub": "text"}``, and so on."""
+    value: Any
+    if isinstance(node, yaml.ScalarNode):
+        value = loader.construct_scalar(node)
+        if name == "GetAtt":
+            value = value.split(".", 1)
+    else:
+        value = loader.construct_sequence(node, deep=True)
+    return {name if name in ("Ref", "Condition") else f"Fn::{name}": value}
+
+
+_Loader.add_multi_constructor("!", _long_form)
+TEMPLATES: dict[str, Any] = {
+    role: yaml.load(file.read_text(), _Loader) for role, file in FILES.items()
+}
+
+# What checkov asks for and we do not do: of which resources, and why.
+CHECKOV_SKIPS = {
+    # CloudWatch Logs encrypts every group with a key of its own. A customer key would be deleted
+    # with the stack, and logs that somebody keeps could not be read any longer.
+    "CKV_AWS_158": {
+        *("network.FlowLogGroup", "rds.LogGroup", "rds.UpgradeLogGroup"),
+        *("eks.LogGroup", "iot_core.ErrorLogGroup"),
+    },
+    # The key aws/secretsmanager does, as long as no other account reads the secret.
+    "CKV_AWS_149": {"rds.CollectorSecret", "rds.ReaderSecret"},
+    # It knows keys of KMS only. The queue is encrypted by SQS, which needs no rights on a key.
+    "CKV_AWS_27": {"iot_core.ReplayQueue"},
+}
+# The properties that name a resource.
+NAMES = {
+    *("DBInstanceIdentifier", "LogGroupName", "Name", "PolicyName", "QueueName", "RepositoryName"),
+    *("RuleName", "ThingGroupName", "ThingName", "ThingTypeName"),
+}
+
+
+def resources(role: str, kind: str = "") -> dict[str, Any]:
+    """The properties of each resource, by logical id; only of type ``kind`` where it is given."""
+    found: dict[str, Any] = {
+        name: resource.get("Properties", {})
+        for name, resource in TEMPLATES[role]["Resources"].items()
+        if kind in ("", resource["Type"])
+    }
+    assert found, f"{role} has no {kind}"
+    return found
+
+
+def everywhere(kind: str) -> dict[str, Any]:
+    """The properties of the resources of type ``kind`` in all stacks, by ``role.logical id``."""
+    return {
+        f"{role}.{name}": resource.get("Properties", {})
+        for role in ROLES
+        for name, resource in TEMPLATES[role]["Resources"].items()
+        if resource["Type"] == kind
+    }
+
+
+def default(role: str, value: Any) -> Any:
+    """``value`` with the parameter's default in place of a reference."""
+    if isinstance(value, dict) and set(value) == {"Ref"}:
+        return TEMPLATES[role]["Parameters"][value["Ref"]]["Default"]
+    return value
+
+
+def parameter(role: str, name: str) -> Any:
+    return TEMPLATES[role]["Parameters"][name]
+
+
+def pairs(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key, inner
+            yield from pairs(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from pairs(inner)
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def statements(kind: str, document: str) -> Iterator[tuple[str, Any]]:
+    """The statements of the policies called ``document`` in resources of ``kind``, and where."""
+    for place, properties in everywhere(kind).items():
+        for key, policy in pairs(properties):
+            if key != document:
+                continue
+            if "Fn::Sub" in policy:  # a trust policy whose keys hold references
+                policy = json.loads(policy["Fn::Sub"][0])
+            for statement in policy["Statement"]:
+                yield place, statement
+
+
+def accepts(role: str, name: str, value: str) -> bool:
+    return re.fullmatch(parameter(role, name)["AllowedPattern"], value) is not None
+
+
+# --- linters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+def test_cfn_lint_finds_nothing() -> None:
+    done = subprocess.run(
+        [
+            *(Path(sys.executable).with_name("cfn-lint"), "--format", "json"),
+            *("--include-checks", "I"),  # informational findings as well
+            *("--regions", *REGIONS),
+            *("--template", *FILES.values()),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, json.loads(done.stdout or "null")) == (0, []), done.stderr
+
+
+@pytest.mark.timeout(300)
+def test_checkov_finds_what_has_a_reason() -> None:
+    done = subprocess.run(
+        [
+            # Without --skip-download it waits for a host that a test must not need.
+            *(ROOT / ".venv/checkov/bin/checkov", "--skip-download", "--quiet"),
+            *("--framework", "cloudformation", "--output", "json"),
+            *(word for file in FILES.values() for word in ("--file", str(file))),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    report = json.loads(done.stdout)
+    failed: dict[str, set[str]] = {}
+    for check in report["results"]["failed_checks"]:
+        role = Path(check["file_path"]).parts[-3]
+        place = f"{role}.{check['resource'].rpartition('.')[2]}"
+        failed.setdefault(check["check_id"], set()).add(place)
+    assert failed == CHECKOV_SKIPS
+    assert report["summary"]["parsing_errors"] == 0
+    assert report["summary"]["passed"] > 80
+
+
+# --- the templates as such ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_template_can_be_sent_as_it_is(role: str) -> None:
+    # A larger one has to come from a bucket, and there is none yet.
+    assert FILES[role].stat().st_size < 51_200
+    assert "Transform" not in TEMPLATES[role]  # would need CAPABILITY_AUTO_EXPAND
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_parameter_says_what_it_takes(role: str) -> None:
+    for name, spec in TEMPLATES[role]["Parameters"].items():
+        assert spec["Description"].endswith("."), name
+        checked_by_aws = spec["Type"].removeprefix("List<").startswith("AWS::")
+        if not checked_by_aws and "AllowedValues" not in spec:
+            assert "AllowedPattern" in spec or "MinValue" in spec, name
+            assert spec["ConstraintDescription"], name
+        if "Default" in spec and "AllowedPattern" in spec:
+            assert accepts(role, name, spec["Default"]), name
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_parameter_is_used(role: str) -> None:
+    text = json.dumps({k: v for k, v in TEMPLATES[role].items() if k != "Parameters"})
+    for name in TEMPLATES[role]["Parameters"]:
+        assert f'"Ref": "{name}"' in text or f"${{{name}}}" in text, name
+
+
+def test_what_a_parameter_says_is_an_output_is_one() -> None:
+    found = 0
+    for role in ROLES:
+        for spec in TEMPLATES[role]["Parameters"].values():
+            match = re.match(r"Output (\w+) of the (\w+) stack", spec["Description"])
+            if match:
+                stack = {"database": "rds"}.get(match[2], match[2])
+                assert match[1] in TEMPLATES[stack]["Outputs"], match[0]
+                found += 1
+    assert found == 6
+
+
+def test_same_parameter_same_specification() -> None:
+    seen: dict[str, Any] = {}
+    for role in ROLES:
+        for name in ("LogRetentionDays", "SubscribeArns", "ReceiveArns", "CollectorClientIdPrefix"):
+            spec = TEMPLATES[role]["Parameters"].get(name)
+            if spec is not None:
+                rules = {k: v for k, v in spec.items() if k != "Description"}
+                assert seen.setdefault(name, rules) == rules, (role, name)
+        prefix = parameter(role, "Prefix")
+        rules = {k: v for k, v in prefix.items() if k != "Description"}
+        assert seen.setdefault("Prefix", rules) == rules, role
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("value", "good"),
+    [
+        ("iot-system", True),
+        ("iot2", True),
+        # RDS takes no hyphen at the end nor two in a row, and a letter has to come first.
+        ("iot--system", False),
+        ("iot-", False),
+        ("2iot", False),
+        ("Iot", False),
+        ("iot_system", False),
+    ],
+)
+def test_prefix(value: str, good: bool) -> None:
+    assert accepts("network", "Prefix", value) is good
+
+
+def test_names_start_with_the_prefix() -> None:
+    """So that two systems can share a region; two regions can share the account."""
+    found = 0
+    for role in ROLES:
+        for logical_id, properties in resources(role).items():
+            for key in NAMES & properties.keys():
+                if properties[key].get("Ref") in TEMPLATES[role]["Resources"]:
+                    continue  # the name of another resource of the stack
+                assert "Prefix" in json.dumps(properties[key]), (role, logical_id, key)
+                found += 1
+    assert found == 17
+    # IAM is one for all regions: what has no name gets one of its own in each of them.
+    for place, properties in everywhere("AWS::IAM::Role").items():
+        assert "RoleName" not in properties, place
+    budget = resources("iot_core", "AWS::Budgets::Budget")["Budget"]["Budget"]
+    assert "${AWS::Region}" in budget["BudgetName"]["Fn::Sub"]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_no_region_or_account_is_written_out(role: str) -> None:
+    text = json.dumps({k: v for k, v in TEMPLATES[role].items() if k != "Parameters"})
+    assert not re.search(r"\b[a-z]{2}-(north|south|east|west|central)[a-z]*-\d", text)
+    assert not re.search(r"\b\d{12}\b", text)
+    assert "arn:aws:" not in text  # in China and GovCloud it is another word
+
+
+def test_log_groups_end_and_are_there_before_their_writers() -> None:
+    for place, properties in everywhere("AWS::Logs::LogGroup").items():
+        role = place.partition(".")[0]
+        assert default(role, properties["RetentionInDays"]) == 30, place
+    assert TEMPLATES["eks"]["Resources"]["Cluster"]["DependsOn"] == "LogGroup"
+    instance = TEMPLATES["rds"]["Resources"]["Instance"]
+    exported = instance["Properties"]["EnableCloudwatchLogsExports"]
+    groups = resources("rds", "AWS::Logs::LogGroup")
+    assert {g["LogGroupName"]["Fn::Sub"].rpartition("/")[2] for g in groups.values()} == {*exported}
+    assert groups.keys() <= {*instance["DependsOn"]}
+
+
+# --- rights ---------------------------------------------------------------------------------------
+
+
+def test_no_policy_names_every_resource() -> None:
+    checked = 0
+    for place, statement in statements("AWS::IAM::Role", "PolicyDocument"):
+        for resource in as_list(statement["Resource"]):
+            assert resource != "*", place
+        for action in as_list(statement["Action"]):
+            assert "*" not in action, place
+        checked += 1
+    assert checked > 6
+
+
+def test_no_wildcard_in_iot_policies() -> None:
+    """``*`` stands in the client ids of the collector, which have a prefix, and nowhere else."""
+    checked = 0
+    for kind in ("AWS::IoT::Policy", "AWS::IAM::Role"):
+        for place, statement in statements(kind, "PolicyDocument"):
+            actions = as_list(statement["Action"])
+            if not all(action.startswith("iot:") for action in actions):
+                continue
+            for resource in as_list(statement["Resource"]):
+                if actions == ["iot:Connect"]:
+                    name = resource["Fn::Sub"].rpartition(":client/")[2]
+                    assert name in (
+                        "${CollectorClientIdPrefix}-*",
+                        "${!iot:Connection.Thing.ThingName}",
+                    ), place
+                else:
+                    assert resource["Ref"] in {"SubscribeArns", "ReceiveArns", "PublishArns"}, place
+                checked += 1
+    assert checked == 8
+
+
+@pytest.mark.parametrize("role", ["eks", "iot_core"])
+def test_arns_of_topics_are_not_everything(role: str) -> None:
+    arn = "arn:aws:iot:eu-west-1:123456789012:"
+    assert accepts(role, "SubscribeArns", arn + "topicfilter/iot/data")
+    assert accepts(
+        role, "SubscribeArns", arn + "topicfilter/$share/collectors/site/+/temperature/#"
+    )
+    assert not accepts(role, "SubscribeArns", arn + "topicfilter/*")
+    assert not accepts(role, "SubscribeArns", arn + "topicfilter/iot/*")
+    assert not accepts(role, "SubscribeArns", "*")
+    assert accepts(role, "ReceiveArns", arn + "topic/site/*/temperature/*")
+    assert not accepts(role, "ReceiveArns", arn + "topic/*")
+    assert not accepts(role, "ReceiveArns", "*")
+
+
+def test_arns_of_what_devices_publish_are_not_everything() -> None:
+    arn = "arn:aws:iot:eu-west-1:123456789012:"
+    assert accepts("iot_core", "PublishArns", arn + "topic/iot/${iot:Connection.Thing.ThingName}")
+    assert not accepts("iot_core", "PublishArns", arn + "topic/*")
+    assert not accepts("iot_core", "PublishArns", arn + "topicfilter/iot/data")
+
+
+def test_collector_has_the_same_rights_by_role_and_by_certificate() -> None:
+    role = resources("eks", "AWS::IAM::Role")["CollectorRole"]
+    by_role = {p["PolicyName"]: p["PolicyDocument"]["Statement"] for p in role["Policies"]}
+    policy = resources("iot_core", "AWS::IoT::Policy")["CollectorPolicy"]
+    by_certificate = policy["PolicyDocument"]["Statement"]
+    assert by_role["read-from-iot-core"] == by_certificate
+    connect, subscribe, receive = by_certificate
+    # Of what a CONNECT can ask for, it may have a session that outlives the connection.
+    assert connect["Condition"] == {
+        "ForAllValues:StringEquals": {"iot:ConnectAttributes": ["PersistentConnect"]}
+    }
+    assert [s["Action"] for s in (subscribe, receive)] == ["iot:Subscribe", "iot:Receive"]
+    assert by_role["database-password"] == [
+        {
+            "Effect": "Allow",
+            "Action": "secretsmanager:GetSecretValue",
+            "Resource": {"Ref": "DatabaseSecretArn"},
+        }
+    ]
+
+
+def test_device_connects_as_its_own_thing_and_only_publishes() -> None:
+    policy = resources("iot_core", "AWS::IoT::Policy")["DevicePolicy"]["PolicyDocument"]
+    connect, publish = policy["Statement"]
+    assert connect["Action"] == "iot:Connect"
+    assert connect["Resource"]["Fn::Sub"].endswith(":client/${!iot:Connection.Thing.ThingName}")
+    assert connect["Condition"] == {"Bool": {"iot:Connection.Thing.IsAttached": "true"}}
+    assert publish["Action"] == "iot:Publish"
+
+
+def test_key_of_the_example_device_never_gets_here() -> None:
+    for place, properties in everywhere("AWS::IoT::Certificate").items():
+        assert properties.keys() == {"CertificateSigningRequest", "Status"}, place
+    for name in ("DeviceCsr", "CollectorCsr"):
+        body = "MIHyMIGYAgEAMDYxCzAJBgNVBAYTAkRF\n"
+        request = f"-----BEGIN CERTIFICATE REQUEST-----\n{body}-----END CERTIFICATE REQUEST-----\n"
+        assert accepts("iot_core", name, request)
+        assert not accepts("iot_core", name, request.replace("CERTIFICATE REQUEST", "PRIVATE KEY"))
+
+
+def test_one_service_account_for_each_irsa_role() -> None:
+    accounts = {}
+    for place, statement in statements("AWS::IAM::Role", "AssumeRolePolicyDocument"):
+        if statement["Action"] == "sts:AssumeRoleWithWebIdentity":
+            (operator, equal), *more = statement["Condition"].items()
+            assert (operator, more) == ("StringEquals", []), place
+            assert equal["${Issuer}:aud"] == "sts.amazonaws.com", place
+            accounts[place] = equal["${Issuer}:sub"].removeprefix("system:serviceaccount:")
+        else:
+            assert statement["Principal"].keys() == {"Service"}, place
+    assert accounts == {
+        "eks.VpcCniRole": "kube-system:aws-node",
+        "eks.EbsCsiRole": "kube-system:ebs-csi-controller-sa",
+        "eks.CollectorRole": "${CollectorServiceAccount}",
+    }
+
+
+def test_services_take_roles_for_this_account_only() -> None:
+    for place, statement in statements("AWS::IAM::Role", "AssumeRolePolicyDocument"):
+        # EC2 and EKS are not documented to say for whom they come; IRSA names the service account.
+        if place in ("eks.NodeRole", "eks.ClusterRole"):
+            assert "Condition" not in statement, place
+        elif "Service" in statement["Principal"]:
+            assert "AWS::AccountId" in json.dumps(statement["Condition"]), place
+
+
+def test_topic_rules_write_to_the_queue_or_else_to_the_log() -> None:
+    for name, rule in resources("iot_core", "AWS::IoT::TopicRule").items():
+        payload = rule["TopicRulePayload"]
+        assert payload["Actions"][0]["Sqs"]["QueueUrl"] == {"Ref": "ReplayQueue"}, name
+        assert payload["ErrorAction"]["CloudwatchLogs"]["LogGroupName"] == {"Ref": "ErrorLogGroup"}
+    queue = resources("iot_core", "AWS::SQS::Queue")["ReplayQueue"]
+    assert queue["SqsManagedSseEnabled"] is True
+    assert queue["MessageRetentionPeriod"] == 14 * 86_400
+    # The eks stack is built first and knows the queue by its name.
+    read = json.dumps(resources("eks")["CollectorRole"]["Policies"])
+    assert ":" + queue["QueueName"]["Fn::Sub"] in read
+
+
+def test_settings_of_the_whole_account_are_left_alone_unless_asked() -> None:
+    logging = TEMPLATES["iot_core"]["Resources"]["Logging"]
+    assert logging["Condition"] == "WithLogging"
+    assert parameter("iot_core", "IotLogging")["Default"] == "false"
+
+
+# --- network --------------------------------------------------------------------------------------
+
+
+def test_database_subnets_have_no_route_out() -> None:
+    routes = resources("network", "AWS::EC2::Route")
+    tables = {route["RouteTableId"]["Ref"] for route in routes.values()}
+    assert tables == {"PublicRoutes", "PrivateRoutesA", "PrivateRoutesB", "PrivateRoutesC"}
+    used = {
+        link["SubnetId"]["Ref"]: link["RouteTableId"]["Ref"]
+        for link in resources("network", "AWS::EC2::SubnetRouteTableAssociation").values()
+    }
+    for zone in "ABC":
+        assert used[f"DatabaseSubnet{zone}"] == "DatabaseRoutes"
+        assert used[f"PrivateSubnet{zone}"] == f"PrivateRoutes{zone}"
+    assert used.keys() == resources("network", "AWS::EC2::Subnet").keys()
+
+
+def test_ec2_15_subnets_give_no_public_addresses() -> None:
+    subnets = resources("network", "AWS::EC2::Subnet")
+    assert len(subnets) == 9
+    for name, subnet in subnets.items():
+        assert subnet["MapPublicIpOnLaunch"] is False, name
+
+
+def test_ec2_6_vpc_has_a_flow_log() -> None:
+    (flow_log,) = resources("network", "AWS::EC2::FlowLog").values()
+    assert flow_log["ResourceId"] == {"Ref": "Vpc"}
+
+
+def test_third_zone_moves_no_subnet() -> None:
+    subnets = resources("network", "AWS::EC2::Subnet")
+    places = [subnet["CidrBlock"]["Fn::Select"][0] for subnet in subnets.values()]
+    assert sorted(places) == list(range(9))
+    for name in subnets:
+        condition = TEMPLATES["network"]["Resources"][name].get("Condition")
+        assert condition == ("ThreeZones" if name.endswith("C") else None), name
+
+
+def test_security_groups_let_nothing_out_and_the_internet_not_in() -> None:
+    groups = everywhere("AWS::EC2::SecurityGroup")
+    assert len(groups) == 3
+    for place, group in groups.items():
+        (egress,) = group["SecurityGroupEgress"]
+        assert egress["CidrIp"] == "127.0.0.1/32", place
+        assert "0.0.0.0/0" not in json.dumps(group), place
+
+
+# --- registry -------------------------------------------------------------------------------------
+
+
+def repository() -> Any:
+    return resources("ecr", "AWS::ECR::Repository")["Repository"]
+
+
+def test_ecr_1_images_are_scanned() -> None:
+    assert repository()["ImageScanningConfiguration"] == {"ScanOnPush": True}
+
+
+def test_ecr_2_tags_do_not_move() -> None:
+    assert repository()["ImageTagMutability"] == "IMMUTABLE"
+
+
+def test_ecr_3_old_images_go() -> None:
+    text = repository()["LifecyclePolicy"]["LifecyclePolicyText"]["Fn::Sub"]
+    for name in ("KeepImages", "UntaggedDays"):
+        text = text.replace(f"${{{name}}}", str(parameter("ecr", name)["Default"]))
+    untagged, tagged = json.loads(text)["rules"]
+    assert untagged["selection"]["countNumber"] == 7
+    assert tagged["selection"]["countNumber"] == 20
+
+
+def test_ecr_5_customer_key() -> None:
+    encryption = repository()["EncryptionConfiguration"]
+    assert encryption == {"EncryptionType": "KMS", "KmsKey": {"Fn::GetAtt": ["Key", "Arn"]}}
+
+
+# --- keys and secrets -----------------------------------------------------------------------------
+
+
+def test_kms_4_keys_rotate_and_there_are_two() -> None:
+    keys = everywhere("AWS::KMS::Key")
+    assert keys.keys() == {"ecr.Key", "eks.Key"}
+    for place, key in keys.items():
+        assert key["EnableKeyRotation"] is True, place
+
+
+def test_secretsmanager_1_rds_rotates_the_master_password() -> None:
+    """The two others are rotated by whoever runs the playbook; Security Hub reports them."""
+    assert database()["ManageMasterUserPassword"] is True
+    assert "MasterUserPassword" not in database()
+
+
+def test_no_secret_is_a_parameter_or_an_output() -> None:
+    for role in ROLES:
+        for name in [*TEMPLATES[role]["Parameters"], *TEMPLATES[role]["Outputs"]]:
+            if re.search("Password|Secret|PrivateKey", name):
+                assert name.endswith("SecretArn"), (role, name)
+    for place, secret in everywhere("AWS::SecretsManager::Secret").items():
+        assert "SecretString" not in secret, place
+        assert secret["GenerateSecretString"]["PasswordLength"] >= 32, place
+
+
+# --- database -------------------------------------------------------------------------------------
+
+
+def database() -> Any:
+    return resources("rds", "AWS::RDS::DBInstance")["Instance"]
+
+
+def test_rds_2_not_public() -> None:
+    assert database()["PubliclyAccessible"] is False
+
+
+def test_rds_3_encrypted_by_a_key_that_outlives_the_stack() -> None:
+    assert database()["StorageEncrypted"] is True
+    assert "KmsKeyId" not in database()
+
+
+def test_rds_5_multi_az() -> None:
+    assert default("rds", database()["MultiAZ"]) == "true"
+
+
+def test_rds_6_enhanced_monitoring() -> None:
+    assert default("rds", database()["MonitoringInterval"]) == 60
+    assert 0 not in parameter("rds", "MonitoringSeconds")["AllowedValues"]
+
+
+def test_rds_8_deletion_protection_that_no_rollback_meets() -> None:
+    assert default("rds", database()["DeletionProtection"]) == "true"
+    for name, resource in TEMPLATES["rds"]["Resources"].items():
+        assert "Instance" not in as_list(resource.get("DependsOn", [])), name
+        for key, value in pairs(resource):
+            assert (key, value) != ("Ref", "Instance"), name
+            assert not (key == "Fn::GetAtt" and value[0] == "Instance"), name
+
+
+def test_rds_9_logs_go_to_cloudwatch() -> None:
+    assert database()["EnableCloudwatchLogsExports"] == ["postgresql", "upgrade"]
+
+
+def test_rds_10_iam_authentication() -> None:
+    assert default("rds", database()["EnableIAMDatabaseAuthentication"]) == "true"
+
+
+def test_rds_11_backups() -> None:
+    assert default("rds", database()["BackupRetentionPeriod"]) >= 7
+
+
+def test_rds_13_minor_versions_come_by_themselves() -> None:
+    assert database()["AutoMinorVersionUpgrade"] is True
+
+
+def test_rds_17_tags_go_to_snapshots() -> None:
+    assert database()["CopyTagsToSnapshot"] is True
+
+
+def test_rds_23_not_the_default_port() -> None:
+    assert default("rds", database()["Port"]) != 5432
+
+
+def test_rds_25_master_is_not_called_by_its_usual_name() -> None:
+    assert default("rds", database()["MasterUsername"]) not in ("postgres", "admin")
+
+
+def test_database_lets_in_the_nodes_only() -> None:
+    (rule,) = resources("rds", "AWS::EC2::SecurityGroup")["SecurityGroup"]["SecurityGroupIngress"]
+    assert rule["SourceSecurityGroupId"] == {"Ref": "NodeSecurityGroupId"}
+    assert rule["FromPort"] == rule["ToPort"] == database()["Port"] == {"Ref": "Port"}
+
+
+def test_database_insists_on_tls_and_logs_no_passwords() -> None:
+    parameters = resources("rds", "AWS::RDS::DBParameterGroup")["ParameterGroup"]["Parameters"]
+    assert parameters["rds.force_ssl"] == "1"
+    assert parameters["log_statement"] == "none"
+
+
+def test_deleting_the_database_keeps_a_snapshot() -> None:
+    instance = TEMPLATES["rds"]["Resources"]["Instance"]
+    assert instance["DeletionPolicy"] == instance["UpdateReplacePolicy"] == "Snapshot"
+
+
+@pytest.mark.parametrize(("mode", "days"), [("standard", 7), ("advanced", 465)])
+def test_database_insights_have_the_retention_of_their_mode(mode: str, days: int) -> None:
+    properties = database()
+    assert properties["DatabaseInsightsMode"] == {"Ref": "InsightsMode"}
+    assert properties["EnablePerformanceInsights"] is True
+    condition, *values = properties["PerformanceInsightsRetentionPeriod"]["Fn::If"]
+    asked = TEMPLATES["rds"]["Conditions"][condition]["Fn::Equals"][1]
+    assert values[0 if mode == asked else 1] == days
+    assert mode in parameter("rds", "InsightsMode")["AllowedValues"]
+
+
+# --- cluster --------------------------------------------------------------------------------------
+
+
+def cluster() -> Any:
+    return resources("eks", "AWS::EKS::Cluster")["Cluster"]
+
+
+def test_eks_1_endpoint_is_private_unless_ranges_are_given() -> None:
+    network = cluster()["ResourcesVpcConfig"]
+    assert network["EndpointPrivateAccess"] is True
+    assert network["EndpointPublicAccess"] == {"Fn::If": ["Public", True, False]}
+    assert network["PublicAccessCidrs"]["Fn::If"][0] == "Public"
+    assert parameter("eks", "PublicAccessCidrs")["Default"] == ""
+    assert accepts("eks", "PublicAccessCidrs", "203.0.113.7/32,198.51.100.0/24")
+    assert not accepts("eks", "PublicAccessCidrs", "everybody")
+
+
+def test_eks_2_version_is_named() -> None:
+    # Whether AWS supports it, the playbook asks before it makes anything.
+    assert cluster()["Version"] == {"Ref": "KubernetesVersion"}
+
+
+def test_eks_3_secrets_are_encrypted() -> None:
+    (encryption,) = cluster()["EncryptionConfig"]
+    assert encryption["Resources"] == ["secrets"]
+    assert encryption["Provider"] == {"KeyArn": {"Fn::GetAtt": ["Key", "Arn"]}}
+
+
+def test_eks_8_every_log_is_on() -> None:
+    enabled = cluster()["Logging"]["ClusterLogging"]["EnabledTypes"]
+    kinds = {"api", "audit", "authenticator", "controllerManager", "scheduler"}
+    assert {kind["Type"] for kind in enabled} == kinds
+
+
+def test_access_is_by_entries_alone() -> None:
+    assert cluster()["AccessConfig"]["AuthenticationMode"] == "API"
+    entries = resources("eks", "AWS::EKS::AccessEntry")
+    assert len(entries) == 3
+    assert accepts("eks", "AdminArn1", "arn:aws:iam::123456789012:role/team/platform")
+    assert not accepts("eks", "AdminArn1", "arn:aws:sts::123456789012:assumed-role/platform/me")
+    assert not accepts("eks", "AdminArn1", "arn:aws:iam::123456789012:root")
+
+
+def test_nodes_keep_their_credentials_and_encrypt_their_disks() -> None:
+    data = resources("eks", "AWS::EC2::LaunchTemplate")["LaunchTemplate"]["LaunchTemplateData"]
+    assert data["MetadataOptions"]["HttpTokens"] == "required"
+    assert data["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
+    assert all(disk["Ebs"]["Encrypted"] is True for disk in data["BlockDeviceMappings"])
+    tagged = {spec["ResourceType"]: spec["Tags"] for spec in data["TagSpecifications"]}
+    assert tagged.keys() == {"instance", "volume", "network-interface"}
+    for tags in tagged.values():
+        assert {"Key": "Project", "Value": {"Ref": "Prefix"}} in tags
+    # Without the cluster's own group the nodes could not talk to the control plane.
+    assert data["SecurityGroupIds"] == [
+        {"Fn::GetAtt": ["Cluster", "ClusterSecurityGroupId"]},
+        {"Ref": "NodeSecurityGroupId"},
+    ]
+
+
+def test_network_comes_before_the_nodes_and_pods_after_them() -> None:
+    everything = TEMPLATES["eks"]["Resources"]
+    assert {*everything["Nodes"]["DependsOn"]} == {"VpcCni", "KubeProxy"}
+    after = {
+        addon["AddonName"]
+        for name, addon in resources("eks", "AWS::EKS::Addon").items()
+        if everything[name].get("DependsOn") == "Nodes"
+    }
+    assert after == {"coredns", "metrics-server", "aws-ebs-csi-driver"}
+    assert cluster()["BootstrapSelfManagedAddons"] is False
+
+
+def test_settings_of_add_ons_are_json() -> None:
+    settings = {
+        addon["AddonName"]: json.loads(addon["ConfigurationValues"]["Fn::Sub"])
+        for addon in resources("eks", "AWS::EKS::Addon").values()
+        if "ConfigurationValues" in addon
+    }
+    assert settings["vpc-cni"]["enableNetworkPolicy"] == "true"
+    tags = json.loads(settings["vpc-cni"]["env"]["ADDITIONAL_ENI_TAGS"])
+    # How teardown recognises what the add-ons leave behind.
+    assert tags == settings["aws-ebs-csi-driver"]["controller"]["extraVolumeTags"]
+    assert tags == {"Project": "${Prefix}"}
