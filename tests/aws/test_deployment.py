@@ -80,8 +80,9 @@ def test_database_and_cluster_are_not_replaced(
 
 def test_database_is_replaced_when_asked_for_by_name(account: Emulator) -> None:
     deployment = Deployment(account)
-    assert deployment.deploy().returncode == 0
-    run = deployment.deploy("-e", "rds_database=other", "-e", "aws_base_allow_replacement=rds")
+    assert deployment.deploy("--tags", "network_run,rds_run").returncode == 0
+    options = ["-e", "rds_database=other", "-e", "aws_base_allow_replacement=rds"]
+    run = deployment.deploy(*options, "--tags", "rds_run")
     assert run.returncode == 0, run.output
     assert "DELETE_COMPLETE AWS::RDS::DBInstance Instance" in run.events
     (database,) = account.client("rds").describe_db_instances()["DBInstances"]
