@@ -1,0 +1,143 @@
+"""An AWS account for tests: MiniStack with tests/aws/shims.py, as a process on loopback."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import boto3
+from botocore.config import Config
+from services import HOST, eventually, free_port
+
+HERE = Path(__file__).parent
+# Made by `make .venv/emulator/.stamp`: MiniStack insists on a release of botocore of its own.
+PYTHON = Path(sys.prefix) / "emulator/bin/python"
+KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+
+
+class Call(NamedTuple):
+    """A call to the account: where, and what, as IAM names it (``ec2:DescribeVpcs``)."""
+
+    region: str
+    action: str
+    access_key: str
+
+
+class Emulator:
+    """An empty account. ``folder`` gets its files: log, calls, scenario."""
+
+    def __init__(self, folder: Path, port: int | None = None) -> None:
+        self.folder = folder
+        self.port = port or free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Emulator:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder),
+            "TMPDIR": str(self.folder),
+            "GATEWAY_PORT": str(self.port),
+            "BIND_HOST": HOST,
+            "IOT_MTLS_ENABLED": "0",  # would listen on all addresses
+            "DOCKER_HOST": "unix:///nonexistent",  # it starts containers where it finds Docker
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "CALLS": str(self.folder / "calls"),
+            "SCENARIO": str(self.folder / "scenario.json"),
+            **KEYS,
+        }
+        (self.folder / "calls").touch()
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [PYTHON, HERE / "shims.py"],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        eventually(self._answers, what="the emulator answers")
+        return self
+
+    def _answers(self) -> bool:
+        if self.process and self.process.poll() is not None:
+            raise AssertionError((self.folder / "log").read_text())
+        try:
+            with urllib.request.urlopen(f"{self.url}/_ministack/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, ConnectionError):
+            return False
+
+    def close(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What lets Ansible, boto3 and the AWS CLI talk to it, and to nothing else."""
+        return {
+            **KEYS,
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+            "PATH": f"{HERE / 'bin'}:{os.environ['PATH']}",
+        }
+
+    def client(self, service: str, region: str = "eu-west-1") -> Any:
+        # A key of its own, so that the test's calls are not taken for those of the playbook.
+        return boto3.client(
+            service,
+            region_name=region,
+            endpoint_url=self.url,
+            aws_access_key_id="observer",
+            aws_secret_access_key="observer",
+            config=Config(retries={"max_attempts": 2}),
+        )
+
+    def scenario(self, **entries: Any) -> None:
+        """What goes wrong from now on, see shims.py; nothing by default."""
+        temporary = self.folder / "scenario.new"
+        temporary.write_text(json.dumps(entries))
+        temporary.rename(self.folder / "scenario.json")
+
+    def calls(self) -> list[Call]:
+        """What the playbooks have asked for."""
+        lines = (self.folder / "calls").read_text().splitlines()
+        found = [Call(*line.split()) for line in lines]
+        return [call for call in found if call.access_key != "observer"]
+
+    def stacks(self, region: str = "eu-west-1") -> dict[str, str]:
+        """Status of each stack, by name, without those that are deleted."""
+        found = self.client("cloudformation", region).describe_stacks()["Stacks"]
+        return {stack["StackName"]: stack["StackStatus"] for stack in found}
+
+    def has_stack(self, name: str, status: str, region: str = "eu-west-1") -> Callable[[], bool]:
+        """A question to be asked until the answer is yes."""
+        return lambda: self.stacks(region).get(name) == status
+
+
+def main() -> None:
+    """Start one for Molecule, and leave it running: its process id is in ``pid``."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_args()
+    options.folder.mkdir(mode=0o700, exist_ok=True)
+    process = Emulator(options.folder, options.port).start().process
+    if process:
+        (options.folder / "pid").write_text(f"{process.pid}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""``playbooks/aws.yml``: what a first run, a second run, a check and a change do, and where."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+from deployments import Deployment
+from emulator import Emulator
+
+pytestmark = pytest.mark.timeout(900)
+
+STACKS = ["network", "ecr", "rds", "eks", "iot-core"]
+
+
+def test_first_run_creates_all_of_it_and_shows_how(deployed: Deployment) -> None:
+    run = deployed.first_run
+    assert run.returncode == 0, run.output
+    assert deployed.account.stacks() == {f"iot-system-{name}": "CREATE_COMPLETE" for name in STACKS}
+    vpc, cluster = (
+        f"CREATE_COMPLETE AWS::{what}" for what in ("EC2::VPC Vpc", "EKS::Cluster Cluster")
+    )
+    assert run.events.index(vpc) < run.events.index(cluster)
+    assert "registry.invalid/collector:1 is used, as ecr_image says" in run.output
+
+
+def test_second_run_changes_nothing(deployed: Deployment) -> None:
+    run = deployed.deploy()
+    assert (run.returncode, run.changed, run.events) == (0, 0, []), run.output
+
+
+def test_check_names_the_property_that_would_change(deployed: Deployment) -> None:
+    run = deployed.deploy("--check", "-e", "rds_instance_class=db.m8g.large")
+    assert run.returncode == 0, run.output
+    assert run.planned == ["Modify AWS::RDS::DBInstance Instance (DBInstanceClass)"]
+    assert run.changed == 1
+
+
+def test_one_changed_value_changes_that_alone(deployed: Deployment) -> None:
+    run = deployed.deploy("-e", "ecr_untagged_days=3")
+    assert (run.returncode, run.changed) == (0, 1), run.output
+    # The emulator updates the stack's key as well, which has not changed.
+    assert set(run.events) - {"UPDATE_COMPLETE AWS::KMS::Key Key"} == {
+        "UPDATE_COMPLETE AWS::ECR::Repository Repository"
+    }
+    assert deployed.deploy().changed == 1  # and back
+
+
+@pytest.mark.parametrize(
+    ("role", "options", "resource"),
+    [
+        ("rds", ["rds_database=other"], "AWS::RDS::DBInstance Instance, because of DBName"),
+        (
+            "eks",
+            [
+                "eks_creator_is_admin=false",
+                '{"eks_admin_arns": ["arn:aws:iam::000000000000:role/x"]}',
+            ],
+            "AWS::EKS::Cluster Cluster, because of AccessConfig",
+        ),
+    ],
+)
+def test_database_and_cluster_are_not_replaced(
+    deployed: Deployment, role: str, options: list[str], resource: str
+) -> None:
+    before = deployed.account.stacks()
+    run = deployed.deploy(*(f"-e{option}" for option in options), "--tags", f"{role}_run")
+    assert run.returncode == 2, run.output
+    assert resource in run.output
+    assert f"-e aws_base_allow_replacement={role}" in run.output
+    assert ": REPLACED" in run.output
+    assert deployed.account.stacks() == before
+
+
+def test_database_is_replaced_when_asked_for_by_name(account: Emulator) -> None:
+    deployment = Deployment(account)
+    assert deployment.deploy("--tags", "network_run,rds_run").returncode == 0
+    options = ["-e", "rds_database=other", "-e", "aws_base_allow_replacement=rds"]
+    run = deployment.deploy(*options, "--tags", "rds_run")
+    assert run.returncode == 0, run.output
+    assert "DELETE_COMPLETE AWS::RDS::DBInstance Instance" in run.events
+    (database,) = account.client("rds").describe_db_instances()["DBInstances"]
+    assert database["DBName"] == "other"
+    assert [line for line in deployment.left() if line.startswith("rds: snapshot")]
+
+
+def test_check_of_an_empty_and_of_a_half_built_account(account: Emulator) -> None:
+    deployment = Deployment(account)
+    empty = deployment.deploy("--check")
+    assert empty.returncode == 0, empty.output
+    for resource in ("EC2::VPC Vpc", "RDS::DBInstance Instance", "EKS::Cluster Cluster"):
+        assert f"Add AWS::{resource}" in empty.planned
+    assert account.stacks() == {}
+    assert not list(deployment.home.glob("*/.kube/*"))
+
+    assert deployment.deploy("--tags", "network_run").returncode == 0
+    half = deployment.deploy("--check")
+    assert half.returncode == 0, half.output
+    assert not [line for line in half.planned if " AWS::EC2::VPC" in line]
+    assert "Add AWS::RDS::DBInstance Instance" in half.planned
+
+
+def test_every_call_is_in_the_region(deployed: Deployment) -> None:
+    assert {call.region for call in deployed.first_calls} == {"eu-west-1"}
+    assert len(deployed.first_calls) > 100
+
+
+def test_third_region_is_empty(deployed: Deployment) -> None:
+    assert deployed.account.stacks("eu-central-1") == {}
+    assert deployed.left("eu-central-1") == []
+
+
+def test_kubeconfig_is_private_and_makes_tokens(deployed: Deployment) -> None:
+    path = deployed.home / ".kube/iot-system-eu-west-1"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    config = yaml.safe_load(path.read_text())
+    assert "token" not in path.read_text().replace("get-token", "")
+    (user,) = config["users"]
+    command = user["user"]["exec"]
+    made = subprocess.run(
+        [command["command"], *command["args"]],
+        env=deployed.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    credential = json.loads(made.stdout)
+    assert credential["status"]["token"].startswith("k8s-aws-v1.")
+    assert credential["apiVersion"] == command["apiVersion"]
+
+
+def test_device_key_is_in_its_file_and_nowhere_else(deployed: Deployment) -> None:
+    folder = deployed.home / ".local/state/iot-system-eu-west-1/device"
+    key = (folder / "device.key").read_text()
+    assert stat.S_IMODE((folder / "device.key").stat().st_mode) == 0o600
+    secret = key.splitlines()[1]
+    assert secret not in deployed.first_run.output
+    described = deployed.account.client("cloudformation").describe_stacks()
+    assert secret not in json.dumps(described, default=str)
+    assert "BEGIN CERTIFICATE" in (folder / "device.pem").read_text()
+
+
+def test_lookup_of_the_endpoint(deployed: Deployment) -> None:
+    endpoint = deployed.account.client("iot").describe_endpoint(endpointType="iot:Data-ATS")
+    assert f"mqtts://{endpoint['endpointAddress']}:8883" in deployed.first_run.output
+
+
+def test_calls_are_recorded_for_the_policy(deployed: Deployment) -> None:
+    """What the playbooks ask of AWS, as IAM actions; docs/aws-policy.json is compared with it."""
+    actions = {call.action for call in deployed.account.calls()}
+    assert {
+        "cloudformation:CreateStack",
+        "sts:GetCallerIdentity",
+        "iot:DescribeEndpoint",
+    } <= actions
+    assert all(":" in action and " " not in action for action in actions)
+    if folder := os.environ.get("AWS_CALLS"):
+        Path(folder).write_text("\n".join(sorted(actions)) + "\n")
+
+
+def test_observer_is_not_recorded(account: Emulator) -> None:
+    account.client("ec2").describe_vpcs()
+    assert account.calls() == []
+    session = boto3.Session("test", "test", region_name="eu-west-1")
+    session.client("ec2", endpoint_url=account.url).describe_vpcs()
+    assert [call.action for call in account.calls()] == ["ec2:DescribeVpcs"]

@@ -1,0 +1,167 @@
+"""From any state: the next run completes what is half done, and teardown removes it."""
+
+from __future__ import annotations
+
+import pytest
+from deployments import Deployment
+from emulator import Emulator
+from services import eventually
+
+pytestmark = pytest.mark.timeout(1800)
+
+STACKS = ["network", "ecr", "rds", "eks", "iot-core"]
+# In each stack a type of its last resources, so that there is something to roll back.
+LATE = {
+    "network": ("AWS::EC2::NatGateway", "NatA"),
+    "ecr": ("AWS::ECR::Repository", "Repository"),
+    "rds": ("AWS::RDS::DBInstance", "Instance"),
+    "eks": ("AWS::EKS::Nodegroup", "Nodes"),
+    "iot-core": ("AWS::IoT::TopicRule", "ReplayRule1"),
+}
+
+
+def tag(stack: str) -> str:
+    """The tag of what a role does to its stack; with it a run is quicker than with all of them."""
+    return stack.replace("-", "_") + "_run"
+
+
+def complete(deployment: Deployment) -> dict[str, str]:
+    return {f"iot-system-{name}": "CREATE_COMPLETE" for name in STACKS}
+
+
+def test_killed_in_each_stack(account: Emulator) -> None:
+    """Each run completes the stack in which the last one was killed, and is killed in the next."""
+    deployment = Deployment(account)
+    for last, stack in zip(["network", *STACKS], STACKS, strict=False):
+        account.scenario(slow={LATE[stack][0]: 4})
+        deployment.kill_when(
+            "aws.yml",
+            account.has_stack(f"iot-system-{stack}", "CREATE_IN_PROGRESS"),
+            "--extra-vars=ecr_image=x/y:1",
+            f"--tags={tag(last)},{tag(stack)}",
+        )
+    account.scenario()
+    run = deployment.deploy()
+    assert run.returncode == 0, run.output
+    assert account.stacks() == complete(deployment)
+    assert deployment.deploy().changed == 0
+
+    # The same for teardown, which goes the other way round.
+    for stack in ("iot-core", "rds", "eks", "ecr", "network"):
+        account.scenario(slow={LATE[stack][0]: 4})
+        deployment.kill_when(
+            "teardown.yml",
+            account.has_stack(f"iot-system-{stack}", "DELETE_IN_PROGRESS"),
+            "--extra-vars=target=aws",
+            "--extra-vars=confirm=true",
+        )
+    account.scenario()
+    run = deployment.teardown()
+    assert run.returncode == 0, run.output
+    assert account.stacks() == {}
+
+
+def test_failure_in_each_stack_is_named_and_the_next_run_goes_on(account: Emulator) -> None:
+    deployment = Deployment(account)
+    for number, stack in enumerate(STACKS):
+        kind, resource = LATE[stack]
+        account.scenario(fail={resource: f"planted in {stack}"})
+        tags = ",".join(tag(name) for name in STACKS[max(number - 1, 0) : number + 1])
+        run = deployment.deploy("--tags", tags)
+        assert run.returncode == 2, run.output
+        assert f"First cause: {kind} {resource}: planted in {stack}" in " ".join(run.output.split())
+        done = [f"iot-system-{name}" for name in STACKS[:number]]
+        assert {name: account.stacks()[name] for name in done} == dict.fromkeys(
+            done, "CREATE_COMPLETE"
+        )
+    account.scenario()
+    run = deployment.deploy()
+    assert run.returncode == 0, run.output
+    assert account.stacks() == complete(deployment)
+
+    # A deletion that failed is taken up again by teardown.
+    for stack in ("iot-core", "network"):
+        account.scenario(fail_deletion={LATE[stack][0]: f"in the way of {stack}"})
+        run = deployment.teardown("-e", "final_snapshot=false")
+        assert run.returncode == 2, run.output
+        assert f"in the way of {stack}" in run.output
+    account.scenario()
+    run = deployment.teardown("-e", "final_snapshot=false")
+    assert run.returncode == 0, run.output
+    assert not [line for line in deployment.left() if "snapshot" in line]
+
+
+def break_stacks(account: Emulator, kinds: dict[str, str]) -> None:
+    """Bring stacks of ours into a state by CloudFormation's own API, with small templates."""
+    cloudformation = account.client("cloudformation")
+    queue = "Resources: {Thing: {Type: 'AWS::SQS::Queue', Properties: {}}}"
+    for stack, kind in kinds.items():
+        name = f"iot-system-{stack}"
+        if kind == "REVIEW_IN_PROGRESS":
+            cloudformation.create_change_set(
+                StackName=name, ChangeSetName="x", ChangeSetType="CREATE", TemplateBody=queue
+            )
+            continue
+        failing = {"OnFailure": "DO_NOTHING" if kind == "CREATE_FAILED" else "ROLLBACK"}
+        if kind == "DELETE_FAILED":
+            failing = {}
+        else:
+            account.scenario(fail={"Thing": "planted"})
+        cloudformation.create_stack(StackName=name, TemplateBody=queue, **failing)
+        if kind == "DELETE_FAILED":
+            eventually(account.has_stack(name, "CREATE_COMPLETE"))
+            account.scenario(fail_deletion={"AWS::SQS::Queue": "planted"})
+            cloudformation.delete_stack(StackName=name)
+        eventually(account.has_stack(name, kind), what=f"{name} to be {kind}")
+        account.scenario()
+
+
+STATES = {
+    "network": "REVIEW_IN_PROGRESS",
+    "ecr": "ROLLBACK_COMPLETE",
+    "rds": "CREATE_FAILED",
+    "eks": "DELETE_FAILED",
+    "iot-core": "ROLLBACK_COMPLETE",
+}
+
+
+def test_stacks_in_every_dead_state_are_replaced(account: Emulator) -> None:
+    break_stacks(account, STATES)
+    deployment = Deployment(account)
+    check = deployment.deploy("--check")
+    assert check.returncode == 0, check.output
+    run = deployment.deploy()
+    assert run.returncode == 0, run.output
+    assert account.stacks() == complete(deployment)
+
+
+def test_stacks_in_every_dead_state_are_taken_down(account: Emulator) -> None:
+    break_stacks(account, STATES)
+    run = Deployment(account).teardown()
+    assert run.returncode == 0, run.output
+    assert account.stacks() == {}
+
+
+def test_update_that_could_not_be_rolled_back(account: Emulator) -> None:
+    deployment = Deployment(account)
+    assert deployment.deploy("--tags", "network_run").returncode == 0
+    account.scenario(status={"iot-system-network": "UPDATE_ROLLBACK_FAILED"})
+    run = deployment.deploy("--tags", "network_run")
+    assert run.returncode == 2
+    assert (
+        "continue-update-rollback --region eu-west-1 --stack-name iot-system-network" in run.output
+    )
+
+
+def test_credentials_expire_in_the_middle(account: Emulator) -> None:
+    deployment = Deployment(account)
+    account.scenario(slow={"AWS::EC2::NatGateway": 4}, expired_after="cloudformation:CreateStack")
+    run = deployment.deploy("--tags", "network_run")
+    assert run.returncode == 2, run.output
+    text = " ".join(run.output.split())
+    assert "The AWS credentials are missing or no longer valid. Log in again" in text
+    assert "it continues where it stopped" in text
+    account.scenario()
+    run = deployment.deploy("--tags", "network_run")
+    assert run.returncode == 0, run.output
+    assert account.stacks() == {"iot-system-network": "CREATE_COMPLETE"}

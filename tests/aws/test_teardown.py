@@ -1,0 +1,149 @@
+"""``playbooks/teardown.yml -e target=aws``: everything of ours goes, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import kubernetes
+import pytest
+import yaml
+from deployments import ROOT, Deployment
+from emulator import Emulator
+from services import eventually
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def kubernetes_api(tmp_path: Path) -> Iterator[str]:
+    """The address of a stand-in for the cluster's API, with the namespace iot-system in it."""
+    kubeconfig = tmp_path / "kubeconfig"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kubernetes_api", f"--kubeconfig={kubeconfig}"],
+        cwd=ROOT / "tests",
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        eventually(kubeconfig.exists, what="the stand-in's kubeconfig")
+        client = kubernetes.config.new_client_from_config(str(kubeconfig))
+        labels = {"app.kubernetes.io/part-of": "iot-system"}
+        metadata = {"name": "iot-system", "labels": labels}
+        core = kubernetes.client.CoreV1Api(client)
+        core.create_namespace({"metadata": metadata})
+        yield yaml.safe_load(kubeconfig.read_text())["clusters"][0]["cluster"]["server"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def plant_look_alikes(account: Emulator, region: str) -> dict[str, str]:
+    """What looks like ours and is somebody else's: no tag of ours, or another name."""
+    ec2 = account.client("ec2", region)
+    vpc = ec2.create_vpc(CidrBlock="10.99.0.0/16")["Vpc"]["VpcId"]
+    subnet = ec2.create_subnet(VpcId=vpc, CidrBlock="10.99.0.0/24")["Subnet"]["SubnetId"]
+    interface = ec2.create_network_interface(SubnetId=subnet)["NetworkInterface"]
+    volume = ec2.create_volume(AvailabilityZone=f"{region}a", Size=1)["VolumeId"]
+    account.client("logs", region).create_log_group(logGroupName="/aws/eks/iot-system-2/cluster")
+    account.client("ecr", region).create_repository(repositoryName="iot-system-2/collector")
+    account.client("sqs", region).create_queue(QueueName="iot-system-replay-old")
+    account.client("iam", region).create_role(
+        RoleName="iot-system-eks-of-somebody-else", AssumeRolePolicyDocument="{}"
+    )
+    return {"interface": interface["NetworkInterfaceId"], "volume": volume, "vpc": vpc}
+
+
+def check_look_alikes(account: Emulator, region: str, planted: dict[str, str]) -> None:
+    ec2 = account.client("ec2", region)
+    ec2.describe_vpcs(VpcIds=[planted["vpc"]])
+    ec2.describe_network_interfaces(NetworkInterfaceIds=[planted["interface"]])
+    ec2.describe_volumes(VolumeIds=[planted["volume"]])
+    groups = account.client("logs", region).describe_log_groups()["logGroups"]
+    assert "/aws/eks/iot-system-2/cluster" in [group["logGroupName"] for group in groups]
+    account.client("ecr", region).describe_repositories(repositoryNames=["iot-system-2/collector"])
+    account.client("sqs", region).get_queue_url(QueueName="iot-system-replay-old")
+    account.client("iam", region).get_role(RoleName="iot-system-eks-of-somebody-else")
+
+
+def plant_what_a_cluster_leaves(account: Emulator, region: str) -> None:
+    """Interfaces of nodes that are gone, volumes of claims, a security group of EKS."""
+    ec2 = account.client("ec2", region)
+    ours = [{"Key": "Project", "Value": "iot-system"}]
+    (vpc,) = ec2.describe_vpcs(Filters=[{"Name": "tag:Project", "Values": ["iot-system"]}])["Vpcs"]
+    inside = [{"Name": "vpc-id", "Values": [vpc["VpcId"]]}]
+    subnet = ec2.describe_subnets(Filters=inside)["Subnets"][0]["SubnetId"]
+    ec2.create_network_interface(SubnetId=subnet, Description="aws-K8S-i-0123456789abcdef0")
+    group = ec2.create_security_group(
+        GroupName="eks-cluster-sg-iot-system", Description="of EKS", VpcId=vpc["VpcId"]
+    )["GroupId"]
+    ec2.create_tags(
+        Resources=[group], Tags=[{"Key": "aws:eks:cluster-name", "Value": "iot-system"}]
+    )
+    ec2.create_volume(
+        AvailabilityZone=f"{region}a",
+        Size=1,
+        TagSpecifications=[{"ResourceType": "volume", "Tags": ours}],
+    )
+
+
+def test_one_of_two_regions_is_taken_down(deployed: Deployment, kubernetes_api: str) -> None:
+    account, region = deployed.account, "us-east-1"
+    cluster = {"endpoint": kubernetes_api, "ca": ""}
+    account.scenario(cluster=cluster)
+    other = Deployment(account, region)
+    first = other.deploy()
+    assert first.returncode == 0, first.output
+    in_europe = deployed.left()
+    planted = plant_look_alikes(account, region)
+    plant_what_a_cluster_leaves(account, region)
+    # By hand, before: teardown does not mind.
+    account.client("iot", region).delete_topic_rule(ruleName="iot_system_replay_1")
+    account.scenario(
+        cluster=cluster,
+        log_groups_that_come_back=[
+            "/aws/eks/iot-system/cluster",
+            "/aws/rds/instance/iot-system/postgresql",
+        ],
+    )
+
+    asked = other.run("teardown.yml", "--extra-vars=target=aws")
+    assert asked.returncode == 2
+    assert "-e confirm=true" in asked.output
+    assert len(account.stacks(region)) == 5
+
+    run = other.teardown()
+    account.scenario()
+    assert run.returncode == 0, run.output
+    client = kubernetes.client.ApiClient(kubernetes.client.Configuration(host=kubernetes_api))
+    names = [
+        one.metadata.name for one in kubernetes.client.CoreV1Api(client).list_namespace().items
+    ]
+    assert "iot-system" not in names
+    assert account.stacks(region) == {}
+    kept = other.left()
+    assert [line for line in kept if "PendingDeletion" not in line and "snapshot" not in line] == []
+    assert [line for line in kept if line.startswith("rds: snapshot")]
+    assert all(line in " ".join(run.output.split()) for line in kept)
+    check_look_alikes(account, region, planted)
+    assert deployed.left() == in_europe
+    assert not (other.home / ".kube/iot-system-us-east-1").exists()
+
+    again = other.teardown()
+    assert (again.returncode, again.changed) == (0, 0), again.output
+
+
+def test_what_is_left_is_a_failure_and_named(account: Emulator) -> None:
+    deployment = Deployment(account)
+    tags = [{"ResourceType": "volume", "Tags": [{"Key": "Project", "Value": "iot-system"}]}]
+    ec2 = account.client("ec2")
+    volume = ec2.create_volume(AvailabilityZone="eu-west-1a", Size=1, TagSpecifications=tags)[
+        "VolumeId"
+    ]
+    instance = ec2.run_instances(ImageId="ami-1", MinCount=1, MaxCount=1)["Instances"][0]
+    ec2.attach_volume(VolumeId=volume, InstanceId=instance["InstanceId"], Device="/dev/sdf")
+    run = deployment.teardown()
+    assert run.returncode == 2, run.output
+    assert f"Volumes {volume}" in run.output
+    assert "Run the teardown again" in run.output
