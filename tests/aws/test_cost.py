@@ -1,0 +1,219 @@
+"""The estimate of the costs: its arithmetic, its table of prices, and where it is shown."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.errors import AnsibleFilterError
+from aws_cost import Estimate, aws_cost
+from cost_tables import PAGE, ROOT, estimate, settings, table, with_tables
+
+USAGE = {"devices": 10_000, "messages": 50_000_000, "months": 12}
+GROUPS = ("prices", "instances", "databases", "discounts")
+
+
+class Recorder(dict[str, Any]):
+    """A mapping that remembers which of its keys were read."""
+
+    def __init__(self, content: dict[str, Any], read: set[str]) -> None:
+        super().__init__(content)
+        self.read = read
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def __or__(self, other: Any) -> Recorder:
+        return Recorder(dict(self) | other, self.read)
+
+
+def lines(change: dict[str, Any] | None = None, **usage: Any) -> dict[str, float]:
+    """USD of each line of the first month's bill, with the defaults but for ``change``."""
+    bill = Estimate(settings() | (change or {}), table(), USAGE | usage).month(1)
+    return {line.what: line.usd for line in bill}
+
+
+def change(settings_changed: dict[str, Any] | None = None, **usage: Any) -> float:
+    """What a change makes of the total."""
+    before = aws_cost(settings(), table(), USAGE)["total"]
+    after = aws_cost(settings() | (settings_changed or {}), table(), USAGE | usage)["total"]
+    return float(after - before)
+
+
+def test_page_is_current() -> None:
+    assert PAGE.read_text() == with_tables(PAGE.read_text()), "python tests/aws/cost_tables.py"
+
+
+def test_defaults_stay_within_1000_usd_a_month() -> None:
+    assert estimate()["last_month"] <= 1000
+    assert estimate()["notes"] == []
+
+
+def test_bill_by_hand() -> None:
+    """Computed on paper from prices.yml, so that a wrong unit is seen."""
+    bill = lines()
+    expected = {
+        "EKS control plane": 0.10 * 730,
+        "Nodes": 2 * 0.107 * 730,
+        "RDS for PostgreSQL": 2 * 0.07 * 730,
+        "RDS storage gp3": 2 * 50 * 0.127,
+        # 10 000 devices, 43 800 minutes
+        "IoT Core connections": 438 * 0.08,
+        # device to IoT Core, IoT Core to collector, PUBACK of the collector
+        "IoT Core messages": 150 * 1.00,
+        "IoT Core rule": 50 * 0.30,
+        "SQS": 50 * 0.40,
+        "KMS": 2.00,
+    }
+    assert {name: bill[name] for name in expected} == pytest.approx(expected)
+    # 45 GB: 50 million times 500 bytes, and 20 GB of images and calls
+    assert bill["NAT gateway with address"] == pytest.approx(0.053 * 730 + 45 * 0.048)
+
+
+def test_storage_grows_as_measured() -> None:
+    growth = (ROOT / "benchmarks/GROWTH.md").read_text()
+    (rows,) = re.findall(r"^\| rows \|.* (\d+) M \|$", growth, re.MULTILINE)
+    (size,) = re.findall(r"^\| GB with indexes \|.* ([\d.]+) \|$", growth, re.MULTILINE)
+    measured = float(size) * 1e9 / (float(rows) * 1e6)
+    assert table()["assumptions"]["stored_bytes"] == pytest.approx(measured, rel=0.01)
+    one = Estimate(settings(), table(), USAGE)
+    assert one.stored_gib(12) == pytest.approx(12 * 50e6 * 329 / 2**30)
+    assert one.allocated_gib(1) == 50  # rds_storage_gib
+    assert one.allocated_gib(12) == pytest.approx(one.stored_gib(12) / 0.9, abs=1)
+
+
+def test_storage_that_becomes_full_is_said() -> None:
+    costs = aws_cost(settings() | {"rds_max_storage_gib": 100}, table(), USAGE)
+    assert costs["notes"] == ["rds_max_storage_gib: 100 GiB are full in month 6"]
+
+
+def test_class_without_a_price_is_said() -> None:
+    costs = aws_cost(settings() | {"rds_instance_class": "db.x9g.large"}, table(), USAGE)
+    (note,) = costs["notes"]
+    assert "rds_instance_class: db.x9g.large" in note
+    assert "missing in the total" in note
+
+
+@pytest.mark.parametrize(
+    ("changed", "usage", "usd"),
+    [
+        ({"network_nat_gateways": "per-zone"}, {}, 0.053 * 730),
+        ({"network_nat_gateways": "per-zone", "network_zone_count": 3}, {}, 2 * 0.053 * 730),
+        ({"rds_instance_class": "db.t4g.small"}, {}, -2 * 0.035 * 730),
+        ({"eks_capacity_type": "SPOT"}, {}, -0.6 * 2 * 0.107 * 730),
+        ({"eks_capacity_type": "SPOT"}, {"reserved": True}, -0.6 * 156.22 - 0.28 * 102.2),
+        ({}, {"reserved": True}, -0.3 * 156.22 - 0.28 * 102.2),
+        ({"iot_core_replay": False}, {}, -50 * 0.70),
+        ({"network_interface_endpoints": True}, {}, 12 * 730 * 0.011 + 20 * (0.01 - 0.048)),
+        ({"rds_insights_mode": "advanced"}, {}, 4 * 730 * 0.0125),
+        ({"eks_support_type": "EXTENDED"}, {}, 0.50 * 730),
+    ],
+)
+def test_what_a_choice_changes(changed: dict[str, Any], usage: dict[str, Any], usd: float) -> None:
+    assert change(changed, **usage) == pytest.approx(usd)
+
+
+def test_one_zone_halves_instance_and_storage() -> None:
+    one, two = lines({"rds_multi_az": False}), lines()
+    for line in ("RDS for PostgreSQL", "RDS storage gp3"):
+        assert 2 * one[line] == pytest.approx(two[line])
+
+
+def test_archive_stops_the_growth() -> None:
+    one = Estimate(settings(), table(), {**USAGE, "keep_months": 3})
+    assert one.allocated_gib(12) == one.allocated_gib(3)
+    assert -20 < change(keep_months=3) < -10
+
+
+def test_options_are_those_of_the_issue() -> None:
+    """Each option changes something; what is meant to save money does."""
+    for option in estimate()["options"]:
+        assert abs(option["change"]) > 1, option
+    saving = [option["what"] for option in estimate()["options"] if option["change"] < 0]
+    for word in ("one zone", "Spot", "reserved", "S3", "Smaller nodes", "Smaller database"):
+        assert any(word in what for what in saving), word
+
+
+@pytest.mark.parametrize("name", ["devices", "messages", "months"])
+@pytest.mark.parametrize("value", [0, -1, "many", None])
+def test_wrong_use_is_named(name: str, value: Any) -> None:
+    with pytest.raises(AnsibleFilterError, match=f"{name} is {value!r}"):
+        aws_cost(settings(), table(), USAGE | {name: value})
+
+
+def test_wrong_setting_is_named() -> None:
+    with pytest.raises(AnsibleFilterError, match="SOME"):
+        aws_cost(settings() | {"network_flow_log_traffic": "SOME"}, table(), USAGE)
+
+
+# --- the table of prices ------------------------------------------------------------------------
+
+
+def prices() -> Iterator[tuple[str, dict[str, Any]]]:
+    for group in GROUPS:
+        yield from table()[group].items()
+
+
+def test_each_price_says_how_it_is_known() -> None:
+    for name, price in prices():
+        assert price["known"] in ("read", "derived", "remembered"), name
+        assert price["page"].startswith("aws.amazon.com/"), name
+        assert ("seen" in price) == (price["known"] != "remembered"), name
+
+
+def test_each_price_and_assumption_is_used() -> None:
+    read: set[str] = set()
+    content = table()
+    for group in ("prices", "discounts", "assumptions"):
+        content[group] = Recorder(content[group], read)
+    aws_cost(settings(), content, USAGE)
+    for group in ("prices", "discounts", "assumptions"):
+        assert set(content[group]) <= read
+
+
+def test_playbook_passes_on_what_the_estimate_reads() -> None:
+    """The list of variables in cost.yml is the one that the filter reads, with real names."""
+    read: set[str] = set()
+    aws_cost(Recorder(settings(), read), table(), USAGE)
+    first, *_ = yaml.safe_load((ROOT / "roles/aws_base/tasks/cost.yml").read_text())
+    assert set(first["vars"]["__aws_base_cost_settings"]) == read
+    assert read <= set(settings())
+
+
+def test_playbook_prints_the_total(tmp_path: Path) -> None:
+    roles = [
+        {"role": f"iot.platform.{name}", "when": False}
+        for name in ("network", "ecr", "eks", "rds", "iot_core")
+    ]
+    include = {"name": "iot.platform.aws_base", "tasks_from": "cost.yml"}
+    play = {
+        "hosts": "aws",
+        "gather_facts": False,
+        "roles": [{"role": "iot.platform.aws_base"}, *roles],
+        "post_tasks": [{"name": "Costs", "ansible.builtin.include_role": include}],
+    }
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    done = subprocess.run(
+        [
+            *(Path(sys.executable).with_name("ansible-playbook"), tmp_path / "play.yml"),
+            # Texts, as -e makes of everything.
+            *("-e", "region=us-east-1", "-e", "rds_multi_az=false", "-e", "eks_nodes_min=3"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    changed = settings() | {"rds_multi_az": False, "eks_nodes_min": 3}
+    total = aws_cost(changed, table(), USAGE)["total"]
+    said = " ".join(done.stdout.split())
+    assert f"About {round(total)} USD a month" in said
+    assert "those of us-east-1 differ" in said
