@@ -32,9 +32,12 @@ SHARED = {"platform", "aws_base"}
 FACTS = {
     "aws_base_identity": "preflight.yml",
     "aws_base_outputs": "stack.yml",
+    "iot_core_arns": "preflight.yml",
     "kubernetes_base_job_log": "job.yml",
     "kubernetes_base_namespace_exists": "main.yml",
     "kubernetes_base_secrets": "secrets.yml",
+    "network_outputs": "main.yml",
+    "rds_outputs": "main.yml",
 }
 
 

@@ -21,7 +21,7 @@ options:
     type: dict
     required: true
   table:
-    description: Prices, assumptions and options, as in roles/aws_base/files/prices.yml.
+    description: Prices, assumptions and options, as in roles/aws_cost/files/prices.yml.
     type: dict
     required: true
   usage:

@@ -20,7 +20,7 @@ BEGIN, END = "<!-- costs: begin, written by tests/aws/cost_tables.py -->", "<!--
 
 def settings() -> dict[str, Any]:
     """The defaults of the roles, with what the inventory sets."""
-    files = [f"roles/{role}/defaults/main.yml" for role in ("aws_base", *ROLES)]
+    files = [f"roles/{role}/defaults/main.yml" for role in ("aws_base", "aws_cost", *ROLES)]
     found: dict[str, Any] = {}
     for file in [*files, "inventories/aws/group_vars/aws/main.yml"]:
         found |= yaml.safe_load((ROOT / file).read_text())
@@ -28,15 +28,15 @@ def settings() -> dict[str, Any]:
 
 
 def table() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((ROOT / "roles/aws_base/files/prices.yml").read_text())
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "roles/aws_cost/files/prices.yml").read_text())
     return loaded
 
 
 def estimate() -> dict[str, Any]:
     values = settings()
     usage = {
-        "devices": values["aws_base_cost_devices"],
-        "messages": values["aws_base_cost_messages"],
+        "devices": values["aws_cost_devices"],
+        "messages": values["aws_cost_messages"],
         "months": 12,
     }
     return aws_cost(values, table(), usage)

@@ -179,11 +179,10 @@ def test_each_price_and_assumption_is_used() -> None:
 
 
 def test_playbook_passes_on_what_the_estimate_reads() -> None:
-    """The list of variables in cost.yml is the one that the filter reads, with real names."""
+    """The defaults of the role list the variables that the filter reads, with real names."""
     read: set[str] = set()
     aws_cost(Recorder(settings(), read), table(), USAGE)
-    first, *_ = yaml.safe_load((ROOT / "roles/aws_base/tasks/cost.yml").read_text())
-    assert set(first["vars"]["__aws_base_cost_settings"]) == read
+    assert set(settings()["aws_cost_settings"]) == read
     assert read <= set(settings())
 
 
@@ -192,7 +191,7 @@ def test_playbook_prints_the_total(tmp_path: Path) -> None:
         {"role": f"iot.platform.{name}", "when": False}
         for name in ("network", "ecr", "eks", "rds", "iot_core")
     ]
-    include = {"name": "iot.platform.aws_base", "tasks_from": "cost.yml"}
+    include = {"name": "iot.platform.aws_cost"}
     play = {
         "hosts": "aws",
         "gather_facts": False,

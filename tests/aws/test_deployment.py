@@ -152,7 +152,7 @@ def test_lookup_of_the_endpoint(deployed: Deployment) -> None:
 
 
 def test_calls_are_recorded_for_the_policy(deployed: Deployment) -> None:
-    """What the playbooks ask of AWS, as IAM actions; docs/aws-policy.json is compared with it."""
+    """The IAM actions that the playbooks need; docs/aws-deploy-policy/ is compared with them."""
     actions = {call.action for call in deployed.account.calls()}
     assert {
         "cloudformation:CreateStack",
