@@ -159,11 +159,10 @@ def show_next(status: Status) -> None:
         if "grafana" in services:
             print(f"Dashboards: user admin, password in {STATE}/secrets/grafana_admin_password")
         print(
-            "\nAlso, from where this was deployed, or on this machine:\n"
-            "  ansible-playbook playbooks/verify.yml     follow one message (make verify)\n"
-            "  ansible-playbook playbooks/teardown.yml   stop everything, keep the data (make down)\n"
-            f"  {STATE}/bin/iot-status               show this again (make status)\n"
-            f"  {STATE}/bin/iot-collector simulate   more messages (make simulate)"
+            f"\nOn this machine, {STATE}/bin/iot-status shows this again (make status),\n"
+            f"and {STATE}/bin/iot-collector simulate sends messages (make simulate).\n"
+            "Where Ansible runs, playbooks/verify.yml follows one message (make verify),\n"
+            "and playbooks/teardown.yml stops everything and keeps the data (make down)."
         )
 
 
