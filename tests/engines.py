@@ -183,7 +183,7 @@ def service_images(engine: Engine, official: Mapping[str, str], folder: Path) ->
 # A machine that systemd boots: Debian with what the roles install, whose own services stay off.
 _MACHINE = "debian:12"
 _MACHINE_PACKAGES = (
-    *("systemd-sysv", "ca-certificates", "python3-venv"),
+    *("systemd-sysv", "ca-certificates", "python3-venv", "python3-packaging"),
     *("mosquitto", "mosquitto-clients", "postgresql"),
 )
 _MACHINE_SERVICES_OFF = "systemctl mask mosquitto postgresql"
