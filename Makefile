@@ -40,27 +40,22 @@ help: ## Show this list
 .PHONY: up
 up: $(VENV)/.deploy ## Install what is missing, start everything, send some messages, show what runs where
 	@$(PLAYBOOK) playbooks/host.yml $(ASK_BECOME) $(EXTRA)
-	@if [ -z "$$($(STATE)/bin/psql -Atc 'SELECT 1 FROM messages LIMIT 1')" ]; then \
-	  echo 'Five simulated devices send their first messages:'; \
-	  $(STATE)/bin/iot-collector simulate --devices 5 --rate 50 --count 100; \
-	else \
-	  echo 'The table has messages already, so none are made up; make simulate sends some.'; \
-	fi
-	@echo
-	@$(STATE)/bin/iot-status --wait 30 --messages --next
 
 .PHONY: local
 local: $(VENV)/.deploy ## The same on Kubernetes: start minikube, deploy, wait until all of it is ready
 	@$(PLAYBOOK) playbooks/local.yml $(EXTRA)
 
 .PHONY: simulate
-simulate: ## Let five simulated devices publish 500 messages in 10 seconds
+simulate: $(STATE)/bin/iot-collector ## Let five simulated devices publish 500 messages in 10 seconds
 	@$(STATE)/bin/iot-collector simulate --devices 5 --rate 50 --count 500
 
 .PHONY: status
-status: ## Show what runs where and how many messages went through
-	@if [ -x $(STATE)/bin/iot-status ]; then $(STATE)/bin/iot-status --next || true; else \
-	  echo 'Nothing is installed in $(STATE). `make up` installs and starts everything.'; fi
+status: $(STATE)/bin/iot-status ## Show what runs where and how many messages went through
+	@-$(STATE)/bin/iot-status --next
+
+$(STATE)/bin/iot-%:
+	@echo 'Nothing is installed in $(STATE). `ansible-playbook playbooks/host.yml` (`make up`) installs and starts everything.'
+	@false
 
 .PHONY: down
 down: $(VENV)/.deploy ## Stop everything and keep the data
@@ -106,8 +101,9 @@ test-faults: $(VENV)/.dev packages ## Kill, cut and hang everything, far more of
 	FAULTS=full $(VENV)/bin/python -m pytest -m faults -rP
 
 .PHONY: packages
+packages: PACKAGES += openssh-server python3-packaging
 packages: $(VENV)/.deploy
-	@$(PLAYBOOK) playbooks/host.yml --tags packages $(ASK_BECOME) $(EXTRA)
+	@$(PLAYBOOK) tests/packages.yml --tags packages $(ASK_BECOME) $(EXTRA)
 
 # --- the virtual environment -------------------------------------------------------------------------------------
 # The stamp is newer than pyproject.toml when its dependencies are installed. Without bytecode: compiling all of

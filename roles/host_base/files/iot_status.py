@@ -22,6 +22,7 @@ from pathlib import Path
 from replaced_files import replaced_files
 
 STATE = Path(__file__).resolve().parent.parent
+START = "`ansible-playbook playbooks/host.yml` (`make up`)"
 
 
 def run(*command: str) -> str:
@@ -123,7 +124,7 @@ def show(status: Status) -> None:
 
     replaced = {name: s["replaced_files"] for name, s in status.services.items()}
     if any(replaced.values()):
-        print("\nUpgraded since they were started; `make up` restarts them:")
+        print(f"\nUpgraded since they were started; {START} restarts them:")
         for name, files in replaced.items():
             if files:
                 print(f"  {name} runs from the old {', '.join(files)}")
@@ -145,7 +146,7 @@ def show_next(status: Status) -> None:
     """Print commands to try."""
     services = status.services
     if not status.running:
-        print("\nNext: `make up` starts what does not run; the logs say why it stopped.")
+        print(f"\nNext: {START} starts what does not run; the logs say why it stopped.")
     elif not status.well:
         print(f"\nNext: see the reasons above and {services['collector']['log']}.")
     else:
@@ -157,7 +158,12 @@ def show_next(status: Status) -> None:
         print(f'  {STATE}/bin/psql -c "{query}"')
         if "grafana" in services:
             print(f"Dashboards: user admin, password in {STATE}/secrets/grafana_admin_password")
-        print("Also: make status, make simulate, make verify, make down, make help")
+        print(
+            f"\nOn this machine, {STATE}/bin/iot-status shows this again (make status),\n"
+            f"and {STATE}/bin/iot-collector simulate sends messages (make simulate).\n"
+            "Where Ansible runs, playbooks/verify.yml follows one message (make verify),\n"
+            "and playbooks/teardown.yml stops everything and keeps the data (make down)."
+        )
 
 
 def main() -> int:
@@ -174,7 +180,7 @@ def main() -> int:
 
     known = programs()
     if not known:
-        print(f"Nothing is installed in {STATE}. `make up` installs and starts everything.")
+        print(f"Nothing is installed in {STATE}. {START} installs and starts everything.")
         return 1
 
     until = time.monotonic() + arguments.wait
@@ -190,6 +196,7 @@ def main() -> int:
             "services": status.services,
             "accounting": status.report.get("accounting", {}),
             "problems": status.report.get("problems", []),
+            "stored": int(status.stored) if status.stored else None,
         }
         json.dump(report, sys.stdout, indent=2)
     else:
