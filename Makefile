@@ -89,7 +89,8 @@ molecule: $(VENV)/.dev $(VENV)/emulator/.stamp packages ## Deploy each platform 
 
 .PHONY: pytest
 pytest: $(VENV)/.dev $(VENV)/checkov/.stamp $(VENV)/emulator/.stamp packages ## Run the tests in Python
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest collector/tests
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile tests
 
 .PHONY: bench
 bench: $(VENV)/.dev packages ## Measure the collector against others, side by side (BENCH='--full' takes 25 minutes)
