@@ -10,7 +10,6 @@ import base64
 import importlib.util
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from ansible_runs import ROOT
+from checkov import checkov
 from cluster import NAMESPACE, Cluster, Object, pod_spec
 from kubernetes_api.process import running
 
@@ -82,16 +82,7 @@ def test_manifests_are_what_kubernetes_expects(cluster: Cluster, version: str) -
 
 def test_checkov_finds_what_has_a_reason(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "manifests.yml").write_text(yaml.safe_dump_all(cluster.objects()))
-    done = subprocess.run(
-        [
-            *(ROOT / ".venv/checkov/bin/checkov", "--file", tmp_path / "manifests.yml"),
-            *("--framework", "kubernetes", "--output", "json", "--quiet"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    report = json.loads(done.stdout)
+    report = checkov("kubernetes", [tmp_path / "manifests.yml"])
     failed: dict[str, set[str]] = {}
     for check in report["results"]["failed_checks"]:
         failed.setdefault(check["check_id"], set()).add(check["resource"].rpartition(".")[2])
