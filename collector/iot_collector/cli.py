@@ -3,10 +3,10 @@
 import os
 import signal
 import sys
+from typing import Any
 
 import click
 import psycopg2
-from iot_simulator.command import simulate
 
 from . import __version__, log
 from .settings import VARIABLES, Settings, load
@@ -22,9 +22,6 @@ def main() -> None:
     """
     if os.getpid() == 1:  # the first process of a container is not ended by a signal it ignores
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
-main.add_command(simulate)
 
 
 def load_settings() -> Settings:
@@ -77,3 +74,68 @@ def check() -> None:
         click.echo(sign + text)
         status |= bit
     sys.exit(status)
+
+
+@main.command()
+@click.option(
+    "--collector",
+    metavar="HOST:PORT",
+    help="Where its /metrics are; by default those of this machine, on the port of the settings.",
+)
+@click.option("--prometheus", metavar="HOST:PORT", default="127.0.0.1:9090", show_default=True)
+def verify(collector: str | None, prometheus: str) -> None:
+    """Follow one message from the broker to the table and to Prometheus.
+
+    Publishes it to the first topic of the settings. Their accounts have to be allowed to publish
+    and to read the table; those of a collector usually are not.
+    """
+    from .database import explain
+    from .verify import VerificationError
+    from .verify import verify as run_verify
+
+    settings = load_settings()
+    try:
+        for line in run_verify(
+            settings, collector or f"127.0.0.1:{settings.http_port}", prometheus
+        ):
+            click.echo(line)
+    except psycopg2.Error as error:
+        sys.exit(f"verify: database: {explain(error)}")
+    except (VerificationError, OSError) as error:
+        sys.exit(f"verify: {error}")
+
+
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+@main.command()
+@click.option("--devices", default=5, show_default=True, type=click.IntRange(1, 100_000))
+@click.option(
+    "--rate", type=_POSITIVE, help="Messages per second; without it, as fast as possible."
+)
+@click.option("--count", type=click.IntRange(1), help="Stop after this many messages.")
+@click.option("--duration", type=_POSITIVE, help="Stop after this many seconds.")
+@click.option(
+    "--topic", default="iot/data", show_default=True, help="{device} stands for the device's name."
+)
+@click.option(
+    "--payload",
+    default="text",
+    show_default=True,
+    type=click.Choice(["text", "json", "garbage", "mix"]),
+)
+@click.option("--qos", default=1, show_default=True, type=click.IntRange(0, 2))
+@click.option(
+    "--connections",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    help="Devices share this many connections.",
+)
+@click.option("--seed", default=1, show_default=True, help="The same seed sends the same messages.")
+def simulate(**options: Any) -> None:
+    """Publish as devices do, and count what the broker acknowledged."""
+    from .simulate import Plan
+    from .simulate import simulate as run_simulation
+
+    sys.exit(run_simulation(load_settings(), Plan(**options)))

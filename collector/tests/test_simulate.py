@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from iot_simulator.simulate import Plan, messages
+from iot_collector.simulate import Plan, messages
 from services import HOST, Collector, Database, Mosquitto, eventually, free_port, run_command
 
 _SUMMARY = re.compile(r"published (\d+), acknowledged (\d+), failed (\d+) in ")

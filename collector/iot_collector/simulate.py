@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 import click
 import orjson
-from iot_collector.connection import set_up_transport
-from iot_collector.settings import Settings
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from rich.console import Console
 from rich.progress import Progress
+
+from .connection import set_up_transport
+from .settings import Settings
 
 # Un-acknowledged messages of a connection: enough to fill the pipe, few enough for any broker.
 _WINDOW = 1_000

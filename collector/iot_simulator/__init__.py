@@ -1,1 +1,0 @@
-"""Devices that publish to the broker of the collector's settings, and count what it takes."""
