@@ -13,11 +13,14 @@ from pathlib import Path
 from .publisher import publish
 from .service import HOST, IS_ROOT, Service, binary, free_port
 
+NO_LIMITS = ("max_inflight_messages 10000", "max_queued_messages 0", "log_type all")
+
 
 class Mosquitto(Service):
     """A Mosquitto broker with a plain listener, and more as the test needs.
 
     :param settings: lines of mosquitto.conf for the whole broker.
+    :param limits: such lines too, in the place of those without limits that log everything.
     :param scheme: how the collector connects; unless it is mqtt, to a listener of its own.
     :param listener: lines of mosquitto.conf for that listener.
     """
@@ -28,20 +31,22 @@ class Mosquitto(Service):
         self,
         folder: Path,
         *settings: str,
+        limits: Sequence[str] = NO_LIMITS,
         anonymous: bool = True,
         scheme: str = "mqtt",
         listener: Sequence[str] = (),
+        port: int | None = None,
+        program: str = "mosquitto",
     ) -> None:
         super().__init__(folder)
-        self.port = free_port()
+        self.port = port or free_port()
+        self.program = program
         self.scheme = scheme
         self._collector_port = self.port if scheme == "mqtt" else free_port()
         lines = [
             "persistence true",
             f"persistence_location {folder}/",
-            "max_inflight_messages 10000",
-            "max_queued_messages 0",
-            "log_type all",
+            *limits,
             f"allow_anonymous {str(anonymous).lower()}",
             *settings,
             f"listener {self.port} {HOST}",
@@ -63,7 +68,7 @@ class Mosquitto(Service):
         return {"IOT_MQTT_URL": self.url}
 
     def command(self) -> Sequence[str]:
-        return [binary("mosquitto", "/usr/sbin", "/usr/local/sbin"), "-c", str(self.config)]
+        return [binary(self.program, "/usr/sbin", "/usr/local/sbin"), "-c", str(self.config)]
 
     def ready(self) -> bool:
         with socket.socket() as sock:

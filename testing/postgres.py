@@ -1,6 +1,7 @@
 """PostgreSQL: servers and databases of a test's own."""
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -10,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import psutil
 import psycopg2
 import psycopg2.extensions
 
-from .service import HOST, IS_ROOT, Service, binary, eventually, free_port
+from .service import HOST, IS_ROOT, Service, alive, binary, children, eventually, free_port
 
 
 def postgres_binary(name: str) -> str:
@@ -95,15 +95,29 @@ class Database:
         return [Letter(bytes(r[0]), bytes(r[1]), *r[2:]) for r in found]
 
 
+# Lines of postgresql.conf: fast, and small enough for many servers at once.
+TEST_SETTINGS = """\
+fsync = off
+full_page_writes = off
+max_connections = 40
+superuser_reserved_connections = 3
+shared_buffers = 32MB
+wal_level = minimal
+max_wal_senders = 0
+autovacuum = off
+timezone = 'Pacific/Chatham'   # an unusual offset: 12:45
+"""
+
+
 class Postgres(Service):
     """A PostgreSQL server. As root it runs as the user ``postgres``: it refuses root."""
 
     name = "postgres"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int | None = None) -> None:
         super().__init__(folder)
         self.data = folder / "data"
-        self.port = free_port()
+        self.port = port or free_port()
         self._databases = 0
 
     @staticmethod
@@ -120,8 +134,12 @@ class Postgres(Service):
                 shutil.chown(name, "postgres", "postgres")
             yield Path(name)
 
-    def create(self) -> Self:
-        """Make the data directory (initdb)."""
+    def create(self, settings: str = TEST_SETTINGS, authentication: str = "scram-sha-256") -> Self:
+        """Make the data directory (initdb).
+
+        :param settings: lines of postgresql.conf.
+        :param authentication: method for connections over TCP.
+        """
         password_file = self.folder / "password"
         password_file.write_text("postgres\n")
         if IS_ROOT:
@@ -130,7 +148,7 @@ class Postgres(Service):
             [
                 *(postgres_binary("initdb"), "-D", str(self.data), "-U", "postgres", "--no-sync"),
                 *("--pwfile", str(password_file), "-E", "UTF8", "--locale", "C.UTF-8"),
-                *("--auth-local", "trust", "--auth-host", "scram-sha-256"),
+                *("--auth-local", "trust", "--auth-host", authentication),
             ],
             cwd="/",
             capture_output=True,
@@ -140,13 +158,7 @@ class Postgres(Service):
         )
         assert done.returncode == 0, f"initdb failed:\n{done.stdout}{done.stderr}"
         with (self.data / "postgresql.conf").open("a") as config:
-            config.write(
-                f"listen_addresses = '{HOST}'\nunix_socket_directories = ''\n"
-                "fsync = off\nfull_page_writes = off\nmax_connections = 40\n"
-                "superuser_reserved_connections = 3\nshared_buffers = 32MB\n"
-                "wal_level = minimal\nmax_wal_senders = 0\n"
-                "autovacuum = off\ntimezone = 'Pacific/Chatham'\n"  # an unusual offset: 12:45
-            )
+            config.write(f"listen_addresses = '{HOST}'\nunix_socket_directories = ''\n{settings}")
         return self
 
     def copy(self, folder: Path) -> "Postgres":
@@ -193,18 +205,10 @@ class Postgres(Service):
 
     def kill(self) -> None:
         """Kill the server and each of its backends, as a power cut does."""
-        server = psutil.Process(self.pid)
-        backends = server.children()
-        for process in (server, *backends):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        pids = [self.pid, *children(self.pid)]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.wait()
-        eventually(lambda: not any(map(_runs, backends)), what="backends are gone")
+        eventually(lambda: not any(map(alive, pids)), what="backends are gone")
         (self.data / "postmaster.pid").unlink(missing_ok=True)
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -17,6 +17,13 @@ PATIENCE = 30.0  # seconds: far more than anything takes, so that a busy machine
 T = TypeVar("T")
 
 
+class ServiceError(AssertionError):
+    """A program is missing, ended, or did not do something in time; the text says which and what.
+
+    A failure for pytest, and for the benchmark the one thing that it shows.
+    """
+
+
 def eventually(predicate: Callable[[], T | None], timeout: float = PATIENCE, what: str = "") -> T:
     """Return the predicate's first true value; fail when there was none in time.
 
@@ -25,7 +32,7 @@ def eventually(predicate: Callable[[], T | None], timeout: float = PATIENCE, wha
     until = time.monotonic() + timeout
     while not (value := predicate()):
         if time.monotonic() > until:
-            raise AssertionError(f"not in {timeout:g} s: {what or predicate}; last: {value!r}")
+            raise ServiceError(f"not in {timeout:g} s: {what or predicate}; last: {value!r}")
         time.sleep(0.02)
     return value
 
@@ -42,11 +49,28 @@ def binary(name: str, *folders: str) -> str:
     """Return the path of a program; fail, never skip, when it is not installed."""
     path = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
     if path is None:
-        raise AssertionError(
+        raise ServiceError(
             f"{name} is not installed; `make test` installs what the tests need "
-            "(Debian packages mosquitto, postgresql and openssl)"
+            "(Debian packages mosquitto, mosquitto-clients, postgresql and prometheus)"
         )
     return path
+
+
+def children(pid: int) -> list[int]:
+    """Return the process ids of a process's children."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [int(child) for child in text.split()]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 class Service:
@@ -96,7 +120,8 @@ class Service:
         self.launch()
 
         def ready_or_dead() -> bool:
-            assert self.running, f"{self.name} ended at its start:\n{self.log()}"
+            if not self.running:
+                raise ServiceError(f"{self.name} ended at its start:\n{self.log()}")
             return self.ready()
 
         eventually(ready_or_dead, what=f"{self.name} is ready")
@@ -112,7 +137,7 @@ class Service:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self.name} does not end:\n{self.log()}") from None
+            raise ServiceError(f"{self.name} does not end:\n{self.log()}") from None
 
     def stop(self) -> int:
         """Ask the process to end, and wait."""
