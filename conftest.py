@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from proxy import Proxy
-from services import Collector, Database, Mosquitto, Postgres, run_command
+
+from testing.collector import Collector, run_command
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database, Postgres
+from testing.proxy import Proxy
 
 # A busy machine fails no test: what must not take long has a timeout of its own.
 settings.register_profile("here", deadline=None, max_examples=50)

@@ -13,9 +13,10 @@ from pathlib import Path
 import click
 import iot_collector
 
+from testing.service import ServiceError
+
 from . import processes, report, services, trial, wire
 from .competitors import ALL, BY_NAME, Competitor, Place, migrate
-from .processes import StartError
 from .trial import Result
 
 _HERE = Path(__file__).parent
@@ -78,7 +79,7 @@ def main(
     output = output or (_HERE if full else work) / "RESULTS.md"
     work = work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    place = Place(work, port, port + 2, f"postgresql://bench@{wire.HOST}:{port + 1}/postgres")
+    place = Place(work, port, port + 2, f"postgresql://postgres@{wire.HOST}:{port + 1}/postgres")
     try:
         versions, chosen = _prepare(competitors, place, mosquitto)
         with services.database(port + 1, work / "postgresql") as database:
@@ -96,7 +97,7 @@ def main(
             )
             source = _source()  # now: others may commit while this runs
             results, failed = _run(stage, chosen, plan, repetitions)
-    except StartError as error:
+    except ServiceError as error:
         raise click.ClickException(str(error)) from error
     text = report.tables(results) + report.failures(failed)
     click.echo("\n" + text)
@@ -120,7 +121,7 @@ def _prepare(
         try:
             versions[competitor.name] = competitor.prepare(place)
             chosen.append(competitor)
-        except StartError as error:
+        except ServiceError as error:
             versions[competitor.name] = f"skipped: {error}"
             click.echo(f"{competitor.name} skipped: {error}", err=True)
     return versions, chosen
@@ -178,7 +179,7 @@ def _run(
                 label = f"{step.name} {repetition + 1}: {competitor.name}"
                 try:
                     result = step.run(stage, competitor)
-                except StartError as error:
+                except ServiceError as error:
                     click.echo(f"{label}: failed: {error}", err=True)
                     failed.append(f"{label}: {error}")
                     continue
@@ -198,7 +199,7 @@ def _source() -> str:
     }
     try:
         commits = processes.run([*git, "log", "-30", "--format=%h"]).split()
-    except StartError:
+    except ServiceError:
         return "a collector of an unknown commit"
     for commit in commits:
         if all(

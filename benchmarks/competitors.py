@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from testing.service import ServiceError
+
 from . import processes, wire
-from .processes import StartError
 
 PEERS = Path(__file__).parent / "peers"
 CLIENT_ID = "benchmark-collector"
@@ -38,7 +39,7 @@ class Competitor:
     name: str
     title: str
     command: Callable[[Place], list[str]]
-    prepare: Callable[[Place], str]  # returns versions; raises StartError when it cannot run here
+    prepare: Callable[[Place], str]  # returns versions; raises ServiceError when it cannot run here
     speed: int  # a rough guess of messages per second, to keep the slow ones' runs short
     environment: Callable[[Place], dict[str, str]]
     counted: Callable[[Place], int] | None = None  # set for those that store nothing
@@ -113,7 +114,7 @@ _GO_PACKAGES = {
 def _build_go(place: Place) -> str:
     for package, path in _GO_PACKAGES.items():
         if not (Path(_GO_PATH) / "src" / path).exists():
-            raise StartError(f"apt-get install golang-go {' '.join(_GO_PACKAGES)} ({package})")
+            raise ServiceError(f"apt-get install golang-go {' '.join(_GO_PACKAGES)} ({package})")
     folder = place.work / "go"
     folder.mkdir(exist_ok=True)
     # Without modules: the sources are Debian's packages, nothing is downloaded.
@@ -140,7 +141,7 @@ def _find_bridge(_place: Place) -> str:
     try:
         return f"mq-bridge {version('mq-bridge')}"
     except PackageNotFoundError as error:
-        raise StartError("pip install mq-bridge") from error
+        raise ServiceError("pip install mq-bridge") from error
 
 
 def _build_limit(place: Place) -> str:
@@ -150,7 +151,7 @@ def _build_limit(place: Place) -> str:
 
 def _find_mosquitto_sub(_place: Place) -> str:
     if not shutil.which("mosquitto_sub"):
-        raise StartError("apt-get install mosquitto-clients")
+        raise ServiceError("apt-get install mosquitto-clients")
     return f"mosquitto-clients {_debian_version('mosquitto-clients')}"
 
 

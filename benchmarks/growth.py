@@ -98,10 +98,10 @@ def main() -> None:
         store, ledger = Store(settings), Ledger(settings.mqtt_max_inflight)
         done = 0
         for size in sizes:
-            cpu, started = processes.cpu_of_tree(database.process.pid), time.perf_counter()
+            cpu, started = processes.cpu_of_tree(database.server.pid), time.perf_counter()
             _fill(store, ledger, done, size)
             elapsed = time.perf_counter() - started
-            cpu = processes.cpu_of_tree(database.process.pid) - cpu
+            cpu = processes.cpu_of_tree(database.server.pid) - cpu
             database.query("VACUUM (ANALYZE) messages")  # as autovacuum does
             now = _START + timedelta(seconds=size * _EVERY)
             column = [

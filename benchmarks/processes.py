@@ -4,17 +4,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from testing.service import ServiceError, children
 
 _TICK = os.sysconf("SC_CLK_TCK")
 _UTIME = 11  # fields of /proc/<pid>/stat behind the command's name, see proc(5)
 _CUTIME = 13
-
-
-class StartError(Exception):
-    """A process that is needed did not start; the text says which and why."""
 
 
 def _stat(pid: int) -> list[str] | None:
@@ -23,13 +19,6 @@ def _stat(pid: int) -> list[str] | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return text.rpartition(")")[2].split()  # a command's name may have blanks and brackets
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
 
 
 def cpu_of_tree(pid: int, *, without: int | None = None) -> float:
@@ -45,7 +34,7 @@ def cpu_of_tree(pid: int, *, without: int | None = None) -> float:
         if fields is None or current == without:
             continue
         total += sum(int(fields[i]) for i in range(_UTIME, _CUTIME + 2)) / _TICK
-        todo += _children(current)
+        todo += children(current)
     return total
 
 
@@ -68,7 +57,7 @@ def machine_busy() -> float:
 
 
 def start(
-    command: list[str], log: Path, *, env: dict[str, str] | None = None, user: str | None = None
+    command: list[str], log: Path, *, env: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     """Start a process whose output goes to a log file."""
     with log.open("ab") as output:
@@ -78,8 +67,6 @@ def start(
             stdout=output,
             stderr=output,
             env=os.environ | (env or {}),
-            user=user,
-            cwd="/" if user else None,
             start_new_session=True,
         )
 
@@ -100,25 +87,13 @@ def stop(
 def run(command: list[str], **options: object) -> str:
     """Run a command to its end and return its output.
 
-    :raises StartError: it is not installed or failed, with the end of what it said.
+    :raises ServiceError: it is not installed or failed, with the end of what it said.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
     except FileNotFoundError as error:
-        raise StartError(f"{command[0]} is not installed") from error
+        raise ServiceError(f"{command[0]} is not installed") from error
     if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines()
-        raise StartError(f"{' '.join(command[:3])}…: {' / '.join(said[-3:])}")
+        raise ServiceError(f"{' '.join(command[:3])}…: {' / '.join(said[-3:])}")
     return str(done.stdout)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait for a condition.
-
-    :raises StartError: it did not come true in time.
-    """
-    until = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > until:
-            raise StartError(f"{what} after {seconds:.0f} s")
-        time.sleep(0.02)

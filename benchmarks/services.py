@@ -1,9 +1,7 @@
-"""A fresh Mosquitto and a fresh PostgreSQL, in a work directory, on ports of their own."""
+"""A fresh Mosquitto and a fresh PostgreSQL, set up to be measured, on ports of their own."""
 
 import contextlib
-import os
 import shutil
-import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -15,16 +13,15 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 
-from . import processes
-from .processes import StartError
+from testing import postgres
+from testing.mosquitto import Mosquitto
+from testing.postgres import Postgres
+from testing.service import IS_ROOT, ServiceError, binary
+
 from .wire import HOST
 
 # The role's template (roles/mosquitto), without accounts and TLS.
 _MOSQUITTO = """\
-listener {port} 127.0.0.1
-allow_anonymous true
-persistence true
-persistence_location {folder}/
 autosave_interval 300
 persistent_client_expiration 30d
 max_queued_messages 4000000
@@ -35,14 +32,11 @@ log_dest stdout
 log_type error
 log_type warning
 log_type notice
-"""
+""".splitlines()
 
 # Durable, as in production. The rest keeps events that would hit one run and spare the next out
 # of the measurement: checkpoints (one is made before each run) and autovacuum.
 _POSTGRESQL = """\
-listen_addresses = '127.0.0.1'
-port = {port}
-unix_socket_directories = ''
 synchronous_commit = on
 fsync = on
 shared_buffers = 256MB
@@ -53,67 +47,36 @@ track_commit_timestamp = on   # when each row's transaction committed
 track_wal_io_timing = on      # and how long the flush took that the timestamp leaves out
 """
 
-_INITDB = ("-U", "bench", "-A", "trust", "-E", "UTF8", "--locale=C")
-
-
-def _listens(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
-        return True
-    return False
-
 
 def require_free(port: int) -> None:
     """Refuse to measure somebody else's service.
 
-    :raises StartError: something listens there.
+    :raises ServiceError: something listens there.
     """
-    if _listens(port):
-        raise StartError(f"port {port} is in use; choose others with --port")
+    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
+        raise ServiceError(f"port {port} is in use; choose others with --port")
 
 
-def version_of_broker(binary: str) -> str:
+def version_of_broker(program: str) -> str:
     """Return a broker's version: ``mosquitto -h`` exits with 3 and says it first."""
-    try:
-        done = subprocess.run([binary, "-h"], capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise StartError(f"{binary} is not installed: apt-get install mosquitto") from error
+    command = [binary(program, "/usr/sbin", "/usr/local/sbin"), "-h"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.split("\n", 1)[0].rpartition(" ")[2]
 
 
 @contextmanager
-def broker(binary: str, port: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def broker(program: str, port: int, folder: Path) -> Iterator[Mosquitto]:
     """Run a broker with empty state."""
     require_free(port)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if os.geteuid() == 0:
-        folder.chmod(0o777)  # started by root, Mosquitto becomes another user
-    config = folder / "mosquitto.conf"
-    config.write_text(_MOSQUITTO.format(port=port, folder=folder))
-    log = folder / "log"
-    process = processes.start([binary, "-c", str(config)], log)
+    service = Mosquitto(folder, limits=_MOSQUITTO, port=port, program=program)
     try:
-        processes.wait_until(
-            lambda: process.poll() is not None or _listens(port), 10, f"{binary} does not listen"
-        )
-        if process.poll() is not None:
-            raise StartError(f"{binary} ended: {log.read_text()[-500:]}")
-        yield process
+        yield service.start()
     finally:
         # Not SIGTERM: it would write a database of what is queued, which nobody will read.
-        processes.stop(process, number=signal.SIGKILL)
+        service.close()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _postgres_folder() -> Path:
-    if found := shutil.which("initdb"):
-        return Path(found).parent
-    newest = sorted(
-        Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3])
-    )
-    if not newest:
-        raise StartError("PostgreSQL's initdb is not installed: apt-get install postgresql")
-    return newest[-1].parent
 
 
 # How to read (xmin, device, seq, sent_us) from the tables that are written to.
@@ -129,9 +92,13 @@ ROWS = {
 class Database:
     """A running server, and our own connection to it."""
 
-    process: subprocess.Popen[bytes]
-    url: str
+    server: Postgres
     connection: psycopg2.extensions.connection
+
+    @property
+    def url(self) -> str:
+        """Its URI, which needs no password."""
+        return postgres.Database(self.server, "postgres").url
 
     @property
     def backend(self) -> int:
@@ -168,47 +135,19 @@ class Database:
 def database(port: int, folder: Path) -> Iterator[Database]:
     """Run a database server with a new cluster."""
     require_free(port)
-    binaries = _postgres_folder()
-    user = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to be root
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if user:
-        shutil.chown(folder, user, user)
-    data = folder / "data"
-    processes.run(
-        [str(binaries / "initdb"), "-D", str(data), *_INITDB],
-        user=user,
-        cwd="/",
-    )
-    with (data / "postgresql.conf").open("a") as config:
-        config.write(_POSTGRESQL.format(port=port))
-    log = folder / "log"
-    log.touch()
-    process = processes.start([str(binaries / "postgres"), "-D", str(data)], log, user=user)
-    url = f"postgresql://bench@{HOST}:{port}/postgres"
+    if IS_ROOT:
+        shutil.chown(folder, "postgres", "postgres")
+    server = Postgres(folder, port).create(_POSTGRESQL, authentication="trust")
     try:
-        processes.wait_until(
-            lambda: process.poll() is not None or _answers(url), 30, "PostgreSQL does not answer"
-        )
-        if process.poll() is not None:
-            raise StartError(f"PostgreSQL ended: {log.read_text()[-500:]}")
-        connection = psycopg2.connect(url)
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            # Parallel workers would be counted as the competitor's.
-            cursor.execute("SET max_parallel_workers_per_gather = 0; SET work_mem = '64MB'")
-        try:
-            yield Database(process, url, connection)
-        finally:
-            connection.close()
+        with contextlib.closing(server.start().connect()) as connection:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                # Parallel workers would be counted as the competitor's.
+                cursor.execute("SET max_parallel_workers_per_gather = 0; SET work_mem = '64MB'")
+            yield Database(server, connection)
+        server.stop()
     finally:
-        processes.stop(process, number=signal.SIGINT)  # fast shutdown
+        server.close()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _answers(url: str) -> bool:
-    try:
-        psycopg2.connect(url).close()
-    except psycopg2.OperationalError:
-        return False
-    return True

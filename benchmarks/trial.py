@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.request import urlopen
 
+from testing.service import ServiceError, eventually
+
 from . import processes, services, wire
 from .competitors import CLIENT_ID, Competitor, Place
-from .processes import StartError
 from .services import ROWS, Database
 
 _EVERY = 0.05
@@ -119,11 +120,9 @@ class Run:
     def _until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         process = self.process
         assert process is not None
-        processes.wait_until(
-            lambda: process.poll() is not None or condition(), seconds, self._said(what)
-        )
+        eventually(lambda: process.poll() is not None or condition(), seconds, self._said(what))
         if process.poll() is not None:
-            raise StartError(self._said(f"ended with status {process.returncode}"))
+            raise ServiceError(self._said(f"ended with status {process.returncode}"))
 
     def _said(self, what: str) -> str:
         log = self.place.work / f"{self.competitor.name}.log"
@@ -141,7 +140,7 @@ class Run:
         sample = Sample(
             at=time.time(),
             client=processes.cpu_of_tree(self.process.pid),
-            database=processes.cpu_of_tree(self.database.process.pid, without=backend),
+            database=processes.cpu_of_tree(self.database.server.pid, without=backend),
             broker=processes.cpu_of_tree(self._broker),
             own=time.process_time()
             + processes.cpu_of_tree(backend)
@@ -193,7 +192,7 @@ class Run:
         """Fill in what happened between two moments, given in Unix seconds."""
         inside = [s for s in self.samples if begin <= s.at <= end]
         if len(inside) < 2:
-            raise StartError(f"{self.competitor.name}: too short to measure, take more messages")
+            raise ServiceError(f"{self.competitor.name}: too short to measure, take more messages")
         first, last = inside[0], inside[-1]
         seconds = last.at - first.at
         rows = last.received - first.received
@@ -281,7 +280,7 @@ def load(port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
 def _said_by(generator: subprocess.Popen[bytes]) -> Load:
     out, err = generator.communicate()
     if generator.returncode:
-        raise StartError(f"load generator failed: {err.decode()[-300:]}")
+        raise ServiceError(f"load generator failed: {err.decode()[-300:]}")
     return Load(**json.loads(out))
 
 
@@ -403,7 +402,7 @@ def _check_account(place: Place, result: Result) -> None:
         lines = [line.split() for line in answer.read().decode().splitlines() if line[:1] != "#"]
     values = {line[0]: float(line[1]) for line in lines}
     if result.stored is not None and values["db_inserts_total"] != result.stored + 1:
-        raise StartError(
+        raise ServiceError(
             f"{result.competitor} counts {values['db_inserts_total']:.0f} rows,"
             f" the table has {result.stored + 1}"
         )

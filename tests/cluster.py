@@ -9,7 +9,8 @@ from typing import Any
 import kubernetes
 from ansible_runs import playbook
 from kubernetes.dynamic import DynamicClient
-from kubernetes_api.process import StandIn
+
+from testing.kubernetes_api.process import StandIn
 
 Object = dict[str, Any]
 

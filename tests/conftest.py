@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from engines import DOCKERFILE, Engine, EngineError, build, find_engine
+
+from testing.engines import DOCKERFILE, Engine, EngineError, build, find_engine
 
 IMAGE = "localhost/iot-collector-test"
 

@@ -5,7 +5,10 @@ import subprocess
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from services import HOST, Database, Postgres, clean_environment, postgres_binary
+
+from testing.collector import clean_environment
+from testing.postgres import Database, Postgres, postgres_binary
+from testing.service import HOST
 
 ROLES = Path(__file__).parent.parent / "roles"
 OWNER, READER, DATABASE = "iot_collector", "iot_reader", "iot"

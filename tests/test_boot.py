@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from ansible_runs import playbook
-from engines import ROOT, Engine, EngineError, machine_image, start_machine
 from rendering import render
-from services import eventually, free_port
+
+from testing.engines import ROOT, Engine, EngineError, machine_image, start_machine
+from testing.service import eventually, free_port
 
 STATE = "/var/lib/iot-system"
 UNIT = "iot-system.service"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 from ansible_runs import ROOT, run_ansible
-from kubernetes_api.process import running
-from services import free_port
+
+from testing.kubernetes_api.process import running
+from testing.service import free_port
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -8,33 +8,23 @@ it. What Grafana does to a query before it sends it is done here by `prometheus_
 
 import contextlib
 import json
-import math
 import re
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from rendering import OWNER, READER, ROLES, Roles, render
-from services import (
-    HOST,
-    Collector,
-    Database,
-    Mosquitto,
-    Postgres,
-    Service,
-    binary,
-    eventually,
-    free_port,
-    publish,
-    run_command,
-)
+
+from testing.collector import Collector, run_command
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database, Postgres
+from testing.prometheus import Prometheus
+from testing.publisher import publish
+from testing.service import eventually
 
 DASHBOARDS = {
     path.stem: json.loads(path.read_text())
@@ -59,8 +49,6 @@ def of_kind(kind: str) -> Sequence[Any]:
 
 
 # What Grafana replaces -----------------------------------------------------------------------
-
-SCRAPE_SECONDS = 1
 
 
 def prometheus_query(expression: str, instance: str = ".*") -> str:
@@ -103,50 +91,6 @@ def sql_query(sql: str, start: datetime, end: datetime, interval: int = 60) -> s
 
 
 # Real services -------------------------------------------------------------------------------
-
-
-class Prometheus(Service):
-    """A Prometheus that scrapes one collector, as the job ``collector``."""
-
-    name = "prometheus"
-
-    def __init__(self, folder: Path, collector: Collector) -> None:
-        super().__init__(folder)
-        self.address = f"{HOST}:{free_port()}"
-        self.target = f"{HOST}:{collector.settings['IOT_HTTP_PORT']}"
-        self.config = folder / "prometheus.yml"
-        job = {"job_name": "collector", "static_configs": [{"targets": [self.target]}]}
-        self.config.write_text(
-            yaml.safe_dump(
-                {"global": {"scrape_interval": f"{SCRAPE_SECONDS}s"}, "scrape_configs": [job]}
-            )
-        )
-
-    def command(self) -> Sequence[str]:
-        return [
-            binary("prometheus"),
-            f"--config.file={self.config}",
-            f"--storage.tsdb.path={self.folder / 'data'}",
-            f"--web.listen-address={self.address}",
-        ]
-
-    def get(self, path: str, **parameters: object) -> Any:
-        """Ask its API and return the data of the answer."""
-        url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return json.load(answer)["data"]
-
-    def ready(self) -> bool:
-        try:
-            return bool(self.get("query", query="up == 1")["result"])
-        except OSError:
-            return False
-
-    def numbers(self, query: str, start: float, end: float) -> list[float]:
-        """All numbers of all series of a query from start to end, without NaN."""
-        result = self.get("query_range", query=query, start=start, end=end, step=1)["result"]
-        values = [float(value) for series in result for _, value in series["values"]]
-        return [value for value in values if not math.isnan(value)]
 
 
 @dataclass

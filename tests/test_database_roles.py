@@ -4,7 +4,10 @@ import psycopg2
 import pytest
 from psycopg2.errors import InsufficientPrivilege
 from rendering import DATABASE, OWNER, READER, Roles
-from services import Database, Postgres, eventually, run_command
+
+from testing.collector import run_command
+from testing.postgres import Database, Postgres
+from testing.service import eventually
 
 ALL = f"created role {OWNER}\ncreated role {READER}\ncreated database {DATABASE}\n"
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from rendering import ROLES, render
-from services import HOST, Service, free_port
+
+from testing.service import HOST, Service, free_port
 
 FIND = ROLES / "grafana/files/find_grafana.sh"
 STAND_IN = ROLES.parent / "molecule/default/files/grafana_stand_in.py"

@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import LIMITS, ROOT, Engine, build
-from services import Collector, Database, Mosquitto, eventually, publish
+
+from testing.collector import Collector
+from testing.engines import LIMITS, ROOT, Engine, build
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database
+from testing.publisher import publish
+from testing.service import eventually
 
 pytestmark = pytest.mark.timeout(900)  # seconds: a base and all dependencies are downloaded
 

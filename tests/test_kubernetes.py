@@ -1,7 +1,7 @@
 """playbooks/local.yml against the stand-in for a cluster: what it makes, and what it says.
 
-`kubernetes_api` says what the stand-in is and is not. How the playbook goes as a whole, twice and
-in check mode, molecule/kubernetes tries.
+`testing/kubernetes_api` says what the stand-in is and is not. molecule/kubernetes runs the playbook
+as a whole, twice and in check mode.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import yaml
 from ansible_runs import ROOT
 from checkov import checkov
 from cluster import NAMESPACE, Cluster, Object, pod_spec
-from kubernetes_api.process import running
+
+from testing.kubernetes_api.process import running
 
 COMPONENTS = {"mosquitto", "postgres", "collector", "prometheus", "grafana"}
 VERSIONS = ("1.33", "1.34", "1.35", "1.36", "1.37")

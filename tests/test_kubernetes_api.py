@@ -16,7 +16,8 @@ import kubernetes
 import pytest
 from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import DynamicApiError, ResourceNotFoundError
-from kubernetes_api.process import StandIn, command, running
+
+from testing.kubernetes_api.process import StandIn, command, running
 
 Object = dict[str, Any]
 

@@ -29,12 +29,15 @@ import psycopg2
 import pytest
 import yaml
 from cluster import Cluster, Object, pod_spec
-from engines import Engine, EngineError, service_images
-from kubelet import Kubelet, Pod
-from kubernetes_api.process import running
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
-from services import HOST, PATIENCE, Collector, Publisher, eventually, free_port
+
+from testing.collector import Collector
+from testing.engines import Engine, EngineError, service_images
+from testing.kubelet import Kubelet, Pod
+from testing.kubernetes_api.process import running
+from testing.publisher import Publisher
+from testing.service import HOST, PATIENCE, eventually, free_port
 
 pytestmark = pytest.mark.timeout(900)  # seconds: images are made at first
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import psycopg2
 import pytest
 from ansible_runs import playbook
-from services import IS_ROOT, Postgres, postgres_binary
+
+from testing.postgres import Postgres, postgres_binary
+from testing.service import IS_ROOT
 
 
 class Pod(Postgres):

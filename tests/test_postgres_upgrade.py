@@ -12,15 +12,12 @@ from pathlib import Path
 
 import pytest
 from rendering import render
-from services import (
-    Collector,
-    Database,
-    Mosquitto,
-    Postgres,
-    Publisher,
-    eventually,
-    postgres_binary,
-)
+
+from testing.collector import Collector
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database, Postgres, postgres_binary
+from testing.publisher import Publisher
+from testing.service import eventually
 
 SETTINGS = ("shared_preload_libraries", "jit")
 LIBRARIES = ("plpgsql.so", "llvmjit.so")

@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 import pytest
 import yaml
 from ansible_runs import ROOT, playbook
-from services import HOST, IS_ROOT, eventually, free_port
+
+from testing.service import HOST, IS_ROOT, eventually, free_port
 
 PORTS = ("mosquitto_port", "postgres_port", "collector_http_port", "prometheus_port")
 # How pip gets to its packages from here.

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from ansible_runs import playbook
-from services import Postgres, eventually
+
+from testing.postgres import Postgres
+from testing.service import eventually
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "roles/host_base/files/replaced_files.py"

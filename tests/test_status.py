@@ -10,7 +10,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from services import Collector, Database, Mosquitto, Publisher, binary, eventually
+
+from testing.collector import Collector
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database
+from testing.publisher import Publisher
+from testing.service import binary, eventually
 
 FILES = Path(__file__).parent.parent / "roles/host_base/files"
 

@@ -4,7 +4,6 @@ import math
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from unittest.mock import Mock
 
 import psycopg2
@@ -17,13 +16,18 @@ from iot_collector.link import Link
 from iot_collector.settings import Settings
 from iot_collector.subscriptions import Subscriptions, _Request
 from iot_collector.writer import Writer
-from services import PATIENCE, Collector, Database, Mosquitto, eventually, law, publish
 
-LAUNCHER = str(Path(__file__).parent / "launcher.py")
+from testing.collector import FAULTY_COLLECTOR, Collector, law
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database
+from testing.publisher import publish
+from testing.service import PATIENCE, eventually
+
+LAUNCHER = str(FAULTY_COLLECTOR)
 
 MakeCollector = Callable[..., Collector]
 
-# What is built in (see launcher.py) -> the metric that counts it.
+# What is built in (see faulty_collector.py) -> the metric that counts it.
 WRITER, NETWORK = 'db_errors_total{kind="bug"}', 'mqtt_errors_total{kind="bug"}'
 BUGS = {
     "bug in the writer thread": WRITER,
@@ -71,7 +75,7 @@ def test_bug(
     for event in logged:
         assert event["level"] == "error"
         assert "Traceback" in event["exception"]
-        assert "launcher.py" in event["exception"], "where it happened"
+        assert "faulty_collector.py" in event["exception"], "where it happened"
     assert collector.get("/livez").status == 200, "it is over"
 
 

@@ -4,17 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from services import (
-    HOST,
-    Collector,
-    Database,
-    Mosquitto,
-    free_port,
-    make_certificates,
-    publish,
-    run_command,
-    write_passwords,
-)
+
+from testing.certificates import make_certificates
+from testing.collector import Collector, run_command
+from testing.mosquitto import Mosquitto, write_passwords
+from testing.postgres import Database
+from testing.publisher import publish
+from testing.service import HOST, free_port
 
 
 def check(*parts: Mosquitto | Database, **settings: str) -> tuple[int, list[str], list[str]]:

@@ -25,22 +25,18 @@ from iot_collector.ledger import Ledger
 from iot_collector.rows import Prefixes, tuples
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion
-from proxy import Proxy, Wire
-from services import (
-    HOST,
-    PATIENCE,
-    Collector,
-    Database,
-    Mosquitto,
-    eventually,
-    law,
-    make_certificates,
-    publish,
-)
+
+from testing.certificates import make_certificates
+from testing.collector import FAULTY_COLLECTOR, Collector, law
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database
+from testing.proxy import Proxy, Wire
+from testing.publisher import publish
+from testing.service import HOST, PATIENCE, eventually
 
 FULL = os.environ.get("FAULTS") == "full"
 SEED = int(os.environ.get("FAULTS_SEED", "1"))
-LAUNCHER = str(Path(__file__).parent / "launcher.py")
+LAUNCHER = str(FAULTY_COLLECTOR)
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900 if FULL else 120)]
 
@@ -214,7 +210,7 @@ def complete(
 
 
 def with_fault(collector: Collector, fault: str, number: int = 1) -> Collector:
-    """Have a collector start with a fault built in (see launcher.py)."""
+    """Have a collector start with a fault built in (see faulty_collector.py)."""
     collector.command = lambda: [sys.executable, LAUNCHER, fault, str(number)]  # type: ignore[method-assign]
     return collector
 

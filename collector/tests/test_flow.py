@@ -8,7 +8,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 from iot_collector.flow import Chunk, Flow, Greeting
-from services import PATIENCE, eventually
+
+from testing.service import PATIENCE, eventually
 
 
 def chunk(rows: int = 1, *, age: float = 0.0) -> Chunk:

@@ -14,7 +14,9 @@ from iot_collector.rows import Prefixes, tuples
 from iot_collector.sessions import Claim
 from iot_collector.settings import Settings
 from iot_collector.store import MONTHS_AHEAD, Store
-from services import Database, run_command
+
+from testing.collector import run_command
+from testing.postgres import Database
 
 
 def settings_for(database: Database, **more: Any) -> Settings:

@@ -13,23 +13,14 @@ from typing import Any
 import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
-from proxy import Proxy
-from services import (
-    HOST,
-    Collector,
-    Database,
-    DynamicSecurity,
-    Letter,
-    Mosquitto,
-    Postgres,
-    Row,
-    Stream,
-    eventually,
-    law,
-    make_certificates,
-    publish,
-    write_passwords,
-)
+
+from testing.certificates import make_certificates
+from testing.collector import Collector, law
+from testing.mosquitto import DynamicSecurity, Mosquitto, write_passwords
+from testing.postgres import Database, Letter, Postgres, Row
+from testing.proxy import Proxy
+from testing.publisher import Stream, publish
+from testing.service import HOST, eventually
 
 MakeCollector = Callable[..., Collector]
 MakeBroker = Callable[..., Mosquitto]

@@ -25,7 +25,8 @@ from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
-from services import PATIENCE
+
+from testing.service import PATIENCE
 
 
 @dataclass

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from iot_collector import rows
 from iot_collector.fields import fields_of
-from services import Postgres
+
+from testing.postgres import Postgres
 
 _text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -7,7 +7,11 @@ from itertools import islice
 
 import pytest
 from iot_collector.simulate import Plan, messages
-from services import HOST, Collector, Database, Mosquitto, eventually, free_port, run_command
+
+from testing.collector import Collector, run_command
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database
+from testing.service import HOST, eventually, free_port
 
 _SUMMARY = re.compile(r"published (\d+), acknowledged (\d+), failed (\d+) in ")
 

@@ -16,7 +16,8 @@ from iot_collector.settings import Settings
 from iot_collector.subscriptions import Subscriptions
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
-from services import Database
+
+from testing.postgres import Database
 
 PLAIN, SHARED = "iot/data", "$share/g/iot/data"
 GRANTED = ReasonCode(PacketTypes.SUBACK, "Granted QoS 1")

@@ -10,7 +10,11 @@ import pytest
 from iot_collector import verify as verify_module
 from iot_collector.settings import Settings
 from iot_collector.verify import VerificationError, verify
-from services import HOST, Collector, Database, Mosquitto, free_port, run_command
+
+from testing.collector import Collector, run_command
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database
+from testing.service import HOST, free_port
 
 RULE = {"name": "CollectorDown", "health": "ok"}
 

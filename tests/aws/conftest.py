@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from deployments import Deployment
-from emulator import PYTHON, Emulator
+
+from testing.aws.emulator import PYTHON, Emulator
 
 
 @pytest.fixture(scope="session")

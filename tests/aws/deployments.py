@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from emulator import Call, Emulator
-from services import eventually
+from testing.aws.emulator import Call, Emulator
+from testing.service import eventually
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0  # seconds a playbook may take on a busy machine

@@ -12,7 +12,8 @@ import boto3
 import pytest
 import yaml
 from deployments import Deployment
-from emulator import Emulator
+
+from testing.aws.emulator import Emulator
 
 pytestmark = pytest.mark.timeout(900)
 

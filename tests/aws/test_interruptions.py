@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from deployments import Deployment
-from emulator import Emulator
-from services import eventually
+
+from testing.aws.emulator import Emulator
+from testing.service import eventually
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from deployments import ROOT, Deployment
-from emulator import Emulator
+
+from testing.aws.emulator import Emulator
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -266,7 +267,7 @@ def test_aws_cli_is_missing_or_old(
 
 def test_no_image_and_nothing_that_builds_one(make_account: Callable[[], Emulator]) -> None:
     account = make_account()
-    without = f"{ROOT}/tests/aws/bin:/nonexistent"
+    without = f"{ROOT}/testing/aws/bin:/nonexistent"
     run = Deployment(account).deploy("-e", "ecr_image=", PATH=f"{without}:{tools(account.folder)}")
     assert run.returncode == 2
     assert "podman: " in run.output

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from deployments import Deployment
-from emulator import Emulator
+
+from testing.aws.emulator import Emulator
 
 pytestmark = pytest.mark.timeout(900)
 

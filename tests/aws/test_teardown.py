@@ -11,8 +11,9 @@ import kubernetes
 import pytest
 import yaml
 from deployments import ROOT, Deployment
-from emulator import Emulator
-from services import eventually
+
+from testing.aws.emulator import Emulator
+from testing.service import eventually
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -22,8 +23,8 @@ def kubernetes_api(tmp_path: Path) -> Iterator[str]:
     """The address of a stand-in for the cluster's API, with the namespace iot-system in it."""
     kubeconfig = tmp_path / "kubeconfig"
     process = subprocess.Popen(
-        [sys.executable, "-m", "kubernetes_api", f"--kubeconfig={kubeconfig}"],
-        cwd=ROOT / "tests",
+        [sys.executable, "-m", "testing.kubernetes_api", f"--kubeconfig={kubeconfig}"],
+        cwd=ROOT,
         stdin=subprocess.DEVNULL,
     )
     try:

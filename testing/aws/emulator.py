@@ -1,11 +1,10 @@
-"""An AWS account for tests: MiniStack with tests/aws/shims.py, as a process on loopback."""
+"""An AWS account for tests: MiniStack with shims.py, as a process on loopback."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple
 
 import boto3
 from botocore.config import Config
-from services import HOST, eventually, free_port
+
+from testing.service import HOST, Service, free_port
 
 HERE = Path(__file__).parent
 # Made by `make .venv/emulator/.stamp`: MiniStack insists on a release of botocore of its own.
@@ -31,16 +31,21 @@ class Call(NamedTuple):
     access_key: str
 
 
-class Emulator:
+class Emulator(Service):
     """An empty account. ``folder`` gets its files: log, calls, scenario."""
 
+    name = "emulator"
+
     def __init__(self, folder: Path, port: int | None = None) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.port = port or free_port()
         self.url = f"http://{HOST}:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
+        (folder / "calls").touch()
 
-    def start(self) -> Emulator:
+    def command(self) -> list[str]:
+        return [str(PYTHON), str(HERE / "shims.py")]
+
+    def options(self) -> dict[str, Any]:
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.folder),
@@ -54,33 +59,14 @@ class Emulator:
             "SCENARIO": str(self.folder / "scenario.json"),
             **KEYS,
         }
-        (self.folder / "calls").touch()
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [PYTHON, HERE / "shims.py"],
-                cwd=self.folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        eventually(self._answers, what="the emulator answers")
-        return self
+        return {"cwd": self.folder, "env": environment, "start_new_session": True}
 
-    def _answers(self) -> bool:
-        if self.process and self.process.poll() is not None:
-            raise AssertionError((self.folder / "log").read_text())
+    def ready(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.url}/_ministack/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, ConnectionError):
             return False
-
-    def close(self) -> None:
-        if self.process and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -134,9 +120,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
     options.folder.mkdir(mode=0o700, exist_ok=True)
-    process = Emulator(options.folder, options.port).start().process
-    if process:
-        (options.folder / "pid").write_text(f"{process.pid}\n")
+    emulator = Emulator(options.folder, options.port).start()
+    (options.folder / "pid").write_text(f"{emulator.pid}\n")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def command(*options: str | Path) -> dict[str, Any]:
     """Arguments for subprocess.run and Popen."""
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
-    return {"args": [sys.executable, "-m", HERE.name, *options], "env": environment, "text": True}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    module = "testing.kubernetes_api"
+    return {"args": [sys.executable, "-m", module, *options], "env": environment, "text": True}
 
 
 @dataclass

@@ -74,6 +74,7 @@ def output(command: Sequence[str], timeout: float) -> str:
 
 def _base(engine: Engine, folder: Path) -> str:
     """Return the base image that the Dockerfile names, or where it is not reached, one of ours."""
+    official: str
     (official,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
     for image in (official, OWN_BASE):
         if engine.has(image):

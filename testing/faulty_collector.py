@@ -1,4 +1,4 @@
-"""``iot-collector run`` with a fault built in: python launcher.py FAULT [N].
+"""``iot-collector run`` with a fault built in: python faulty_collector.py FAULT [N].
 
 The product has no hooks for tests; this script replaces parts of it before it starts. What makes
 the process kill itself does so at the N-th time that it gets there; a bug is met the first N times.
@@ -153,7 +153,7 @@ if FAULT == "clock":
     signal.signal(signal.SIGUSR1, set_clock)
     signal.signal(signal.SIGUSR2, set_clock)
 psycopg2.connect = connect
-BulkClient.acknowledge, BulkClient.take = acknowledge, take  # type: ignore[method-assign]
+BulkClient.acknowledge, BulkClient.take = acknowledge, take  # type: ignore[method-assign, assignment]
 store._tuples = tuples
 Flow.settle = settle  # type: ignore[method-assign]
 sys.argv[1:] = ["run"]

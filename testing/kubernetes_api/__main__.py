@@ -1,4 +1,4 @@
-"""The command: `python -m kubernetes_api --port 0 --kubeconfig FILE` with tests/ on PYTHONPATH."""
+"""The command: `python -m testing.kubernetes_api --port 0 --kubeconfig FILE`."""
 
 import argparse
 import os

@@ -26,8 +26,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines import LIMITS, Engine, EngineError
-from services import HOST, Service, eventually
+from .engines import LIMITS, Engine, EngineError
+from .service import HOST, Service, eventually
 
 Object = dict[str, Any]
 
@@ -188,7 +188,7 @@ class Container(Service):
             yield f"--cpus={cpus_of(str(limits['cpu']))}"
 
     def _environment(self) -> dict[str, str]:
-        found = {}
+        found: dict[str, str] = {}
         for source in self.spec.get("envFrom", []):
             name = known(source, {"configMapRef"})["configMapRef"]["name"]
             data = self.pod.kubelet.data("ConfigMap", name)

@@ -1,0 +1,35 @@
+"""A certificate authority, and certificates that it signed."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import trustme
+
+from .service import HOST
+
+
+class Certificates(NamedTuple):
+    """Files of a CA, and what it signed."""
+
+    ca: Path
+    server: Path
+    server_key: Path
+    client: Path
+    client_key: Path
+
+
+def make_certificates(folder: Path) -> Certificates:
+    """Make a CA, a server's certificate for 127.0.0.1 and a client's."""
+    authority = trustme.CA()
+    files = Certificates(
+        *(folder / f for f in ("ca.crt", "server.crt", "server.key", "client.crt", "client.key"))
+    )
+    authority.cert_pem.write_to_path(files.ca)
+    server, client = authority.issue_cert(HOST), authority.issue_cert(common_name="client")
+    for made, certificate, key in (
+        (server, files.server, files.server_key),
+        (client, files.client, files.client_key),
+    ):
+        made.cert_chain_pems[0].write_to_path(certificate)
+        made.private_key_pem.write_to_path(key)
+    return files

@@ -1,0 +1,155 @@
+"""A process that a test starts, waits for, signals and ends."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+HOST = "127.0.0.1"
+IS_ROOT = os.geteuid() == 0
+PATIENCE = 30.0  # seconds: far more than anything takes, so that a busy machine fails no test
+
+T = TypeVar("T")
+
+
+class ServiceError(AssertionError):
+    """A program is missing, ended, or did not do something in time; the text says which and what.
+
+    A failure for pytest, and for the benchmark the one thing that it shows.
+    """
+
+
+def eventually(predicate: Callable[[], T | None], timeout: float = PATIENCE, what: str = "") -> T:
+    """Return the predicate's first true value; fail when there was none in time.
+
+    The one way in which these tests wait.
+    """
+    until = time.monotonic() + timeout
+    while not (value := predicate()):
+        if time.monotonic() > until:
+            raise ServiceError(f"not in {timeout:g} s: {what or predicate}; last: {value!r}")
+        time.sleep(0.02)
+    return value
+
+
+def free_port() -> int:
+    """Return a TCP port that nothing listens on."""
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def binary(name: str, *folders: str) -> str:
+    """Return the path of a program; fail, never skip, when it is not installed."""
+    path = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
+    if path is None:
+        raise ServiceError(
+            f"{name} is not installed; `make test` installs what the tests need "
+            "(Debian packages mosquitto, mosquitto-clients, postgresql and prometheus)"
+        )
+    return path
+
+
+def children(pid: int) -> list[int]:
+    """Return the process ids of a process's children."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [int(child) for child in text.split()]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class Service:
+    """A process that is started, killed and started again with the same files and port."""
+
+    name = "service"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log_file = folder / f"{self.name}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> Sequence[str]:
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """More arguments of Popen."""
+        return {}
+
+    def ready(self) -> bool:
+        """Whether the process does its work."""
+        return True
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+
+    def launch(self) -> Self:
+        """Start the process and do not wait for it."""
+        assert not self.running, f"{self.name} runs already"
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **self.options()
+            )
+        return self
+
+    def start(self) -> Self:
+        """Start the process and wait until it is ready."""
+        self.launch()
+
+        def ready_or_dead() -> bool:
+            if not self.running:
+                raise ServiceError(f"{self.name} ended at its start:\n{self.log()}")
+            return self.ready()
+
+        eventually(ready_or_dead, what=f"{self.name} is ready")
+        return self
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Wait for the end of the process and return its exit status."""
+        assert self.process is not None
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise ServiceError(f"{self.name} does not end:\n{self.log()}") from None
+
+    def stop(self) -> int:
+        """Ask the process to end, and wait."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """End the process as a power cut does."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def close(self) -> None:
+        """End the process, if it runs, without ceremony."""
+        if self.running:
+            self.kill()
