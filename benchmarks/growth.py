@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from iot_collector.flow import Chunk
-from iot_collector.ledger import Ledger
+from iot_collector.buffer import ReadBatch
+from iot_collector.copy_format import RowPrefixes, encode_rows
+from iot_collector.fields import fields_of_all
 from iot_collector.migrate import migrate
-from iot_collector.rows import Prefixes, tuples
 from iot_collector.settings import Settings
 from iot_collector.store import Store
 
@@ -47,28 +47,25 @@ _QUERIES = {
 }
 
 
-def _batches(first: int, last: int) -> Iterator[Chunk]:
-    prefixes = Prefixes(0x32)
+def _batches(first: int, last: int) -> Iterator[ReadBatch]:
+    prefixes = RowPrefixes(0x32)
     for begin in range(first, last, _BATCH):
         timestamp = _START.timestamp() + begin * _EVERY
         numbers = range(begin, begin + _BATCH)
-        rows = tuples(
-            [prefixes[b"iot/device-%04d/data" % (i % 100)] for i in numbers],
-            [
-                b'{"device":"device-%04d","seq":%d,"temperature":%d.%d,"humidity":55.1,"battery":3.71}'
-                % (i % 100, i, 15 + i % 12, i % 10)
-                for i in numbers
-            ],
-        )
+        payloads = [
+            b'{"device":"device-%04d","seq":%d,"temperature":%d.%d,"humidity":55.1,"battery":3.71}'
+            % (i % 100, i, 15 + i % 12, i % 10)
+            for i in numbers
+        ]
+        topics = [b"iot/device-%04d/data" % (i % 100) for i in numbers]
+        rows = encode_rows([prefixes[t] for t in topics], payloads, fields_of_all(payloads))
         tags = [0x32 << 16 | i % 65_535 + 1 for i in numbers]
-        yield Chunk(None, rows, tags, 0.0, timestamp)
+        yield ReadBatch(None, rows, tags, 0.0, timestamp)
 
 
-def _fill(store: Store, ledger: Ledger, first: int, last: int) -> None:
-    for chunk in _batches(first, last):
-        new, packets = ledger.split([chunk])
-        store.write(new, packets, len(ledger) + 1)
-        ledger.add(packets)
+def _fill(store: Store, first: int, last: int) -> None:
+    for read in _batches(first, last):
+        store.write([read])
 
 
 def _milliseconds(database: services.Database, sql: str, now: datetime) -> float:
@@ -95,11 +92,11 @@ def main() -> None:
     ):
         settings = Settings(database_url=database.url, mqtt_client_id="growth")
         migrate(settings)
-        store, ledger = Store(settings), Ledger(settings.mqtt_max_inflight)
+        store = Store(settings)
         done = 0
         for size in sizes:
             cpu, started = processes.cpu_of_tree(database.server.pid), time.perf_counter()
-            _fill(store, ledger, done, size)
+            _fill(store, done, size)
             elapsed = time.perf_counter() - started
             cpu = processes.cpu_of_tree(database.server.pid) - cpu
             database.query("VACUUM (ANALYZE) messages")  # as autovacuum does

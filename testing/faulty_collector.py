@@ -14,9 +14,9 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 from iot_collector import cli, run, store
+from iot_collector.buffer import Buffer, ReadBatch
+from iot_collector.client import BulkClient, Messages
 from iot_collector.database import WatchedCursor
-from iot_collector.flow import Chunk, Flow
-from iot_collector.reader import BulkClient
 from iot_collector.subscriptions import Subscriptions
 
 FAULT = sys.argv[1]
@@ -77,9 +77,9 @@ class Cursor(WatchedCursor):
 
 
 _connect = psycopg2.connect
-_acknowledge, _take = BulkClient.acknowledge, BulkClient.take
-_settle = Flow.settle
-_tuples = store._tuples
+_acknowledge, _take = BulkClient.acknowledge, BulkClient.take_messages
+_complete = Buffer.complete
+_pieces = store._pieces
 
 
 def connect(*args: Any, **options: Any) -> Any:
@@ -94,22 +94,22 @@ def acknowledge(self: BulkClient, tags: list[int]) -> None:
     die_at("half acknowledged")
 
 
-def tuples(chunks: list[Chunk]) -> Iterator[bytes]:
-    for piece in _tuples(chunks):
+def pieces(batch: list[ReadBatch]) -> Iterator[bytes]:
+    for piece in _pieces(batch):
         yield piece
         bug_at("bug while copying")
 
 
-def take(self: BulkClient) -> tuple[list[bytes], list[int]]:
-    rows, tags = _take(self)
-    if rows:
+def take(self: BulkClient) -> Messages:
+    messages = _take(self)
+    if messages.rows:
         bug_at("bug in the network thread")
-    return rows, tags
+    return messages
 
 
-def settle(self: Flow, **counts: Any) -> None:
+def complete(self: Buffer, *arguments: Any) -> None:
     bug_at("bug after the commit")
-    _settle(self, **counts)
+    _complete(self, *arguments)
 
 
 class Asked(list[str]):
@@ -148,13 +148,13 @@ def set_clock(number: int, _frame: object) -> None:
 _time = time.time
 if FAULT.endswith(", and it ends"):
     FAULT = FAULT.removesuffix(", and it ends")
-    run.GRACE = 1
+    run.MAX_FAILED_CHECKS = 1
 if FAULT == "clock":
     signal.signal(signal.SIGUSR1, set_clock)
     signal.signal(signal.SIGUSR2, set_clock)
 psycopg2.connect = connect
-BulkClient.acknowledge, BulkClient.take = acknowledge, take  # type: ignore[method-assign, assignment]
-store._tuples = tuples
-Flow.settle = settle  # type: ignore[method-assign]
+BulkClient.acknowledge, BulkClient.take_messages = acknowledge, take  # type: ignore[method-assign]
+store._pieces = pieces
+Buffer.complete = complete  # type: ignore[method-assign]
 sys.argv[1:] = ["run"]
 cli.main()

@@ -1,4 +1,4 @@
-"""Reaches broker and database as the collector would, and says what to change."""
+"""Connects to broker and database as the collector would, and says which setting to change."""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from .settings import Settings
 BROKER_FAILED = 4
 DATABASE_FAILED = 8
 
-_PATIENCE = 10.0
+_TIMEOUT = 10.0  # seconds
 
 _BROKER_HINTS = {
     "Not authorized": "check IOT_MQTT_USERNAME, IOT_MQTT_PASSWORD_FILE and the broker's ACL",
@@ -27,25 +27,25 @@ _BROKER_HINTS = {
 
 
 def check(settings: Settings) -> Iterator[tuple[int, str]]:
-    """Yield, for each thing looked at, its bit of the exit status or 0, and what to say."""
+    """Yield (bit of the exit status, text) of each check; the bit is 0 if the check succeeded."""
     yield 0, "settings: all valid"
     yield _check_broker(settings)
     yield _check_database(settings)
 
 
 def _check_broker(settings: Settings) -> tuple[int, str]:
-    # Under another client id, so that a running collector keeps its session.
+    # With another client id: with its own, a running collector would lose its connection.
     client_id = f"{settings.mqtt_client_id}-check"
     settings = settings.model_copy(update={"mqtt_client_id": client_id})
     probe = Connection(settings, keep_session=False)
     where = f"broker {settings.broker}"
     try:
         probe.open()
-        until = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         lost = 0
-        while not (probe.accepted or lost) and time.monotonic() < until:
+        while not (probe.accepted or lost) and time.monotonic() < deadline:
             lost = probe.client.loop(0.1)
-        fault = probe.end or "connected, but no answer to CONNECT"
+        fault = probe.end_reason or "connected, but no answer to CONNECT"
         probe.client.disconnect()
     except (OSError, ValueError) as error:
         fault = str(error)
@@ -62,7 +62,7 @@ def _check_database(settings: Settings) -> tuple[int, str]:
             info = connection.info
             where = f"database {info.host}:{info.port}/{info.dbname} as {info.user}"
             missing = [name for name, _ in missing_migrations(cursor)]
-            # Nothing is inserted, but whoever may not insert is told so.
+            # EXPLAIN inserts nothing, and fails without the right to insert.
             for table in () if missing else ("messages", "dead_letters", "dead_letters_fallback"):
                 cursor.execute(f"EXPLAIN INSERT INTO {table} DEFAULT VALUES")
     except psycopg2.Error as error:

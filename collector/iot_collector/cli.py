@@ -3,16 +3,36 @@
 import os
 import signal
 import sys
-from typing import Any
+from typing import IO, Any
 
 import click
 import psycopg2
 
 from . import __version__, log
-from .settings import VARIABLES, Settings, load
+from .settings import VARIABLES, Settings, SettingsError, load
 
 
-@click.group()
+class _WrongSetting(click.ClickException):
+    """A SettingsError as click shows it."""
+
+    exit_code = 2
+
+    def show(self, file: IO[str] | None = None) -> None:
+        """Print a line for each fault; click calls this and exits."""
+        for fault in self.message.splitlines():
+            click.echo(f"wrong setting: {fault}", file, err=True)
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; a wrong setting ends it with status 2."""
+        try:
+            return super().invoke(ctx)
+        except SettingsError as error:
+            raise _WrongSetting(str(error)) from error
+
+
+@click.group(cls=_Commands)
 @click.version_option(__version__)
 def main() -> None:
     """Store every MQTT message in PostgreSQL.
@@ -20,12 +40,12 @@ def main() -> None:
     Settings come from environment variables with the prefix IOT_.
     `iot-collector run --help` lists them.
     """
-    if os.getpid() == 1:  # the first process of a container is not ended by a signal it ignores
+    if os.getpid() == 1:  # in a container: the kernel sends process 1 no signal without a handler
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def load_settings() -> Settings:
-    """Return the settings, with the log set up as they say."""
+    """Read the settings and set up the log."""
     settings = load()
     log.configure(settings)
     return settings
@@ -42,7 +62,7 @@ def _table_of_settings() -> str:
 
 @main.command(epilog=_table_of_settings())
 def run() -> None:
-    """Collect messages until told to stop."""
+    """Collect messages until SIGTERM or SIGINT."""
     from .run import run as run_collector
 
     sys.exit(run_collector(load_settings()))
@@ -62,7 +82,7 @@ def migrate() -> None:
 
 @main.command()
 def check() -> None:
-    """Check the settings, reach broker and database, and say what to change.
+    """Check the settings, broker and database, and say what to change.
 
     The exit status says which failed: 2 settings, 4 broker, 8 database, 12 both.
     """

@@ -1,7 +1,7 @@
-"""One connection to the broker, from CONNECT to its end: session, subscriptions, and window.
+"""One connection to the broker, from CONNECT to its end: its session and in-flight window.
 
-Used by the network thread alone. What comes from one connection is never acknowledged on another,
-where its packet ids may mean other messages.
+Used by the network thread only. Messages are acknowledged on the connection that they came from and
+on no other, where their packet ids may belong to other messages.
 """
 
 import functools
@@ -14,19 +14,21 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from .flow import Greeting
-from .reader import make_client
+from .buffer import QOS, SessionStart
+from .client import make_client
 from .settings import Settings
 from .subscriptions import Subscriptions
 
 log = structlog.get_logger(__name__)
 
 _SESSION_TAKEN_OVER = 0x8E  # MQTT 5 §3.14.2.1
-_SAME = 8  # times in a row that a read ended with as many un-acknowledged: the broker's window
+# If this many reads in a row end with the same number of un-acknowledged messages, that number is
+# taken for the broker's window.
+_SAME_COUNT = 8
 
 
 def _callback(method: Callable[..., None]) -> Callable[..., None]:
-    """Have a bug in a callback not be taken for a malformed packet, as its ValueError would be."""
+    """Wrap a callback of paho, so that its ValueError is not taken for a malformed packet."""
 
     @functools.wraps(method)
     def call(*args: object) -> None:
@@ -39,7 +41,7 @@ def _callback(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Connection:
-    """A client, and what is known of its session."""
+    """A client and the state of its session."""
 
     def __init__(
         self,
@@ -52,27 +54,25 @@ class Connection:
         self.subscriptions = subscriptions or Subscriptions(settings)
         self._keep_session = keep_session
         self.client = make_client(settings, keep_session=keep_session)
-        # Of paho's arguments for each, the first two and the last are not needed.
         self.client.on_connect = lambda _c, _u, flags, why, _p: self._on_connect(flags, why)
         self.client.on_subscribe = lambda _c, _u, mid, why, _p: self._on_subscribe(mid, why)
         self.client.on_unsubscribe = lambda _c, _u, mid, _w, _p: self._on_unsubscribe(mid)
         self.client.on_disconnect = lambda _c, _u, _f, why, _p: self._on_disconnect(why)
         self.accepted = False
         self.session_present = False
-        self.greeting: Greeting | None = None  # to be put before the first messages
-        self.unsubscribed = False  # for good, to leave
-        self.quiet_at: int | None = None  # messages received when the broker was last asked
-        self.end: str | None = None  # why the connection ended
-        self._unacked = self._last_unacked = self._repeated = 0
-        self._most_unacked = 0
-        self._window = settings.mqtt_max_inflight
-        self._warned = False  # that it exceeds its window
+        self.session_start: SessionStart | None = None  # goes into the buffer before any message
+        self.leaving = False  # UNSUBSCRIBE of all filters was sent
+        self.received_at_ping: int | None = None  # messages received when `ping` was last called
+        self.end_reason: str | None = None
+        self._unacked = self._most_unacked = self._last_unacked = self._same_count = 0
+        self._window = settings.mqtt_max_inflight  # as far as it shows
+        self._warned = False  # that the broker exceeds the window
 
     def open(self) -> None:
-        """Connect, with credentials as they are now.
+        """Connect, with the current content of the credential files.
 
-        :raises OSError: the broker is not reached, or TLS or a secret file fails.
-        :raises ValueError: TLS files do not fit each other.
+        :raises OSError: the broker cannot be reached, or TLS or reading a file fails.
+        :raises ValueError: certificate and key do not belong together.
         """
         settings = self._settings
         broker = settings.broker
@@ -86,21 +86,21 @@ class Connection:
             options = {"clean_start": not self._keep_session, "properties": properties}
         self.client.connect(broker.host, broker.port, settings.mqtt_keepalive_seconds, **options)
 
-    def received(self, tags: list[int]) -> None:
-        """Count messages that the broker waits to have acknowledged."""
+    def count_received(self, tags: list[int]) -> None:
+        """Count messages that wait for their acknowledgement."""
         self._unacked += len(tags)
         self._most_unacked = max(self._most_unacked, self._unacked)
         announced = self._settings.mqtt_max_inflight
-        # The broker's own window may be smaller, and it does not say so. Where it was only traffic
-        # that was so regular, there are soon more.
-        self._repeated = self._repeated + 1 if self._unacked == self._last_unacked else 0
+        # The broker may have a smaller window, and it does not announce it. If it has not, and the
+        # traffic was only that regular, `_unacked` exceeds the assumed window soon.
+        self._same_count = self._same_count + 1 if self._unacked == self._last_unacked else 0
         self._last_unacked = self._unacked
-        if self._repeated == _SAME:
+        if self._same_count == _SAME_COUNT:
             self._window = self._unacked
         elif self._unacked > self._window:
             self._window = announced
         if self._unacked > announced and not self._warned:
-            self._warned = bool(min(tags) & 0x06 << 16)  # with QoS 0 there is no window
+            self._warned = bool(min(tags) & QOS)  # QoS 0 has no window
             if self._warned:
                 log.warning(
                     "the broker sends more un-acknowledged messages than IOT_MQTT_MAX_INFLIGHT, as "
@@ -111,16 +111,16 @@ class Connection:
                 )
 
     @property
-    def window_fills(self) -> bool:
-        """Whether the broker stops sending, or soon will, until it gets acknowledgements."""
+    def window_nearly_full(self) -> bool:
+        """Whether the broker waits for acknowledgements before it sends more, or soon will."""
         announced = self._settings.mqtt_max_inflight
         return self._window < announced or self._unacked >= announced // 2
 
     @property
-    def has_room(self) -> bool:
-        """Whether the broker has sent twice as many before without an acknowledgement.
+    def window_half_empty(self) -> bool:
+        """Whether the broker certainly sends more without getting acknowledgements first.
 
-        Then its window, which it may not have announced, is at least half empty now.
+        It is certain if the broker has had twice as many un-acknowledged messages before.
         """
         return 2 * self._unacked <= self._most_unacked
 
@@ -132,38 +132,39 @@ class Connection:
     @_callback
     def _on_connect(self, flags: ConnectFlags, reason: ReasonCode) -> None:
         if reason.is_failure:
-            self.end = f"broker refused the connection: {reason}"
+            self.end_reason = f"broker refused the connection: {reason}"
             return
         self.accepted = True
         self.session_present = flags.session_present
-        self.greeting = Greeting(self, flags.session_present)
-        self.subscriptions.begin(self.client, self, present=flags.session_present)
+        self.session_start = SessionStart(self, flags.session_present)
+        self.subscriptions.start(self.client, self, session_present=flags.session_present)
 
     @_callback
     def _on_subscribe(self, mid: int, reasons: list[ReasonCode]) -> None:
-        self.subscriptions.subscribed(mid, reasons)
+        self.subscriptions.handle_suback(mid, reasons)
 
     @_callback
     def _on_unsubscribe(self, mid: int) -> None:
-        self.subscriptions.unsubscribed(mid)
+        self.client.handle_unsuback(mid)
+        self.subscriptions.handle_unsuback(mid)
 
     @_callback
     def _on_disconnect(self, reason: ReasonCode) -> None:
         if reason.value == _SESSION_TAKEN_OVER:
-            self.end = f"another client {twin(self._settings)}"
-        self.end = self.end or self.client.fault or f"connection ended: {reason}"
+            self.end_reason = duplicate_client_id(self._settings)
+        self.end_reason = self.end_reason or self.client.read_error or f"connection ended: {reason}"
 
 
-def twin(settings: Settings) -> str:
-    """Say what a client with our name does, and what to change."""
+def duplicate_client_id(settings: Settings) -> str:
+    """Return the error text for another client that connects with our client id."""
     return (
-        f"connects with the client id {settings.mqtt_client_id!r}; "
+        f"another client connects with the client id {settings.mqtt_client_id!r}; "
         "give each collector its own IOT_MQTT_CLIENT_ID"
     )
 
 
 def set_up_transport(client: Client, settings: Settings) -> None:
-    """Give a client its credentials, as they are now, its TLS and its WebSocket path.
+    """Set a client's credentials, TLS and WebSocket path from the settings.
 
     :raises OSError: a secret or TLS file cannot be read.
     """

@@ -1,8 +1,9 @@
-"""What PostgreSQL refuses because of the data: found by bisection, kept in ``dead_letters``.
+"""Messages that PostgreSQL refuses: found by bisection, stored in ``dead_letters``.
 
-Somebody's constraint or trigger on ``dead_letters`` may refuse it again. Then it is kept in
-``dead_letters_fallback``, a table without constraints, and the flow goes on. A table and not the
-log, because logs are rotated away, and a rule that refuses everything would make that a loss.
+A constraint or trigger that somebody added to ``dead_letters`` may refuse a message again. It is
+then stored in ``dead_letters_fallback``, which has no constraints, so that it does not hold up
+the messages after it. It is not only logged, because logs are rotated: a rule that refuses
+everything would lose every message.
 """
 
 from collections import Counter
@@ -13,8 +14,8 @@ import psycopg2
 import psycopg2.extensions
 import structlog
 
+from .copy_format import copy, decode_tuple, without_fields
 from .database import kind_of, one_line
-from .rows import copy, decode, without_fields
 
 log = structlog.get_logger(__name__)
 
@@ -33,33 +34,37 @@ VALUES (to_timestamp(%s), %s, %s, %s, %s, %s, %s, %s, %s)
 """
 
 
-def store_or_bury(
-    cursor: psycopg2.extensions.cursor, rows: list[bytes], dead_letters: Counter[str]
+def store_valid(
+    cursor: psycopg2.extensions.cursor, tuples: list[bytes], dead_letters: Counter[str]
 ) -> int:
-    """Store the rows that can be stored; keep the others as dead letters, counted by reason.
+    """Store the messages that PostgreSQL accepts, the others as dead letters.
 
-    :param rows: tuples with their heads.
-    :returns: how many were stored.
+    :param tuples: one complete tuple (see copy_format.py) for each message.
+    :param dead_letters: to count the dead letters in, by reason.
+    :returns: how many were inserted into ``messages``.
     :raises psycopg2.Error: the cause is not the data, or ``dead_letters_fallback`` refused it.
     """
-    refusal = _attempt(cursor, partial(copy, cursor, rows))
+    refusal = _attempt(cursor, partial(copy, cursor, tuples))
     if refusal is None:
-        return len(rows)
-    if len(rows) > 1:
-        middle = len(rows) // 2
-        stored = store_or_bury(cursor, rows[:middle], dead_letters)
-        return stored + store_or_bury(cursor, rows[middle:], dead_letters)
-    if (bare := without_fields(rows[0])) != rows[0]:
-        # Perhaps only our reading of the payload is at fault.
-        return store_or_bury(cursor, [bare], dead_letters)
-    dead_letters[_bury(cursor, rows[0], refusal)] += 1
+        return len(tuples)
+    if len(tuples) > 1:
+        middle = len(tuples) // 2
+        stored = store_valid(cursor, tuples[:middle], dead_letters)
+        return stored + store_valid(cursor, tuples[middle:], dead_letters)
+    if (raw := without_fields(tuples[0])) != tuples[0]:
+        # PostgreSQL may have refused only the fields that we parsed from the payload.
+        return store_valid(cursor, [raw], dead_letters)
+    dead_letters[_insert_dead_letter(cursor, tuples[0], refusal)] += 1
     return 0
 
 
 def _attempt(
     cursor: psycopg2.extensions.cursor, step: Callable[[], object]
 ) -> psycopg2.Error | None:
-    """Do a step and return None, or undo it and return why the data was refused."""
+    """Run a step in a savepoint; return None, or the error if the data was refused.
+
+    :raises psycopg2.Error: the cause is not the data.
+    """
     cursor.execute("SAVEPOINT part")
     try:
         step()
@@ -72,9 +77,11 @@ def _attempt(
     return None
 
 
-def _bury(cursor: psycopg2.extensions.cursor, row: bytes, refusal: psycopg2.Error) -> str:
-    """Keep a row as a dead letter; return the reason it is counted under."""
-    timestamp, qos, retained, topic, properties, _, payload = decode(row)
+def _insert_dead_letter(
+    cursor: psycopg2.extensions.cursor, data: bytes, refusal: psycopg2.Error
+) -> str:
+    """Store a tuple as a dead letter; return the reason that it is counted under."""
+    timestamp, qos, retained, topic, properties, _, payload = decode_tuple(data)
     state = refusal.pgcode or ""
     letter = (timestamp, topic, payload, properties, qos, retained, _text(refusal), state)
     again = _attempt(cursor, partial(cursor.execute, _INSERT, letter))

@@ -1,16 +1,16 @@
-"""What is true of the collector now, as answered to people and to probes."""
+"""The state of the collector, for people and for the probes of Kubernetes."""
 
 import time
 from dataclasses import asdict, dataclass
 
 from . import __version__
+from .buffer import Buffer, Counts
 from .dead_letters import REFUSED_TWICE
-from .flow import Account, Flow
-from .link import Link
+from .network import NetworkThread
 from .settings import Settings
-from .writer import Writer
+from .writer import WriterThread
 
-# Bugs that a thread may meet without progress in between before a restart is tried.
+# This many bugs of a thread in a row make /livez fail, because a restart may help.
 _MANY_BUGS = 5
 
 Report = dict[str, object]
@@ -18,84 +18,85 @@ Report = dict[str, object]
 
 @dataclass
 class Health:
-    """Answers /health, /livez and /readyz. Each report has a ``status``; "ok" is 200."""
+    """Makes the reports /health, /livez and /readyz; the HTTP status is 200 if ``status`` is ok."""
 
     settings: Settings
-    flow: Flow
-    link: Link
-    writer: Writer
+    buffer: Buffer
+    network: NetworkThread
+    writer: WriterThread
 
     def report(self) -> Report:
-        """The whole truth, with the reasons why the status is not "ok"."""
-        account = self.flow.account()
-        oldest = self.flow.oldest_age()
+        """Return all that is known, with the reasons why the status is not "ok"."""
+        counts = self.buffer.counts()
+        oldest = self.buffer.oldest_age()
         problems = self._dependencies() + self._threads()
         if oldest > self.settings.unhealthy_after_seconds:
             problems.append(f"a message has waited {oldest:.0f} s for its COMMIT")
-        if not account.balances():
-            problems.append("the account of messages does not balance: this is a bug")
-        connection = self.link.connection
+        if not counts.balanced:
+            problems.append("the counts of messages do not add up: this is a bug")
+        connection = self.network.connection
         return _report(problems) | {
-            "warnings": _warnings(account),
+            "warnings": _warnings(counts),
             "broker": {
                 "address": str(self.settings.broker),
-                "connected": self.link.connected,
+                "connected": self.network.connected,
                 "session_present": connection.session_present if connection else None,
                 "topics": self.settings.mqtt_topics,
                 "client_id": self.settings.mqtt_client_id,
                 "error": self._broker_error(),
-                "waiting_for": self._waits_for(),
+                "waiting_for": self._waiting_for(),
             },
             "database": {"connected": self.writer.error is None, "error": self.writer.error},
             "oldest_unacked_seconds": round(oldest, 3),
-            "accounting": asdict(account) | {"dead_letters": account.dead_letters.total()},
+            "accounting": asdict(counts) | {"dead_letters": counts.dead_letters.total()},
             "version": __version__,
         }
 
     def live(self) -> Report:
-        """Whether a restart could help: only when a thread is dead or hangs."""
+        """Return whether a restart may help: only if a thread ended, hangs or fails repeatedly."""
         return _report(self._threads())
 
     def ready(self) -> Report:
-        """Whether messages can be received and stored now, or another pod does it for us.
+        """Return whether messages can be received and stored, or other pods do it meanwhile.
 
-        A StatefulSet replaces pod 0, for which the other pods wait, when they are ready.
+        A pod that waits for pod 0 is ready: a StatefulSet replaces pod 0 only after the others are.
         """
-        waits_for = self._waits_for()
-        return _report(self._dependencies()) | ({"waiting_for": waits_for} if waits_for else {})
+        waiting_for = self._waiting_for()
+        return _report(self._dependencies()) | ({"waiting_for": waiting_for} if waiting_for else {})
 
     def _dependencies(self) -> list[str]:
         problems = []
-        if not self.link.connected and not self._waits_for():
+        if not self.network.connected and not self._waiting_for():
             problems.append(f"broker: {self._broker_error() or 'not subscribed yet'}")
         if self.writer.error is not None:
             problems.append(f"database: {self.writer.error}")
         return problems
 
-    def _waits_for(self) -> list[str]:
-        return self.link.subscriptions.waits_for if self.link.connection is not None else []
+    def _waiting_for(self) -> list[str]:
+        connected = self.network.connection is not None
+        return self.network.subscriptions.waiting_for if connected else []
 
     def _broker_error(self) -> str | None:
-        refused = self.link.subscriptions.refused
-        if refused and self.link.connection is not None:
+        refused = self.network.subscriptions.refused
+        if refused and self.network.connection is not None:
             return f"subscription refused: {refused}"
-        return self.link.error
+        return self.network.error
 
     def _threads(self) -> list[str]:
         problems = []
-        for thread in (self.link, self.writer):
+        for thread in (self.network, self.writer):
             if not thread.is_alive():
                 problems.append(f"thread {thread.name} is dead")
-            elif time.monotonic() - thread.beat > thread.limit:
+            elif time.monotonic() - thread.last_progress > thread.progress_timeout:
                 problems.append(f"thread {thread.name} hangs")
-            elif thread.bugs >= _MANY_BUGS:
+            elif thread.consecutive_bugs >= _MANY_BUGS:
                 problems.append(f"thread {thread.name} fails again and again: {thread.error}")
         return problems
 
 
-def _warnings(account: Account) -> list[str]:
-    """Return what somebody should look at, though messages are received and stored."""
-    if twice := account.dead_letters[REFUSED_TWICE]:
+def _warnings(counts: Counts) -> list[str]:
+    """Return what somebody should look at although messages are received and stored."""
+    if twice := counts.dead_letters[REFUSED_TWICE]:
         return [
             f"dead_letters refused {twice} messages, which are kept in dead_letters_fallback; "
             "remove the constraint or trigger that refuses them"

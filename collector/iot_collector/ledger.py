@@ -1,104 +1,258 @@
-"""Which packets are stored: what makes a message that the broker sends again stored once.
+"""The ledger of stored packets: a message that the broker sends again is stored once.
 
 A crash between COMMIT and PUBACK makes the broker send again, with the same packet id and the DUP
-flag (MQTT 5 §4.4). Each transaction therefore also stores the ids of its packets, each with a
-checksum of its message, and a packet with DUP is dropped when id and checksum are among the last
-ones stored in this session. docs/adr/0001-packet-id-ledger.md argues why no new message is.
+flag (MQTT 5 §4.4). Each transaction therefore also stores the packet ids of its messages, each with
+a checksum of its message, in the table ``ledger``. A packet with DUP is dropped when its id and
+checksum are among the last ones stored in this session. docs/adr/0001-packet-id-ledger.md shows why
+this drops no new message.
+
+The same row tells whether a transaction took place whose COMMIT got no answer, and whether another
+process writes with our client id.
 """
 
+import uuid
 from array import array
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from zlib import crc32
 
-from .flow import Chunk
+import psycopg2
+import psycopg2.extensions
 
-_DUP_TAG = 0x38 << 16  # the least tag (see flow.Chunk) with DUP, the highest flag of a PUBLISH
-_QOS1_TAG = 0x32 << 16  # the least tag with a packet id
-_ENTRY = 6  # bytes: a packet id and a checksum
+from .buffer import DUP, FLAGS_SHIFT, PACKET_ID, QOS_1, Outcome, ReadBatch, message_count
+from .database import KnownError
+
+# DUP is the highest flag of a PUBLISH (packet type 3) and QoS the next, so one comparison of tags
+# tells whether a flag is set.
+_PUBLISH = 0x30 << FLAGS_SHIFT
+_MIN_DUP_TAG = _PUBLISH | DUP
+_MIN_PACKET_ID_TAG = _PUBLISH | QOS_1
+_ENTRY_SIZE = 6  # bytes: a packet id and a checksum
+_PRUNE_INTERVAL = 64  # batches: pruning less often costs less, and the rows are few
+
+Cursor = psycopg2.extensions.cursor
 
 
-class Ledger:
-    """The packets of the last batches, at least ``window`` of them, oldest batch first."""
+class ClientIdConflictError(KnownError):
+    """Another process has written a batch with our client id."""
+
+    kind = "client_id"
+    hint = "another collector has this client id; give each its own IOT_MQTT_CLIENT_ID"
+
+
+class PacketHistory:
+    """The packet ids and checksums of the last batches, for at least ``window`` messages.
+
+    :param window: how many messages the broker may have sent again; 0 turns the history off.
+    """
 
     def __init__(self, window: int) -> None:
         self._window = window
-        self._batches: deque[bytes] = deque()
-        self._size = 0
+        self._batches: deque[bytes] = deque()  # oldest first
+        self._size = 0  # in messages
 
     def __len__(self) -> int:
-        """How many batches are needed."""
+        """How many batches it has."""
         return len(self._batches)
 
     def reset(self, batches: Iterable[bytes]) -> None:
-        """Start over with what is stored for the session, of which there may be more."""
+        """Start over with the batches in the table, of which it keeps the last ones."""
         self._batches.clear()
         self._size = 0
         for packets in batches:
             self.add(packets)
 
-    def split(self, chunks: list[Chunk]) -> tuple[list[Chunk], bytes]:
-        """Return the chunks without the messages that are stored already, and their packets.
+    def drop_stored(self, batch: list[ReadBatch]) -> tuple[list[ReadBatch], bytes]:
+        """Return the messages of a batch that are not stored yet, and the packets of these.
 
-        The packets are to be stored in the transaction that stores the rows.
+        The packets (ids and checksums) belong into the transaction that stores the messages.
         """
         if not self._window:
-            return chunks, b""
-        if any(max(chunk.tags) >= _DUP_TAG for chunk in chunks):
-            known = self._index()
-            chunks = [self._new(chunk, known) for chunk in chunks]
-        ids, sums = array("H"), array("I")
-        for chunk in chunks:
-            rows, tags = chunk.rows, chunk.tags
-            if tags and min(tags) < _QOS1_TAG:
-                pairs = [(t, r) for t, r in zip(tags, rows, strict=True) if t >= _QOS1_TAG]
+            return batch, b""
+        if any(max(read.tags) >= _MIN_DUP_TAG for read in batch):
+            known = self._known_checksums()
+            batch = [self._new_messages(read, known) for read in batch]
+        ids, checksums = array("H"), array("I")
+        for read in batch:
+            rows, tags = read.rows, read.tags
+            if tags and min(tags) < _MIN_PACKET_ID_TAG:
+                pairs = [(t, r) for t, r in zip(tags, rows, strict=True) if t >= _MIN_PACKET_ID_TAG]
                 tags, rows = [t for t, _ in pairs], [r for _, r in pairs]
-            ids.extend([tag & 0xFFFF for tag in tags])
-            sums.extend(map(crc32, rows))
-        return chunks, _encode(ids, sums)
+            ids.extend([tag & PACKET_ID for tag in tags])
+            checksums.extend(map(crc32, rows))
+        return batch, _encode(ids, checksums)
 
     def add(self, packets: bytes) -> None:
-        """Note the packets of a batch that is stored; forget what is beyond the window."""
+        """Add the packets of a stored batch; forget batches that are beyond the window."""
         self._batches.append(packets)
-        self._size += len(packets) // _ENTRY
+        self._size += len(packets) // _ENTRY_SIZE
         while len(self._batches) > 1:
-            oldest = len(self._batches[0]) // _ENTRY
+            oldest = len(self._batches[0]) // _ENTRY_SIZE
             if self._size - oldest < self._window:
                 break
             self._size -= oldest
             self._batches.popleft()
 
     @staticmethod
-    def _new(chunk: Chunk, known: dict[int, int]) -> Chunk:
-        rows, tags = [], []
-        for row, tag in zip(chunk.rows, chunk.tags, strict=True):
-            mid, checksum = tag & 0xFFFF, crc32(row)
-            if mid and tag >= _DUP_TAG and known.get(mid) == checksum:
+    def _new_messages(read: ReadBatch, known: dict[int, int]) -> ReadBatch:
+        """Return the messages that are not stored yet; enter them into the known checksums."""
+        kept = []
+        for index, (row, tag) in enumerate(zip(read.rows, read.tags, strict=True)):
+            packet_id, checksum = tag & PACKET_ID, crc32(row)
+            if packet_id and tag >= _MIN_DUP_TAG and known.get(packet_id) == checksum:
                 continue
-            # Without DUP the id stands for a new message from here on, whatever it was before.
-            known[mid] = checksum
-            rows.append(row)
-            tags.append(tag)
-        return replace(chunk, rows=rows, tags=tags)
+            # From here on the id belongs to this message, whichever it belonged to before.
+            known[packet_id] = checksum
+            kept.append(index)
+        return read.select(kept)
 
-    def _index(self) -> dict[int, int]:
-        """Return for each packet id the checksum of the message that it last stood for."""
+    def _known_checksums(self) -> dict[int, int]:
+        """Return for each packet id the checksum of the last message that had it."""
         known: dict[int, int] = {}
-        for batch in self._batches:
-            known.update(_decode(batch))
+        for packets in self._batches:
+            known.update(_decode(packets))
         return known
 
 
-def _encode(ids: "array[int]", sums: "array[int]") -> bytes:
-    # In the machine's byte order: read on another kind of machine, no checksum would fit, and a
-    # message sent again would be stored again.
-    return ids.tobytes() + sums.tobytes()
+@dataclass(slots=True)
+class Entry:
+    """The row of a batch in the table ``ledger``.
+
+    :param outcome: what the transaction does with the batch, from when its COMMIT is sent.
+    """
+
+    seq: int
+    packets: bytes
+    outcome: Outcome | None = None
+
+
+class Ledger:
+    """The table ``ledger`` for one client id, and what this process knows of it.
+
+    :param window: see `PacketHistory`; with 0 the table only tells of COMMITs without an answer.
+    """
+
+    def __init__(self, client_id: str, window: int) -> None:
+        self._client_id = client_id
+        self._writer = str(uuid.uuid4())  # this process
+        self._history = PacketHistory(window)
+        self._seq = 0  # of the last row, as far as this process knows
+        self._unconfirmed: Entry | None = None  # its COMMIT was sent and has no answer
+        self._outdated = False  # another process has added a row
+
+    def start_session(self, cursor: Cursor, *, session_present: bool) -> None:
+        """Load what is stored of the session; a new session has nothing (MQTT 5 §3.2.2.1.1).
+
+        :raises psycopg2.Error: nothing was changed.
+        """
+        if not session_present:
+            cursor.execute("DELETE FROM ledger WHERE client_id = %s", (self._client_id,))
+        self._load(cursor)
+
+    def store(
+        self,
+        batch: list[ReadBatch],
+        new_cursor: Callable[[], AbstractContextManager[Cursor]],
+        write: Callable[[list[ReadBatch], Entry, int], Outcome],
+    ) -> Outcome:
+        """Store a batch once, however often this is called with it; return what became of it.
+
+        :param write: stores messages and an entry (see `insert_sql`) in one transaction, calls
+            `commit_sent`, and returns what it did. It also gets the number of duplicates that were
+            dropped, to start its outcome with.
+        :raises ClientIdConflictError: another process has added a row.
+        :raises psycopg2.Error: nothing is stored, as far as is known. Call it again.
+        """
+        if self._unconfirmed is not None or self._outdated:
+            with new_cursor() as cursor:
+                if (recovered := self._recover(cursor)) is not None:
+                    return recovered
+                if self._outdated:
+                    self._load(cursor)
+        new, packets = self._history.drop_stored(batch)
+        duplicates = message_count(batch) - message_count(new)
+        if not any(read.rows for read in new):
+            return Outcome(duplicates=duplicates)
+        entry, earlier = Entry(self._seq + 1, packets), self._unconfirmed
+        try:
+            outcome = write(new, entry, duplicates)
+        except psycopg2.Error as error:
+            if error.diag.constraint_name != "ledger_pkey":
+                raise
+            # The row may be our own: the COMMIT of an earlier attempt may still have been running
+            # when we looked for it.
+            self._unconfirmed = earlier
+            with new_cursor() as cursor:
+                if (recovered := self._recover(cursor)) is not None:
+                    return recovered
+            self._outdated = True
+            raise ClientIdConflictError(str(error)) from error
+        self._confirm(entry)
+        return outcome
+
+    def insert_sql(self, cursor: Cursor, entry: Entry) -> bytes:
+        """Return the SQL that inserts an entry, and deletes old ones from time to time."""
+        sql: bytes = cursor.mogrify(
+            "INSERT INTO ledger (client_id, seq, writer, packets) VALUES (%s, %s, %s, %s);",
+            (self._client_id, entry.seq, self._writer, entry.packets),
+        )
+        if entry.seq % _PRUNE_INTERVAL == 0:
+            needed = len(self._history) + 1
+            sql += cursor.mogrify(
+                "DELETE FROM ledger WHERE client_id = %s AND seq <= %s;",
+                (self._client_id, entry.seq - needed),
+            )
+        return sql
+
+    def commit_sent(self, entry: Entry, outcome: Outcome) -> None:
+        """Remember what a transaction does, in case its COMMIT gets no answer."""
+        entry.outcome = outcome
+        self._unconfirmed = entry
+
+    def _load(self, cursor: Cursor) -> None:
+        cursor.execute(
+            "SELECT seq, packets FROM ledger WHERE client_id = %s ORDER BY seq", (self._client_id,)
+        )
+        found = cursor.fetchall()
+        self._history.reset(bytes(packets) for _, packets in found)
+        # A row that another process commits after this has the next number, which is how our next
+        # INSERT notices it. So the number must come from the same SELECT as the packets.
+        self._seq = found[-1][0] if found else 0
+        self._outdated = False
+
+    def _recover(self, cursor: Cursor) -> Outcome | None:
+        """Return the outcome of the unconfirmed transaction, or None if it did not take place.
+
+        Or not yet: then the number of its row turns out to be taken.
+        """
+        if self._unconfirmed is None:
+            return None
+        cursor.execute(
+            "SELECT 1 FROM ledger WHERE client_id = %s AND seq = %s AND writer = %s",
+            (self._client_id, self._unconfirmed.seq, self._writer),
+        )
+        if cursor.fetchone() is None:
+            return None
+        outcome = self._unconfirmed.outcome
+        self._confirm(self._unconfirmed)
+        return outcome
+
+    def _confirm(self, entry: Entry) -> None:
+        self._seq, self._unconfirmed = entry.seq, None
+        self._history.add(entry.packets)
+
+
+def _encode(ids: "array[int]", checksums: "array[int]") -> bytes:
+    # In the byte order of the machine. On a machine with another one no checksum would match, and
+    # messages that are sent again would be stored again.
+    return ids.tobytes() + checksums.tobytes()
 
 
 def _decode(packets: bytes) -> Iterable[tuple[int, int]]:
-    ids, sums = array("H"), array("I")
-    split = len(packets) // _ENTRY * 2
+    ids, checksums = array("H"), array("I")
+    split = len(packets) // _ENTRY_SIZE * 2
     ids.frombytes(packets[:split])
-    sums.frombytes(packets[split:])
-    return zip(ids, sums, strict=True)
+    checksums.frombytes(packets[split:])
+    return zip(ids, checksums, strict=True)

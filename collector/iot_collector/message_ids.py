@@ -1,29 +1,58 @@
-"""De-duplication by an id that the device puts into its messages.
+"""De-duplication by an id that devices put into their messages (IOT_MESSAGE_ID_KEY).
 
-For brokers that send again under another packet id, as AWS IoT Core does, and for devices that
-publish again themselves. The id is a JSON key of the payload or an MQTT 5 user property.
+For brokers that send a message again under another packet id, as AWS IoT Core does, and for devices
+that publish again themselves. The id is under a key of the JSON payload, or in an MQTT 5 user
+property of that name, which takes precedence. It is read where the payload is parsed anyway.
 """
 
-import contextlib
+from collections.abc import Sequence
 
 import orjson
 import psycopg2.extensions
 
-from .rows import decode
+from .buffer import ReadBatch
+from .fields import fields_of, fields_of_object, flat_objects
 
-# Seconds. An id is kept as long as the broker may send its message again, which is until the
-# session expires, plus a margin for the time from COMMIT to the end of the connection; and at
-# least as long as with the default expiry, for devices that publish again themselves.
+# Seconds. An id is kept as long as the broker may send its message again: until the session
+# expires, plus a margin for the time from COMMIT to the end of the connection. It is kept at least
+# as long as with the default expiry, for devices that publish again themselves.
 _MARGIN = 86400
-_LEAST = 8 * 86400
+_MIN_AGE = 8 * 86400
 _NEVER = 0xFFFFFFFF  # a session that does not expire (MQTT 5 §3.1.2.11.2)
 _MAX_LENGTH = 255
 
 
-def drop_known(cursor: psycopg2.extensions.cursor, rows: list[bytes], key: str) -> list[bytes]:
-    """Enter the ids of tuples; return those whose ids were not known, or that have none."""
-    ids = [message_id(row, key) for row in rows]
-    # In one order, so that two collectors with ids in common cannot lock each other out.
+def valid_id(value: object) -> str | None:
+    """Return a device's id as text: a string or an integer of 1 to 255 characters, else None."""
+    text = str(value) if type(value) in (str, int) else ""  # neither True nor 1.0
+    return text if 0 < len(text) <= _MAX_LENGTH and "\0" not in text else None
+
+
+def fields_and_ids(
+    payloads: list[bytes], key: str
+) -> tuple[Sequence[bytes | None], list[str | None]]:
+    """Return for each payload what `fields_of` returns for it, and the id under ``key``."""
+    documents = flat_objects(payloads)
+    if documents is not None:
+        return payloads, [valid_id(document.get(key)) for document in documents]
+    pairs = [_fields_and_id(payload, key) for payload in payloads]
+    return [fields for fields, _ in pairs], [i for _, i in pairs]
+
+
+def _fields_and_id(payload: bytes, key: str) -> tuple[bytes | None, str | None]:
+    if payload[:1] != b"{":
+        return fields_of(payload), None
+    try:
+        document = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        return None, None
+    return fields_of_object(payload, document), valid_id(document.get(key))
+
+
+def drop_known(cursor: psycopg2.extensions.cursor, batch: list[ReadBatch]) -> list[ReadBatch]:
+    """Insert the ids of messages; return the messages whose ids were new, or that have none."""
+    ids = [i for read in batch for i in read.ids or ()]
+    # In order, so that two collectors that insert the same ids do not deadlock.
     wanted = sorted({i for i in ids if i is not None})
     cursor.execute(
         "INSERT INTO message_ids (id) SELECT unnest(%s::text[])"
@@ -31,16 +60,23 @@ def drop_known(cursor: psycopg2.extensions.cursor, rows: list[bytes], key: str) 
         (wanted,),
     )
     new = {i for (i,) in cursor.fetchall()}
+    if len(new) == len(ids):
+        return batch
+    return [_new_messages(read, new) for read in batch]
+
+
+def _new_messages(read: ReadBatch, new: set[str]) -> ReadBatch:
+    """Return the messages of a read with new ids, or none; take these ids from the set."""
     kept = []
-    for row, i in zip(rows, ids, strict=True):
+    for index, i in enumerate(read.ids or ()):
         if i is None or i in new:
-            new.discard(i or "")  # the next with this id is one too many
-            kept.append(row)
-    return kept
+            new.discard(i or "")  # the next message with this id is a duplicate
+            kept.append(index)
+    return read.select(kept)
 
 
 def forget_old(cursor: psycopg2.extensions.cursor, session_expiry: int) -> None:
-    """Forget ids that are older than any message that can still be sent again.
+    """Delete ids that are older than any message that can still be sent again.
 
     :param session_expiry: IOT_MQTT_SESSION_EXPIRY_SECONDS.
     """
@@ -48,18 +84,5 @@ def forget_old(cursor: psycopg2.extensions.cursor, session_expiry: int) -> None:
         return
     cursor.execute(
         "DELETE FROM message_ids WHERE stored_at < now() - make_interval(secs => %s)",
-        (max(session_expiry + _MARGIN, _LEAST),),
+        (max(session_expiry + _MARGIN, _MIN_AGE),),
     )
-
-
-def message_id(row: bytes, key: str) -> str | None:
-    """Return the id of a tuple: a string or number under ``key``, or None."""
-    message = decode(row)
-    value = None
-    if named := orjson.loads(message.properties or b"{}").get("user", {}).get(key):
-        value = named[0]
-    elif message.payload[:1] == b"{":
-        with contextlib.suppress(orjson.JSONDecodeError):
-            value = orjson.loads(message.payload).get(key)
-    text = str(value) if type(value) in (str, int) else ""  # True and 1.0 name nothing
-    return text if 0 < len(text) <= _MAX_LENGTH and "\0" not in text else None

@@ -1,13 +1,14 @@
-"""The schema: ordered SQL files, each applied once, in one transaction."""
+"""The schema: SQL files, applied in order and once each, in one transaction."""
 
+import time
 from contextlib import closing
 from pathlib import Path
 
 import psycopg2.extensions
 
 from .database import connect
+from .partitions import create_partitions
 from .settings import Settings
-from .store import MONTHS_AHEAD
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS schema_migrations (
@@ -30,17 +31,17 @@ def missing_migrations(cursor: psycopg2.extensions.cursor) -> list[tuple[str, st
 
 
 def migrate(settings: Settings) -> list[str]:
-    """Apply what is missing and make the partitions; return the names of what was applied.
+    """Apply the missing migrations and create partitions; return the names of these migrations.
 
     :raises psycopg2.Error: nothing was changed.
     """
     with closing(connect(settings)) as connection, connection, connection.cursor() as cursor:
-        # Two that migrate at once take turns.
+        # Two processes that migrate at once take turns.
         cursor.execute("SELECT pg_advisory_xact_lock(hashtext('iot.migrate'))")
         cursor.execute(_TABLE)
         missing = missing_migrations(cursor)
         for name, sql in missing:
             cursor.execute(sql)
             cursor.execute("INSERT INTO schema_migrations (name) VALUES (%s)", (name,))
-        cursor.execute("SELECT ensure_partitions(now(), %s)", (MONTHS_AHEAD,))
+        create_partitions(cursor, time.time())
     return [name for name, _ in missing]

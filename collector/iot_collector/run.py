@@ -1,4 +1,4 @@
-"""The collector as a process: starts the threads, watches them, and drains them at the end."""
+"""The collector as a process: starts the threads, watches them, and stops them at the end."""
 
 import signal
 import threading
@@ -7,38 +7,40 @@ import time
 import structlog
 
 from . import __version__
-from .flow import Flow
+from .buffer import Buffer
 from .health import Health
-from .link import Link
 from .metrics import Metrics
+from .network import NetworkThread
 from .server import serve
 from .settings import Settings
-from .writer import Writer
+from .writer import WriterThread
 
 log = structlog.get_logger(__name__)
 
-GRACE = 60  # looks at /livez, a second apart, that fail in a row until the process ends itself
+# After this many checks of /livez in a row, a second apart, that failed, the process exits.
+MAX_FAILED_CHECKS = 60
+_DISCONNECT_SECONDS = 6.0  # more than the network thread takes at most to disconnect
 
 
 def run(settings: Settings) -> int:
     """Collect until SIGTERM or SIGINT; return the exit status.
 
-    Status 0 after a signal; 1 when a thread died, or /livez has failed for a minute, which is a
-    bug: a restart is the cure.
+    0 after a signal; 1 when a thread ended or /livez has failed for a minute. Both are bugs, and a
+    restart may help.
     """
-    threading.excepthook = _log_death
+    threading.excepthook = _log_end_of_thread
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
 
-    flow = Flow(max_bytes=settings.buffer_bytes)
-    metrics = Metrics(flow)
-    link = Link(settings, flow, metrics)
-    writer = Writer(settings, flow, metrics, link.acknowledge)
-    health = Health(settings, flow, link, writer)
+    buffer = Buffer(max_bytes=settings.buffer_bytes)
+    metrics = Metrics(buffer)
+    network = NetworkThread(settings, buffer, metrics)
+    writer = WriterThread(settings, buffer, metrics, network.acknowledge)
+    health = Health(settings, buffer, network, writer)
     serve(settings, health)
     writer.start()
-    link.start()
+    network.start()
     log.info(
         "collector started",
         version=__version__,
@@ -50,29 +52,24 @@ def run(settings: Settings) -> int:
     while not stop.wait(1.0):
         writer.break_if_overdue()
         problems = health.live()["problems"]
-        # Counted, not timed: a process that was stopped for a while is well when it goes on.
+        # Counted, not timed, so that a process that was suspended does not exit when it goes on.
         failures = failures + 1 if problems else 0
-        if failures > GRACE or not (link.is_alive() and writer.is_alive()):
+        if failures > MAX_FAILED_CHECKS or not (network.is_alive() and writer.is_alive()):
             log.critical("exiting to be restarted", problems=problems)
             return 1
-    log.info("draining", in_flight=flow.account().in_flight)
-    until = time.monotonic() + settings.drain_seconds
-    if settings.leave_on_stop:
-        link.leave()
-        if not link.left.wait(settings.drain_seconds):
-            log.warning("session kept: the broker has messages that this process did not get done")
-    # Store and acknowledge what has been received; what cannot be stays with the broker.
-    flow.close()
-    writer.join(max(0.0, until - time.monotonic()))
-    writer.abandon()
-    link.stop()
-    link.join(max(0.0, until - time.monotonic()) + 6)
-    account = flow.account()
-    log.info("stopped", received=account.received, stored=account.inserted)
+    log.info("draining", in_flight=buffer.counts().in_flight)
+    deadline = time.monotonic() + settings.drain_seconds
+    if settings.leave_on_stop and not network.leave_session(settings.drain_seconds):
+        log.warning("session kept: the broker still has messages for it")
+    # What is not stored in time is not acknowledged, so the broker keeps it.
+    writer.stop(max(0.0, deadline - time.monotonic()))
+    network.stop(max(0.0, deadline - time.monotonic()) + _DISCONNECT_SECONDS)
+    counts = buffer.counts()
+    log.info("stopped", received=counts.received, stored=counts.inserted)
     return 0
 
 
-def _log_death(death: threading.ExceptHookArgs) -> None:
-    """Log the exception that ends a thread like everything else, with its traceback."""
-    name = death.thread.name if death.thread else None
-    log.critical("a bug ended a thread", thread=name, exc_info=death.exc_value)
+def _log_end_of_thread(error: threading.ExceptHookArgs) -> None:
+    """Log the exception that ends a thread, with its traceback."""
+    name = error.thread.name if error.thread else None
+    log.critical("a bug ended a thread", thread=name, exc_info=error.exc_value)

@@ -1,4 +1,4 @@
-"""The HTTP thread: /metrics, /health, /livez, /readyz and the live page."""
+"""HTTP: /metrics, /health, /livez, /readyz and the live page."""
 
 import threading
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ _HTML = "text/html; charset=utf-8"
 
 
 def serve(settings: Settings, health: Health) -> None:
-    """Bind the port, and answer requests in a thread until the process ends.
+    """Bind the port, and serve in a thread until the process ends, so that a drain can be watched.
 
     :raises SettingsError: the port cannot be bound.
     """

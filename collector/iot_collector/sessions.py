@@ -1,13 +1,14 @@
-"""Who is subscribed to what: the table ``sessions``, a row for each client id.
+"""The table ``sessions``: which topic filters the broker's session of each client id has.
 
 A filter has two forms: plain (``iot/data``: every message) and shared (``$share/<group>/iot/data``:
 each message to one member). While one pod of a StatefulSet has one form and another pod the other,
-both get the same messages. So before a pod subscribes to a filter it asks here whether another pod
-still has another form of it, and it does not subscribe until that pod has changed its own.
+both get the same messages. So a pod claims its filters here before it subscribes to them, and it
+waits while another pod has another form of one of them.
 
-Pod 0 keeps its session for ever, so the broker always has somebody to queue for. The other pods
-therefore wait for pod 0, and pod 0 waits for the others to end. Nothing is lost meanwhile:
-who waits keeps the subscriptions that its session has. docs/adr/0002-changing-subscriptions.md.
+Pod 0 always keeps its session, so that the broker queues messages while no pod runs. The other pods
+therefore wait for pod 0 to change its form, and pod 0 waits for the others to stop. Nothing is lost
+meanwhile, because a waiting pod keeps the subscriptions that its session has. See
+docs/adr/0002-changing-subscriptions.md.
 """
 
 import re
@@ -24,37 +25,38 @@ _SHARE = re.compile(r"\$share/[^/]+/")
 
 @dataclass(slots=True)
 class Claim:
-    """The answer to whether the session may be subscribed to the filters of the settings.
+    """Whether the session may be subscribed to the filters of the settings.
 
     :param held: the filters that it is subscribed to already, as far as is known.
-    :param stale: those of them that the settings do not name any more.
-    :param waits_for: client ids of the sessions to wait for; then nothing was claimed.
+    :param stale: those of them that are not in the settings any more.
+    :param waiting_for: client ids of the sessions to wait for; then nothing was claimed.
     """
 
     held: list[str] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
-    waits_for: list[str] = field(default_factory=list)
+    waiting_for: list[str] = field(default_factory=list)
 
 
-def bare(topic_filter: str) -> str:
+def without_share(topic_filter: str) -> str:
     """Return a filter without ``$share/<group>/``."""
     return _SHARE.sub("", topic_filter, count=1)
 
 
 def conflicts(one: list[str], other: list[str]) -> bool:
-    """Whether two sessions with these filters get the same messages through two forms of one."""
-    forms = {(bare(f), f) for f in one}
-    return any(a == b and f != g for a, f in forms for b, g in {(bare(g), g) for g in other})
+    """Whether one session has a plain and the other a shared form (or two groups) of a filter."""
+    forms = {(without_share(f), f) for f in one}
+    others = {(without_share(g), g) for g in other}
+    return any(a == b and f != g for a, f in forms for b, g in others)
 
 
-def claim(cursor: Cursor, settings: Settings, *, present: bool, insist: bool = False) -> Claim:
-    """Enter the filters of the settings into our row, unless another session is in the way.
+def claim(cursor: Cursor, settings: Settings, *, present: bool, force: bool = False) -> Claim:
+    """Save the filters of the settings in our row, unless another session is in the way.
 
     :param present: whether the broker has kept our session; if not, it has no subscription.
-    :param insist: do not wait for any other session.
+    :param force: do not wait for any other session.
     :raises psycopg2.Error: nothing was claimed.
     """
-    # So that two that ask at the same time do not both find the other's row without a claim.
+    # Two that claim at once take turns; otherwise neither would see the other's claim.
     cursor.execute("SELECT pg_advisory_xact_lock(hashtext('iot.sessions'))")
     cursor.execute("SELECT client_id, filters FROM sessions")
     rows: dict[str, list[str]] = dict(cursor.fetchall())
@@ -63,17 +65,17 @@ def claim(cursor: Cursor, settings: Settings, *, present: bool, insist: bool = F
     held = mine if present else []
     added = [f for f in wanted if f not in held]
     others = settings.pods_to_wait_for(rows)
-    waits_for = sorted(other for other in others if conflicts(added, rows[other]))
-    if waits_for and not insist:
+    waiting_for = sorted(other for other in others if conflicts(added, rows[other]))
+    if waiting_for and not force:
         if held != mine:
-            note(cursor, me, held)
-        return Claim(held=held, waits_for=waits_for)
-    note(cursor, me, [*held, *added])
+            save_filters(cursor, me, held)
+        return Claim(held=held, waiting_for=waiting_for)
+    save_filters(cursor, me, [*held, *added])
     return Claim(held=held, stale=[f for f in held if f not in wanted])
 
 
-def note(cursor: Cursor, client_id: str, filters: list[str]) -> None:
-    """Enter what a session is subscribed to; without a filter, it has no row."""
+def save_filters(cursor: Cursor, client_id: str, filters: list[str]) -> None:
+    """Save what a session is subscribed to; a session without filters has no row."""
     if filters:
         cursor.execute(
             "INSERT INTO sessions (client_id, filters) VALUES (%s, %s)"

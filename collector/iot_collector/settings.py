@@ -1,8 +1,8 @@
 """The collector's settings: environment variables with the prefix ``IOT_``.
 
-Every wrong value stops the start with the variable's name, its fault and an example. Passwords
-come from a file (``IOT_…_PASSWORD_FILE``) or the variable itself; a file is read again at every
-connection attempt, so a rotated password needs no restart.
+Every wrong value stops the start with the variable's name, the fault and an example. Passwords come
+from a file (``IOT_…_PASSWORD_FILE``) or the variable itself; a file is read again at every attempt
+to connect, so a rotated password needs no restart.
 """
 
 import difflib
@@ -11,10 +11,9 @@ import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
-import click
 import psycopg2.extensions
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, SecretStr
@@ -39,23 +38,16 @@ _FILTER = re.compile(r"(\$share/[^/+#]+/(?=.)|(?!\$share(/|$)))(([^/+#\0]*|\+)/)
 _ORDINAL = re.compile(r"(.*-)(0|[1-9][0-9]*)")  # how a StatefulSet numbers its pods
 
 
-class SettingsError(click.ClickException):
+class SettingsError(Exception):
     """A setting stops the start. The text has a line for each fault: name, fault, example."""
-
-    exit_code = 2
-
-    def show(self, file: IO[str] | None = None) -> None:
-        """Print the faults; click calls this and exits."""
-        for fault in self.message.splitlines():
-            click.echo(f"wrong setting: {fault}", file, err=True)
 
 
 def _valid_url(url: str) -> str:
     try:
         parts = urlsplit(url)
-        _ = parts.port  # is checked only when it is asked for
+        _ = parts.port  # urllib checks it only on access
     except ValueError:
-        # urllib quotes what it could not read, and that may be a part of the password.
+        # urllib's text quotes what it could not read, which may be a part of the password.
         raise ValueError(f"host or port cannot be read; {_QUOTING}") from None
     if parts.scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {parts.scheme!r}; known are {', '.join(SCHEMES)}")
@@ -80,7 +72,7 @@ def _valid_conninfo(conninfo: str) -> str:
     try:
         psycopg2.extensions.parse_dsn(conninfo)
     except psycopg2.ProgrammingError:
-        # libpq quotes the text it could not read, and the text may hold a password.
+        # libpq's text quotes what it could not read, which may contain a password.
         raise ValueError("libpq cannot read it as a URI or key=value string") from None
     return conninfo
 
@@ -104,7 +96,7 @@ Secret = SecretStr | None
 
 
 class Broker(NamedTuple):
-    """Where the broker is, and who we are to it."""
+    """The parts of IOT_MQTT_URL, and the user name."""
 
     transport: Transport
     tls: bool
@@ -123,9 +115,9 @@ def _setting(default: object, description: str, example: object = None, **more: 
 
 
 class Settings(BaseSettings):
-    """What the collector is told. `iot-collector run --help` prints the table."""
+    """All settings. `iot-collector run --help` prints them."""
 
-    # An empty variable is how shells, Compose files and charts say "not set".
+    # Shells, Compose files and charts set a variable to the empty string to leave it unset.
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
 
     # fmt: off
@@ -140,35 +132,35 @@ class Settings(BaseSettings):
     mqtt_cert_file: File = _setting(None, "Client certificate", "/run/secrets/client.crt")
     mqtt_key_file: File = _setting(None, "Key of the client certificate", "/run/secrets/client.key")
     mqtt_topics: Topics = _setting(
-        ["iot/data"], "Topic filters to store, separated by commas; $share/<group>/<filter> shares "
-        "one between collectors", "iot/data,plant/+/telemetry", min_length=1)
-    # 0 is not offered, because it loses messages.
+        ["iot/data"], "Topic filters to store, separated by commas; collectors share the messages "
+        "of $share/<group>/<filter>", "iot/data,plant/+/telemetry", min_length=1)
+    # Not 0, which loses messages.
     mqtt_qos: int = _setting(
-        1, "Highest quality of service to ask for; at 1 the broker sends what was published at 2 "
-        "with a round trip less", ge=1, le=2)
+        1, "Highest quality of service to subscribe with; with 1, messages published with 2 take "
+        "one round trip less", ge=1, le=2)
     mqtt_client_id: str = _setting(
-        f"iot-collector-{socket.gethostname()}", "Name of the session with the broker; one "
-        "collector each", "iot-collector-0", min_length=1)
+        f"iot-collector-{socket.gethostname()}", "Name of the session with the broker; each "
+        "collector needs its own", "iot-collector-0", min_length=1)
     mqtt_version: Literal["5", "3.1.1"] = _setting("5", "Version of the protocol")
-    mqtt_keepalive_seconds: int = _setting(30, "Longest silence on the connection", ge=5, le=65535)
-    # Far below 65 535, so that packet ids are not reused while they still mean something.
+    mqtt_keepalive_seconds: int = _setting(30, "Keepalive of the connection", ge=5, le=65535)
+    # Far below 65 535, so that no packet id is reused while the ledger still needs it.
     mqtt_max_inflight: int = _setting(
         10_000, "Most un-acknowledged messages the broker may send", ge=1, le=20_000)
     mqtt_session_expiry_seconds: int = _setting(
-        7 * 86400, "How long the broker queues while no collector is there (with MQTT 3.1.1 "
-        "the broker decides: set what it does); ids of messages are kept a day longer, at least "
-        "8 days; 4294967295 means for ever, for both", ge=60, le=0xFFFFFFFF)
+        7 * 86400, "How long the broker keeps the session and queues messages while the collector "
+        "is away (with MQTT 3.1.1 the broker decides: set the same here); ids of messages are kept "
+        "a day longer, at least 8 days; 4294967295: for ever, both", ge=60, le=0xFFFFFFFF)
 
     packet_ledger: bool = _setting(
-        True, "Whether the broker sends again under the same packet id (MQTT 5 §4.4; AWS IoT Core "
-        "does not): then what it sends again is stored once")
+        True, "Store a message once that the broker sends again; needs a broker that sends it with "
+        "the same packet id (MQTT 5 §4.4; AWS IoT Core does not)")
     message_id_key: str | None = _setting(
-        None, "JSON key or MQTT 5 user property with which devices name each message: each name is "
-        "stored once", "message_id", min_length=1)
+        None, "JSON key or MQTT 5 user property with an id that devices give each message; "
+        "messages with the same id are stored once", "message_id", min_length=1)
     session_on_stop: Literal["keep", "leave", "ordinal"] = _setting(
-        "keep", "At the end, keep the session, so that the broker queues for the next start; leave "
-        "it, so that other members of a shared subscription get what would wait; or, in a "
-        "StatefulSet, ordinal: keep it if the client id ends in -0, else leave it")
+        "keep", "When the collector stops, keep the session, so that the broker queues for the "
+        "next start; leave it, so that other members of a shared subscription get its messages; "
+        "or, in a StatefulSet, ordinal: keep it if the client id ends in -0, else leave it")
 
     database_url: Annotated[str, AfterValidator(_valid_conninfo)] = _setting(
         "", "PostgreSQL, as libpq's URI or key=value string; empty: libpq's own variables (PGHOST, "
@@ -179,20 +171,22 @@ class Settings(BaseSettings):
         None, "File with it, read at every connection", "/run/secrets/database_password")
 
     database_timeout_seconds: float = _setting(
-        300, "Longest time that a statement in the database may take; then it is cancelled and "
-        "tried again", ge=1, le=86400)
+        300, "Longest time that a statement may take; then it is cancelled and tried again",
+        ge=1, le=86400)
 
     batch_linger_ms: float = _setting(
-        10, "How long to wait, at most, for more messages to store with one COMMIT; while fewer "
-        "than 50 come in that time, a fifth of it", ge=0, le=1_000)
+        10, "Longest wait for more messages to store with one COMMIT; a fifth of it while fewer "
+        "than 50 messages come in that time", ge=0, le=1_000)
     buffer_bytes: int = _setting(
-        64 << 20, "Memory for what is not stored yet; beyond it the broker waits", ge=1 << 20)
+        64 << 20, "Memory for messages that are not stored yet; when it is full, the broker waits",
+        ge=1 << 20)
 
-    http_host: str = _setting("127.0.0.1", "Where to serve HTTP", "0.0.0.0")  # noqa: S104
+    http_host: str = _setting("127.0.0.1", "Address to serve HTTP on", "0.0.0.0")  # noqa: S104
     http_port: int = _setting(3000, "Its port", ge=1, le=65535)
     unhealthy_after_seconds: float = _setting(
-        30, "/health is 503 when a message has waited this long for its COMMIT", gt=0)
-    drain_seconds: float = _setting(20, "After SIGTERM, how long to store what was received", ge=0)
+        30, "/health is 503 when a message has waited longer than this for its COMMIT", gt=0)
+    drain_seconds: float = _setting(
+        20, "After SIGTERM, longest time to store what was received", ge=0)
 
     log_format: Literal["json", "console"] = _setting("console", "json or console")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
@@ -206,29 +200,29 @@ class Settings(BaseSettings):
                 variable = PREFIX + name.upper()
                 raise ValueError(f"{variable}: set it or {variable}_FILE, not both")
         if (self.mqtt_password or self.mqtt_password_file) and not self.broker.username:
-            raise ValueError("IOT_MQTT_USERNAME: a password is set and no user name; set both")
+            raise ValueError("IOT_MQTT_USERNAME: a password is set without a user name; set both")
         if bool(self.mqtt_cert_file) != bool(self.mqtt_key_file):
             raise ValueError("IOT_MQTT_CERT_FILE: a client certificate needs IOT_MQTT_KEY_FILE too")
         if self.mqtt_ca_file and not self.broker.tls:
             raise ValueError("IOT_MQTT_CA_FILE: is for mqtts:// and wss://, not this IOT_MQTT_URL")
         if self.session_on_stop == "ordinal" and not _ORDINAL.fullmatch(self.mqtt_client_id):
             raise ValueError(
-                f"IOT_MQTT_CLIENT_ID: {self.mqtt_client_id!r} does not end in an ordinal, by which "
-                "IOT_SESSION_ON_STOP=ordinal decides; for example collector-0"
+                f"IOT_MQTT_CLIENT_ID: {self.mqtt_client_id!r} does not end in an ordinal, which "
+                "IOT_SESSION_ON_STOP=ordinal needs; for example collector-0"
             )
         return self
 
     @property
     def leave_on_stop(self) -> bool:
-        """Whether to leave the broker's session at the end, rather than to keep it."""
+        """Whether to leave the broker's session when the collector stops, or to keep it."""
         if self.session_on_stop == "ordinal":
             return not self.mqtt_client_id.endswith("-0")
         return self.session_on_stop == "leave"
 
     def pods_to_wait_for(self, client_ids: Iterable[str]) -> list[str]:
-        """Return which of these may hold the subscription of their StatefulSet that we replace.
+        """Return which of these are pods that must change their subscriptions before we do.
 
-        For pod 0 the other pods, for those pod 0; without a StatefulSet none.
+        For pod 0 of a StatefulSet the other pods, for those pod 0; otherwise none.
         """
         me = _ORDINAL.fullmatch(self.mqtt_client_id)
         if me is None or self.session_on_stop != "ordinal":
@@ -238,7 +232,7 @@ class Settings(BaseSettings):
 
     @property
     def broker(self) -> Broker:
-        """Where the broker is, and who we are to it."""
+        """The parts of IOT_MQTT_URL, and the user name."""
         url = urlsplit(self.mqtt_url)
         transport, tls, port = SCHEMES[url.scheme]
         user = self.mqtt_username or unquote(url.username or "") or None
@@ -247,22 +241,22 @@ class Settings(BaseSettings):
 
     @property
     def mqtt_secret(self) -> str | None:
-        """The broker password, read anew at each call."""
+        """The password for the broker; its file is read at each call."""
         in_url = urlsplit(self.mqtt_url).password
         return _secret(self.mqtt_password, self.mqtt_password_file) or (in_url and unquote(in_url))
 
     @property
     def database_secret(self) -> str | None:
-        """The database password, read anew at each call; None leaves it to libpq."""
+        """The password for the database; its file is read at each call. None leaves it to libpq."""
         return _secret(self.database_password, self.database_password_file)
 
 
 def _secret(value: SecretStr | None, path: Path | None) -> str | None:
     if path is not None:
         try:
-            # Editors and `echo` end files with a newline; no one means it as part of the password.
+            # Editors and `echo` add a newline, which is not a part of the password.
             return path.read_text("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:  # whose text has a part of what it could not read
+        except UnicodeDecodeError:  # its text contains a part of the password
             raise OSError(f"{path} is not UTF-8 text") from None
     return value.get_secret_value() if value else None
 
@@ -273,7 +267,7 @@ VARIABLES = {f"{PREFIX}{name.upper()}": field for name, field in Settings.model_
 def load() -> Settings:
     """Read the settings from the environment.
 
-    :raises SettingsError: a value is wrong, or a variable with our prefix is unknown.
+    :raises SettingsError: a value is wrong, or there is an unknown variable IOT_….
     """
     faults = []
     for name in sorted(os.environ.keys() - VARIABLES.keys()):
@@ -286,7 +280,7 @@ def load() -> Settings:
     except pydantic.ValidationError as error:
         for fault in error.errors():
             text = fault["msg"].removeprefix("Value error, ")
-            if fault["loc"]:  # else it is from _consistent, which names the setting itself
+            if fault["loc"]:  # otherwise it is from _consistent, which names the setting
                 name = f"{PREFIX}{fault['loc'][0]}".upper()
                 [example] = VARIABLES[name].examples or [None]
                 text = f"{name}: {text}; for example {example}"

@@ -1,4 +1,4 @@
-"""Devices that publish: for a first try, for tests and for load."""
+"""Simulated devices that publish, for a first try, for tests and for load."""
 
 import random
 import sys
@@ -19,9 +19,9 @@ from rich.progress import Progress
 from .connection import set_up_transport
 from .settings import Settings
 
-# Un-acknowledged messages of a connection: enough to fill the pipe, few enough for any broker.
+# Un-acknowledged messages per connection: enough for full speed, few enough for any broker.
 _WINDOW = 1_000
-_PATIENCE = 30.0  # seconds to wait for the connection, and for the last acknowledgements
+_TIMEOUT = 30.0  # seconds to wait for the connection, and for the last acknowledgements
 
 _GARBAGE = (b"", b"temperature:", b":5", b"\xff\xfe\x00", b'{"a":', b"NaN", b'{"a":NaN}', b"[" * 99)
 
@@ -42,20 +42,20 @@ class Plan:
 
 
 def messages(plan: Plan) -> Iterator[tuple[str, bytes]]:
-    """Yield (topic, payload) of each message, device after device, without end."""
-    dice = random.Random(plan.seed)  # noqa: S311
+    """Yield (topic, payload) of each message, device after device, for ever."""
+    rng = random.Random(plan.seed)  # noqa: S311
     shapes = ["text", "json", "garbage"] if plan.payload == "mix" else [plan.payload]
     sequence = 0
     while True:
         for number in range(plan.devices):
             device = f"device-{number:04d}"
-            payload = _payload(shapes[sequence % len(shapes)], device, sequence, dice)
+            payload = _payload(shapes[sequence % len(shapes)], device, sequence, rng)
             yield plan.topic.replace("{device}", device), payload
             sequence += 1
 
 
-def _payload(shape: str, device: str, sequence: int, dice: random.Random) -> bytes:
-    temperature = round(dice.gauss(21, 2), 1)
+def _payload(shape: str, device: str, sequence: int, rng: random.Random) -> bytes:
+    temperature = round(rng.gauss(21, 2), 1)
     if shape == "text":
         return f"temperature:{temperature}".encode()
     if shape == "json":
@@ -63,11 +63,11 @@ def _payload(shape: str, device: str, sequence: int, dice: random.Random) -> byt
             "device": device,
             "seq": sequence,
             "temperature": temperature,
-            "humidity": round(dice.uniform(30, 70), 1),
-            "battery": round(dice.uniform(3.3, 4.2), 2),
+            "humidity": round(rng.uniform(30, 70), 1),
+            "battery": round(rng.uniform(3.3, 4.2), 2),
         }
         return orjson.dumps(reading)
-    return dice.choice(_GARBAGE)
+    return rng.choice(_GARBAGE)
 
 
 class Publisher:
@@ -94,28 +94,28 @@ class Publisher:
         self._client.loop_start()
 
     def wait_connected(self) -> str | None:
-        """Wait for the broker's answer; return why it refused us, or None."""
-        if not self._connected.wait(_PATIENCE):
+        """Wait for the broker's answer; return why it refused the connection, or None."""
+        if not self._connected.wait(_TIMEOUT):
             return "no answer from the broker"
         return self.error
 
-    def publish(self, topic: str, payload: bytes, qos: int, until: float) -> bool:
-        """Publish when there is room in the window; False when there was none ``until`` then."""
-        if not self._room.acquire(timeout=max(0.0, until - time.monotonic())):
+    def publish(self, topic: str, payload: bytes, qos: int, deadline: float) -> bool:
+        """Publish as soon as the window has room; return whether it had before the deadline."""
+        if not self._room.acquire(timeout=max(0.0, deadline - time.monotonic())):
             return False
         self._client.publish(topic, payload, qos)
         return True
 
-    def finish(self, published: int, until: float) -> None:
+    def finish(self, published: int, deadline: float) -> None:
         """Wait for the outstanding acknowledgements, then disconnect."""
-        while self.settled < published and time.monotonic() < until:
+        while self.answered < published and time.monotonic() < deadline:
             time.sleep(0.01)
         self._client.disconnect()
         self._client.loop_stop()
 
     @property
-    def settled(self) -> int:
-        """How many messages the broker has answered, either way."""
+    def answered(self) -> int:
+        """How many messages the broker has acknowledged or refused."""
         return self.acknowledged + sum(self.refused.values())
 
     def _on_connect(
@@ -135,7 +135,7 @@ class Publisher:
 
 
 def simulate(settings: Settings, plan: Plan) -> int:
-    """Publish as planned, print what was acknowledged; return 0 when all of it was."""
+    """Publish as planned, print what was acknowledged; return 0 if everything was."""
     name = f"iot-simulator-{random.getrandbits(32):08x}"
     try:
         publishers = [Publisher(settings, f"{name}-{i}") for i in range(plan.connections)]
@@ -150,9 +150,9 @@ def simulate(settings: Settings, plan: Plan) -> int:
         _publish(plan, publishers, published, started)
     except KeyboardInterrupt:
         click.echo("interrupted; waiting for acknowledgements", err=True)
-    until = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     for publisher, count in zip(publishers, published, strict=True):
-        publisher.finish(count, until)
+        publisher.finish(count, deadline)
     elapsed = time.monotonic() - started
     acknowledged = sum(publisher.acknowledged for publisher in publishers)
     failed = sum(published) - acknowledged
@@ -180,8 +180,8 @@ def _publish(plan: Plan, publishers: list[Publisher], published: list[int], star
             if time.monotonic() >= end:
                 break
             turn = sequence % len(publishers)
-            until = min(end, time.monotonic() + _PATIENCE)
-            if not publishers[turn].publish(topic, payload, plan.qos, until):
+            deadline = min(end, time.monotonic() + _TIMEOUT)
+            if not publishers[turn].publish(topic, payload, plan.qos, deadline):
                 break
             published[turn] += 1
             if sequence % 100 == 0:

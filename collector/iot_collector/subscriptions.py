@@ -1,10 +1,10 @@
-"""Subscribes the broker's session to what the settings name, and to nothing else.
+"""Subscribes the broker's session to the filters of the settings, and to nothing else.
 
-A session outlives the process, and so does a filter that the settings no longer name. Its
-subscription is *replaced*: there must be no moment without one of the two, and so there is one with
-both, in which the broker sends each message twice. One SUBSCRIBE, which the broker carries out as
-a whole, adds the new filter and lowers the old one to QoS 0. From then on the copy for the old
-filter is the one with QoS 0, and is dropped; the one for the new filter has its QoS and its packet
+A session outlives the process, and so does a subscription to a filter that is no longer in the
+settings. Such a subscription is *replaced*: there must be no moment without either of the two, so
+there is one with both, in which the broker sends each message twice. One SUBSCRIBE, which the
+broker carries out as a whole, adds the new filter and lowers the old one to QoS 0. From then on the
+copy for the old filter has QoS 0 and is dropped; the one for the new filter has its QoS and packet
 id. docs/adr/0002-changing-subscriptions.md has the reasons and the limits.
 """
 
@@ -17,30 +17,30 @@ from paho.mqtt.client import topic_matches_sub
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from .flow import Greeting, Note, Subscribed
-from .reader import StockClient
-from .rows import decode, head
-from .sessions import Claim, bare
+from .buffer import QOS, Event, ReadBatch, SessionStart, SubscriptionsChanged
+from .client import StockClient
+from .copy_format import decode_tuple, tuple_start
+from .sessions import Claim, without_share
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_RESUBSCRIBE = 15.0  # seconds until a refused subscription is asked for again
-_ASK_AGAIN = 1.0  # seconds between looks whether another session is still in the way
-# Seconds that the database gets to answer what the session is subscribed to and may be, before it
-# is subscribed without: a database that is away must not cost messages. What waits for a session
-# that the broker kept is queued, if it was subscribed; for a new one it is lost. For the other pods
-# of a StatefulSet, pod 0 has a session.
-_NEW_SESSION, _KEPT_SESSION, _OTHER_POD = 2.0, 10.0, 600.0
-# Seconds that another session may be in the way. Pods that end have 50 s for it
-# (terminationGracePeriodSeconds); pod 0 is replaced, which may take as long as pulling an image.
+# All times are in seconds.
+_RETRY_REFUSED = 15.0  # until a refused subscription is tried again
+_RETRY_CLAIM = 1.0  # between two attempts to claim filters that another session is in the way of
+# How long the database may take to answer what the session may be subscribed to. Then it is
+# subscribed without an answer: an unavailable database must not cost messages. A session that the
+# broker kept loses nothing while it waits; a new one does. For other pods than pod 0 of a
+# StatefulSet, pod 0 has a session.
+_NEW_SESSION_TIMEOUT, _KEPT_SESSION_TIMEOUT, _OTHER_POD_TIMEOUT = 2.0, 10.0, 600.0
+# How long to wait for other sessions. Pods get 50 s to stop (terminationGracePeriodSeconds). Pod 0
+# is replaced, which may include pulling an image.
 _WAIT_FOR_PODS, _WAIT_FOR_POD_0 = 60.0, 600.0
-_QOS = 0x06 << 16  # the bits of a tag (see flow.Chunk)
 
 
 @dataclass(slots=True)
 class _Request:
-    """A SUBSCRIBE that is not answered yet; ``stale`` filters are lowered to QoS 0 by it."""
+    """A SUBSCRIBE without an answer yet; it lowers the ``stale`` filters to QoS 0."""
 
     filters: list[str]
     stale: list[str]
@@ -49,7 +49,7 @@ class _Request:
 class Subscriptions:
     """The subscriptions of one session, over one connection after the other.
 
-    Used by the network thread alone; others may look at the public attributes.
+    Used by the network thread only; other threads may read the public attributes.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -57,77 +57,77 @@ class Subscriptions:
         self._v5 = settings.mqtt_version == "5"
         self._another_pod = bool(settings.session_on_stop == "ordinal" and settings.leave_on_stop)
         self._client: StockClient
-        self._source: object = None
-        self._certain = False  # the session has the filters of the settings and no others
+        self._connection: object = None
+        self._up_to_date = False  # the session has the filters of the settings and no others
         self._waiting_since = math.inf
-        self.active = False  # the broker sends us what we are here to collect
-        self.refused: dict[str, str]  # topic filter -> why the broker refused it
-        self.waits_for: list[str]  # client ids whose sessions are in the way
-        self.notes: list[Note]  # to be put into the flow
-        self.end()
+        self.active = False  # all filters of the settings are subscribed to
+        self.refused: dict[str, str]  # filter -> why the broker refused it
+        self.waiting_for: list[str]  # client ids of the sessions that are in the way
+        self.events: list[Event]  # to be put into the buffer
+        self.reset()
 
-    def end(self) -> None:
-        """Forget what concerns one connection only: it is gone."""
-        self.active, self.refused, self.waits_for, self.notes = False, {}, [], []
-        self._requests: dict[int | None, _Request] = {}
-        self._removal: int | None = None  # the UNSUBSCRIBE that ends a replacement
-        self._farewell: int | None = None  # the one that leaves the session without subscription
-        self._due: list[str] = []  # filters of the next SUBSCRIBE, and when it is sent
+    def reset(self) -> None:
+        """Forget the state of a connection that has ended."""
+        self.active, self.refused, self.waiting_for, self.events = False, {}, [], []
+        self._requests: dict[int | None, _Request] = {}  # by packet id
+        self._removal: int | None = None  # packet id of the UNSUBSCRIBE that ends a replacement
+        self._leave: int | None = None  # packet id of the UNSUBSCRIBE of `unsubscribe_all`
+        self._due: list[str] = []  # the filters of the next SUBSCRIBE, to be sent at `_due_at`
         self._due_at = 0.0
-        self._asked = self._left = False  # for the filters of the settings; for none any more
+        self._requested = self._left = False  # the filters of the settings; that of all
         self._held: list[str] = []
         self._stale: list[str] = []
-        self._gone: list[str] = []
-        self._ask_at = math.inf
-        # Where in what is read now the copies begin and end; see `drop_copies`.
-        self._from: int | None = None
-        self._until: int | None = None
-        self._last: bytes | None = None
+        self._removed: list[str] = []  # stale filters of the UNSUBSCRIBE, without their group
+        self._claim_at = math.inf
+        # In the messages that the client holds now, where the copies start and end: `drop_copies`.
+        self._copies_start: int | None = None
+        self._copies_end: int | None = None
+        self._dropped: bytes | None = None  # the row of the last copy
 
-    def begin(self, client: StockClient, source: object, *, present: bool) -> None:
-        """Start over: there is a connection, and a session that is ``present`` since before."""
-        self.end()
-        self._client, self._source = client, source
+    def start(self, client: StockClient, connection: object, *, session_present: bool) -> None:
+        """Start over on a new connection."""
+        self.reset()
+        self._client, self._connection = client, connection
         self._due, self._due_at = self._settings.mqtt_topics, 0.0
-        self._certain = self._certain and present
-        if not self._certain:
-            # A session that is new makes the ledger void. That is to be noted before the first
-            # message can be sent, so that no process can take it for one of the old session.
-            patience = _KEPT_SESSION if present else _NEW_SESSION
-            self._due_at = time.monotonic() + (_OTHER_POD if self._another_pod else patience)
-        self.look()
+        self._up_to_date = self._up_to_date and session_present
+        if not self._up_to_date:
+            # The database has to clear the ledger of a new session before the broker sends its
+            # first message; otherwise a process could take that for one of the old session.
+            timeout = _KEPT_SESSION_TIMEOUT if session_present else _NEW_SESSION_TIMEOUT
+            self._due_at = time.monotonic() + (_OTHER_POD_TIMEOUT if self._another_pod else timeout)
+        self.check_due()
 
-    def look(self) -> None:
-        """Do what is due; called at least once a second."""
+    def check_due(self) -> None:
+        """Send what is due; called at least once a second."""
         now = time.monotonic()
-        if now >= self._ask_at:
-            self._ask_at = math.inf
+        if now >= self._claim_at:
+            self._claim_at = math.inf
             limit = _WAIT_FOR_POD_0 if self._another_pod else _WAIT_FOR_PODS
-            insist = now - self._waiting_since > limit
-            if insist:
+            force = now - self._waiting_since > limit
+            if force:
                 log.warning(
                     "not waiting any longer for the sessions of other pods; messages may be stored "
                     "twice. A pod that was killed keeps its subscription until it has run again "
                     "and was stopped, or its session expires",
-                    client_ids=self.waits_for,
+                    client_ids=self.waiting_for,
                 )
-            self.notes.append(Greeting(self._source, session_present=True, insist=insist))
+            self.events.append(SessionStart(self._connection, session_present=True, force=force))
         if self._due and now >= self._due_at:
             self._subscribe_to_settings()
 
-    def answer(self, claim: Claim) -> None:
-        """Go on: the database knows about the session, and what it may be subscribed to."""
+    def handle_claim(self, claim: Claim) -> None:
+        """Go on with the answer of the database."""
         if self._left:
             return
-        self.waits_for = [] if self._asked else claim.waits_for
-        if claim.waits_for and self._asked:
-            self.notes.append(Greeting(self._source, session_present=True, insist=True))
-        elif claim.waits_for:
+        self.waiting_for = [] if self._requested else claim.waiting_for
+        if claim.waiting_for and self._requested:
+            self.events.append(SessionStart(self._connection, session_present=True, force=True))
+        elif claim.waiting_for:
             self._wait(claim)
         else:
             self._waiting_since = math.inf
-            self._stale, self._certain = claim.stale, not claim.stale
-            if claim.stale or not self._asked:
+            self._stale, self._up_to_date = claim.stale, not claim.stale
+            if claim.stale or not self._requested:
                 self._due = self._settings.mqtt_topics
                 self._subscribe_to_settings()
 
@@ -138,57 +138,56 @@ class Subscriptions:
             log.info(
                 "waiting until other pods have changed their subscriptions, so that no message is "
                 "stored twice",
-                client_ids=claim.waits_for,
+                client_ids=claim.waiting_for,
                 filters=self._settings.mqtt_topics,
                 subscribed_to=claim.held,
             )
-        self._ask_at, self._due_at = now + _ASK_AGAIN, math.inf
+        self._claim_at, self._due_at = now + _RETRY_CLAIM, math.inf
         if claim.held and not self._held:
-            # A broker that was restarted may have kept the session without them (Mosquitto 2.0
-            # does not save shared subscriptions).
+            # After a restart, the broker may have the session without its subscriptions: Mosquitto
+            # 2.0 does not save shared ones.
             self._subscribe(claim.held, [])
         self._held = claim.held
 
-    def leave(self) -> None:
-        """Unsubscribe from everything, for good."""
-        self._left, self._due, self._ask_at = True, [], math.inf
-        self.waits_for = []
-        _, self._farewell = self._client.unsubscribe(
+    def unsubscribe_all(self) -> None:
+        """Unsubscribe from everything, to leave the session."""
+        self._left, self._due, self._claim_at = True, [], math.inf
+        self.waiting_for = []
+        _, self._leave = self._client.unsubscribe(
             sorted({*self._settings.mqtt_topics, *self._held, *self._stale})
         )
 
     def _subscribe_to_settings(self) -> None:
         due, self._due = self._due, []
-        self._asked = True
+        self._requested = True
         self._subscribe(due, self._stale)
 
     def _subscribe(self, filters: list[str], stale: list[str]) -> None:
         qos = min(self._settings.mqtt_qos, self._client.max_qos)
         if self._v5:
-            # Retained messages only for a new subscription, or each reconnect stores them again;
-            # and not for one that replaces another, which had them.
-            had = {bare(f) for f in stale}
-            new_only, never = (
+            # Retained messages are wanted for a new subscription only: not at each reconnect, and
+            # not for a filter that replaces another, which got them already.
+            replaced = {without_share(f) for f in stale}
+            if_new, never = (
                 SubscribeOptions.RETAIN_SEND_IF_NEW_SUB,
                 SubscribeOptions.RETAIN_DO_NOT_SEND,
             )
-            asked = [
-                (f, SubscribeOptions(qos=qos, retainHandling=never if bare(f) in had else new_only))
-                for f in filters
-            ]
-            asked += [(f, SubscribeOptions(qos=0, retainHandling=never)) for f in stale]
-            _, mid = self._client.subscribe(asked)
+            options = [(f, never if without_share(f) in replaced else if_new, qos) for f in filters]
+            options += [(f, never, 0) for f in stale]
+            _, packet_id = self._client.subscribe(
+                [(f, SubscribeOptions(qos=q, retainHandling=retain)) for f, retain, q in options]
+            )
         else:
-            # To such a client Mosquitto sends a message once, whatever matches it; with QoS 0
-            # for the old filter, it may be the one copy that has it.
-            _, mid = self._client.subscribe([(f, qos) for f in filters])
-        self._requests[mid] = _Request(filters, stale)
+            # With MQTT 3.1.1, Mosquitto sends a message once, whatever matches it. If the old
+            # filter were lowered to QoS 0, that one message might have it.
+            _, packet_id = self._client.subscribe([(f, qos) for f in filters])
+        self._requests[packet_id] = _Request(filters, stale)
 
-    def subscribed(self, mid: int, reasons: list[ReasonCode]) -> None:
-        """Take note of the broker's answer to a SUBSCRIBE."""
-        request = self._requests.pop(mid)
-        if self._asked and not set(request.filters) <= set(self._settings.mqtt_topics):
-            return  # old ones again
+    def handle_suback(self, packet_id: int, reasons: list[ReasonCode]) -> None:
+        """Handle the broker's answer to a SUBSCRIBE."""
+        request = self._requests.pop(packet_id)
+        if self._requested and not set(request.filters) <= set(self._settings.mqtt_topics):
+            return  # the answer for old filters
         refused = {}
         for topic_filter, reason in zip(request.filters, reasons, strict=False):
             if reason.is_failure:
@@ -197,64 +196,67 @@ class Subscriptions:
                 log.error(fault, filter=topic_filter, reason=str(reason))
             elif reason.value == 0:
                 log.warning("broker granted QoS 0 only: it may lose messages", filter=topic_filter)
-        self.refused = refused  # in one step: other threads read it
+        self.refused = refused  # replaced as a whole, because other threads read it
         self.active = not self.refused
-        if self._left or not self._asked:
+        if self._left or not self._requested:
             return
-        self._due, self._due_at = list(self.refused), time.monotonic() + _RESUBSCRIBE
+        self._due, self._due_at = list(self.refused), time.monotonic() + _RETRY_REFUSED
         if request.stale:
             self._remove(request.stale)
 
     def _remove(self, stale: list[str]) -> None:
-        """Unsubscribe from old filters, but for those whose replacement was refused."""
-        missing = {bare(f) for f in self.refused}
-        self._stale = [f for f in stale if bare(f) in missing]
+        """Unsubscribe from old filters, except where the broker refused the new one."""
+        missing = {without_share(f) for f in self.refused}
+        self._stale = [f for f in stale if without_share(f) in missing]
         if self._stale:
-            self._subscribe(self._stale, [])  # with its QoS again
-        if gone := [f for f in stale if f not in self._stale]:
-            log.info("unsubscribing from topics that are no longer set", filters=gone)
-            self._gone = [bare(f) for f in gone]
-            self._from = self._client.pending if self._v5 else None
-            _, self._removal = self._client.unsubscribe(gone)
+            self._subscribe(self._stale, [])  # with their QoS again
+        if removed := [f for f in stale if f not in self._stale]:
+            log.info("unsubscribing from topics that are no longer set", filters=removed)
+            self._removed = [without_share(f) for f in removed]
+            self._copies_start = self._client.message_count if self._v5 else None
+            _, self._removal = self._client.unsubscribe(removed)
 
-    def unsubscribed(self, mid: int) -> None:
-        """Take note of the broker's answer to an UNSUBSCRIBE."""
-        if mid == self._farewell:
-            self.notes.append(Subscribed(self._source, []))
-        elif mid == self._removal:
-            self._until = self._client.pending
-            self._certain = not self._stale
+    def handle_unsuback(self, packet_id: int) -> None:
+        """Handle the broker's answer to an UNSUBSCRIBE."""
+        if packet_id == self._leave:
+            self.events.append(SubscriptionsChanged(self._connection, []))
+        elif packet_id == self._removal:
+            self._copies_end = self._client.message_count
+            self._up_to_date = not self._stale
             filters = [*self._settings.mqtt_topics, *self._stale]
-            self.notes.append(Subscribed(self._source, filters))
+            self.events.append(SubscriptionsChanged(self._connection, filters))
 
     @property
     def replacing(self) -> bool:
-        """Whether the last read may have copies."""
-        return self._from is not None
+        """Whether the messages of the last read may include copies."""
+        return self._copies_start is not None
 
-    def drop_copies(self, rows: list[bytes], tags: list[int]) -> tuple[list[bytes], list[int], int]:
-        """Take the old filters' copies from the rows and tags of a read; also return how many.
+    def drop_copies(self, read: ReadBatch) -> ReadBatch:
+        """Return the messages of a read without the copies that came for old filters.
 
-        Of a message published with QoS 1 or 2 the copy has QoS 0. Of one that was published with
-        QoS 0 both have it: they come one right after the other and are equal. Either of them is
-        missing where the other went to another member of the group, or there is no other.
+        The copy of a message that was published with QoS 1 or 2 has QoS 0. If it was published with
+        QoS 0, both have QoS 0; they are equal and come one right after the other. One of the two is
+        missing if the group gave the message to another member, or has no member.
         """
-        start = self._from or 0
-        end = len(tags) if self._until is None else self._until
-        self._from, self._until = (0, None) if self._until is None else (None, None)
+        start = self._copies_start or 0
+        end = len(read) if self._copies_end is None else self._copies_end
+        # The copies go on in the next read, or have ended.
+        self._copies_start = 0 if self._copies_end is None else None
+        self._copies_end = None
         kept = list(range(start))
         for i in range(start, end):
-            if tags[i] & _QOS or not self._copied(rows[i]) or rows[i] == self._last:
-                self._last = None
+            row = read.rows[i]
+            if read.tags[i] & QOS or not self._has_copy(row) or row == self._dropped:
+                self._dropped = None
                 kept.append(i)
             else:
-                self._last = rows[i]
-        kept += range(end, len(tags))
-        return [rows[i] for i in kept], [tags[i] for i in kept], len(tags) - len(kept)
+                self._dropped = row
+        kept += range(end, len(read))
+        return read.select(kept)
 
-    def _copied(self, row: bytes) -> bool:
-        """Whether a message's topic matches both a filter that goes and one that stays."""
-        topic = decode(head(0.0) + row).topic.decode()
-        return any(topic_matches_sub(f, topic) for f in self._gone) and any(
-            topic_matches_sub(bare(f), topic) for f in self._settings.mqtt_topics
+    def _has_copy(self, row: bytes) -> bool:
+        """Whether a message's topic matches both an old filter and one of the settings."""
+        topic = decode_tuple(tuple_start(0.0) + row).topic.decode()
+        return any(topic_matches_sub(f, topic) for f in self._removed) and any(
+            topic_matches_sub(without_share(f), topic) for f in self._settings.mqtt_topics
         )

@@ -8,14 +8,14 @@ from unittest.mock import Mock
 
 import psycopg2
 import pytest
+from iot_collector.buffer import Buffer
 from iot_collector.connection import Connection
 from iot_collector.database import explain, kind_of
-from iot_collector.flow import Flow
 from iot_collector.health import Health
-from iot_collector.link import Link
+from iot_collector.network import NetworkThread
 from iot_collector.settings import Settings
 from iot_collector.subscriptions import Subscriptions, _Request
-from iot_collector.writer import Writer
+from iot_collector.writer import WriterThread
 
 from testing.collector import FAULTY_COLLECTOR, Collector, law
 from testing.mosquitto import Mosquitto
@@ -131,10 +131,12 @@ def test_bug_after_the_commit(
 
 def test_writer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """/livez fails when it has made no step for far longer than a database may make it wait."""
-    settings, flow, metrics = Settings(database_timeout_seconds=10), Flow(max_bytes=1), Mock()
-    link = Mock(is_alive=lambda: True, beat=math.inf, limit=60.0, bugs=0)
-    writer = Writer(settings, flow, metrics, lambda _items: None)
-    health = Health(settings, flow, link, writer)
+    settings, buffer, metrics = Settings(database_timeout_seconds=10), Buffer(max_bytes=1), Mock()
+    network = Mock(
+        is_alive=lambda: True, last_progress=math.inf, progress_timeout=60.0, consecutive_bugs=0
+    )
+    writer = WriterThread(settings, buffer, metrics, lambda _items: None)
+    health = Health(settings, buffer, network, writer)
     hangs, go_on = threading.Event(), threading.Event()
 
     def hang(*_: object) -> None:
@@ -143,7 +145,7 @@ def test_writer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         raise psycopg2.OperationalError("for the test")
 
     def live_after(seconds: float) -> list[str]:
-        later = Mock(monotonic=lambda: writer.beat + seconds)
+        later = Mock(monotonic=lambda: writer.last_progress + seconds)
         monkeypatch.setattr("iot_collector.health.time", later)
         problems = health.live()["problems"]
         assert isinstance(problems, list)
@@ -157,9 +159,9 @@ def test_writer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert live_after(3 * settings.database_timeout_seconds) == [], "the database is slow"
         assert live_after(1000) == ["thread writer hangs"]
     finally:
-        flow.close()
+        buffer.close()
         go_on.set()
-        writer.join(PATIENCE)
+        writer.stop(PATIENCE)
     assert not writer.is_alive()
 
 
@@ -231,7 +233,7 @@ def test_kind_of_an_error_without_sqlstate(
 def test_connection_ends_while_another_thread_asks() -> None:
     """The network thread takes the connection away between any two looks at it."""
 
-    class Ending(Link):
+    class Ending(NetworkThread):
         looks = 0
 
         @property
@@ -243,14 +245,14 @@ def test_connection_ends_while_another_thread_asks() -> None:
         def connection(self, value: Connection | None) -> None:
             pass
 
-    link = Ending(Settings(), Flow(max_bytes=1), Mock())
-    link.subscriptions.active = True
+    network = Ending(Settings(), Buffer(max_bytes=1), Mock())
+    network.subscriptions.active = True
     try:
-        assert link.connected
-        assert not link.connected
+        assert network.connected
+        assert not network.connected
     finally:
-        link._wake_reader.close()
-        link._wake_writer.close()
+        network._wake_reader.close()
+        network._wake_writer.close()
 
 
 def test_refused_subscriptions_change_while_another_thread_reads() -> None:
@@ -266,6 +268,6 @@ def test_refused_subscriptions_change_while_another_thread_reads() -> None:
             seen.append(dict(subscriptions.refused))
             return True
 
-    subscriptions.subscribed(1, [Reason(), Reason()])  # type: ignore[list-item]
+    subscriptions.handle_suback(1, [Reason(), Reason()])  # type: ignore[list-item]
     assert seen == [before, before]
     assert set(subscriptions.refused) == {"a", "b"}

@@ -20,9 +20,6 @@ from typing import Self, TypeVar
 
 import psycopg2
 import pytest
-from iot_collector.flow import Chunk
-from iot_collector.ledger import Ledger
-from iot_collector.rows import Prefixes, tuples
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion
 
@@ -441,7 +438,7 @@ def test_database_hangs_beyond_keepalive(
         **common,
     ).start()
     flood = [("flood", b"%d:" % i + bytes(4000)) for i in range(10_000)]  # 40 MB
-    size = Chunk(None, tuples([Prefixes(0x30)[b"flood"]], [flood[-1][1]]), [0], 0.0, 0.0).size
+    size = len(flood[-1][1])
     publish(broker, flood[:10], qos=0)
     nil.wait_settled(10)
     before = resident(nil.pid)
@@ -988,20 +985,6 @@ def test_numbers_of_a_killed_broker(
     collector.start()
     collector.wait_settled(10 - committed)
     assert database.count() == 40
-
-
-def test_ledger_of_a_new_process_is_no_longer() -> None:
-    """The database keeps more than the window; ids may have come round in the rest."""
-    ledger = Ledger(3)
-    batches = [ledger.split([chunk(0x32, mid)])[1] for mid in range(1, 11)]
-    restarted = Ledger(3)
-    restarted.reset(batches)
-    assert restarted.split([chunk(0x3A, 10)])[0][0].rows == [], "stored: sent again"
-    assert restarted.split([chunk(0x3A, 1)])[0][0].rows == [b"row"], "as likely a new message"
-
-
-def chunk(header: int, mid: int) -> Chunk:
-    return Chunk(None, [b"row"], [header << 16 | mid], 0.0, 0.0)
 
 
 @pytest.mark.skipif(not FULL, reason="sends 65 535 messages; in make test-faults")

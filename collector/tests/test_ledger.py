@@ -1,7 +1,7 @@
 """The ledger between a model broker and a model database; see docs/adr/0001-packet-id-ledger.md.
 
-The machine runs the real `Ledger`. Packet ids wrap early, so that what needs 65 535 messages in
-life happens within a dozen here. Every guard is also taken out once, and the machine has to notice.
+The machine runs the real `PacketHistory`. Packet ids wrap early: what takes 65 535 messages in real
+life takes a dozen here. Each guard is also removed once, and the machine has to notice.
 """
 
 import random
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
-from iot_collector.flow import Chunk
-from iot_collector.ledger import Ledger
+from iot_collector.buffer import ReadBatch
+from iot_collector.ledger import PacketHistory
 
 WINDOW = 3
 IDS = 10  # ids 1..10 in a cycle: more than twice the window, as 65 535 is in life
@@ -55,8 +55,8 @@ class Broker:
         return self.last_id
 
 
-class Greeting:
-    """The place of a new connection among the messages that were read."""
+class SessionStart:
+    """A new connection, in its place among the messages that were read."""
 
     def __init__(self, connection: int, *, session_present: bool) -> None:
         self.connection = connection
@@ -66,8 +66,8 @@ class Greeting:
 class Machine(RuleBasedStateMachine):
     """Random life of a broker, a collector and a database."""
 
-    ledger_type: type[Ledger] = Ledger
-    ledger_window = WINDOW
+    history_type: type[PacketHistory] = PacketHistory
+    window = WINDOW
     distinct_contents = False
     skipping_ids = False
     lowest_free_ids = False
@@ -84,10 +84,10 @@ class Machine(RuleBasedStateMachine):
         self.stored: list[int] = []  # the database: message numbers …
         self.stored_ledger: list[bytes] = []  # … and ledger rows
         self.subscribed = True
-        self.ledger = self.ledger_type(self.ledger_window)
+        self.history = self.history_type(self.window)
         self.connection = 0
         # Between the threads: tag, message and connection.
-        self.read: list[tuple[int, Message, int] | Greeting] = []
+        self.read: list[tuple[int, Message, int] | SessionStart] = []
         self.to_acknowledge: list[int] = []
 
     @rule(content=st.integers(0, 1))
@@ -114,26 +114,26 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.read)
     def write(self, most: int) -> None:
         """What the writer does with what is next in the queue, up to COMMIT."""
-        greeting = self.read[0]
-        if isinstance(greeting, Greeting):
+        start = self.read[0]
+        if isinstance(start, SessionStart):
             self.read.pop(0)
-            if not greeting.session_present and self.note_sessions:
+            if not start.session_present and self.note_sessions:
                 self.stored_ledger = []
-            self.ledger.reset(list(self.stored_ledger))
-            if greeting.connection == self.connection:
+            self.history.reset(list(self.stored_ledger))
+            if start.connection == self.connection:
                 self.subscribed = True
             return
         batch: list[tuple[int, Message, int]] = []
-        while self.read and len(batch) < most and not isinstance(self.read[0], Greeting):
+        while self.read and len(batch) < most and not isinstance(self.read[0], SessionStart):
             batch.append(self.read.pop(0))
         tags = [tag for tag, _, _ in batch]
-        chunk = Chunk(None, [message for _, message, _ in batch], tags, 0.0, 0.0)
-        (new,), packets = self.ledger.split([chunk])
+        read = ReadBatch(None, [message for _, message, _ in batch], tags, 0.0, 0.0)
+        (new,), packets = self.history.drop_stored([read])
         if new.rows:
-            keep = len(self.ledger) + 1
+            keep = len(self.history) + 1
             self.stored += [row.number for row in new.rows]
             self.stored_ledger = [*self.stored_ledger, packets][-keep:]
-        self.ledger.add(packets)
+        self.history.add(packets)
         for tag, _, connection in batch:
             if connection == self.connection or self.acknowledgements_cross:
                 self.to_acknowledge.append(tag & 0xFFFF)
@@ -151,7 +151,7 @@ class Machine(RuleBasedStateMachine):
     def crash(self) -> None:
         """Memory is gone; a new process finds the session."""
         self.read = []
-        self.ledger = self.ledger_type(self.ledger_window)
+        self.history = self.history_type(self.window)
         self._connect(session_present=True)
 
     @rule()
@@ -172,7 +172,7 @@ class Machine(RuleBasedStateMachine):
         self.to_acknowledge = []
         if not self.subscribed:
             session_present = False  # nothing has been subscribed to: still as good as new
-        self.read.append(Greeting(self.connection, session_present=session_present))
+        self.read.append(SessionStart(self.connection, session_present=session_present))
         for mid, message in self.broker.unacked:
             self.read.append((0x3A << 16 | mid, message, self.connection))
 
@@ -219,40 +219,40 @@ def test_every_message_is_stored_once(machine: type[Machine]) -> None:
     _live_often(machine)
 
 
-class WithoutDup(Ledger):
+class WithoutDup(PacketHistory):
     """Takes every known id and checksum for a message sent again."""
 
     @staticmethod
-    def _new(chunk: Chunk, known: dict[int, int]) -> Chunk:
-        return Ledger._new(replace(chunk, tags=[tag | 0x08 << 16 for tag in chunk.tags]), known)
+    def _new_messages(read: ReadBatch, known: dict[int, int]) -> ReadBatch:
+        with_dup = replace(read, tags=[tag | 0x08 << 16 for tag in read.tags])
+        return PacketHistory._new_messages(with_dup, known)
 
 
-class WithoutChecksum(Ledger):
+class WithoutChecksum(PacketHistory):
     """Takes every known id with DUP for a message sent again."""
 
     @staticmethod
-    def _new(chunk: Chunk, known: dict[int, int]) -> Chunk:
-        kept = [
-            (row, tag)
-            for row, tag in zip(chunk.rows, chunk.tags, strict=True)
+    def _new_messages(read: ReadBatch, known: dict[int, int]) -> ReadBatch:
+        return read.select(
+            index
+            for index, tag in enumerate(read.tags)
             if tag < 0x38 << 16 or tag & 0xFFFF not in known
-        ]
-        return replace(chunk, rows=[row for row, _ in kept], tags=[tag for _, tag in kept])
+        )
 
 
-class WithoutClearing(Ledger):
+class WithoutClearing(PacketHistory):
     """Leaves an id with its old message when a new one has come under it."""
 
-    def _index(self) -> dict[int, int]:
+    def _known_checksums(self) -> dict[int, int]:
         known: dict[int, int] = {}
         for batch in reversed(self._batches):
-            older = Ledger(self._window)
+            older = PacketHistory(self._window)
             older.reset([batch])
-            known.update(older._index())
+            known.update(older._known_checksums())
         return known
 
 
-class WithoutMemory(Ledger):
+class WithoutMemory(PacketHistory):
     """Keeps nothing."""
 
     def add(self, packets: bytes) -> None:
@@ -266,14 +266,14 @@ def _mutant(base: type[Machine], **changes: object) -> type[Machine]:
 @pytest.mark.parametrize(
     "mutant",
     [
-        pytest.param(_mutant(Machine, ledger_window=2 * IDS), id="window beyond the ids"),
-        pytest.param(_mutant(Machine, ledger_window=1), id="window below what is in flight"),
-        pytest.param(_mutant(Machine, ledger_window=0), id="no ledger"),
+        pytest.param(_mutant(Machine, window=2 * IDS), id="window beyond the ids"),
+        pytest.param(_mutant(Machine, window=1), id="window below what is in flight"),
+        pytest.param(_mutant(Machine, window=0), id="no ledger"),
         pytest.param(_mutant(Machine, note_sessions=False), id="lost session not noted"),
-        pytest.param(_mutant(Machine, ledger_type=WithoutMemory), id="ledger forgets"),
-        pytest.param(_mutant(SkippingIds, ledger_type=WithoutChecksum), id="no checksum"),
-        pytest.param(_mutant(SkippingIds, ledger_type=WithoutClearing), id="old entry wins"),
-        pytest.param(_mutant(LowestFreeId, ledger_type=WithoutDup), id="no DUP asked for"),
+        pytest.param(_mutant(Machine, history_type=WithoutMemory), id="ledger forgets"),
+        pytest.param(_mutant(SkippingIds, history_type=WithoutChecksum), id="no checksum"),
+        pytest.param(_mutant(SkippingIds, history_type=WithoutClearing), id="old entry wins"),
+        pytest.param(_mutant(LowestFreeId, history_type=WithoutDup), id="no DUP asked for"),
         pytest.param(
             _mutant(LowestFreeId, acknowledgements_cross=True), id="acknowledgement crosses"
         ),
@@ -309,3 +309,15 @@ def _live(machine: type[Machine], seed: int) -> None:
             rules += [lambda: life.overflow(dice.randint(1, IDS))] if life.skipping_ids else []
             dice.choice(rules)()
     life.teardown()
+
+
+def test_a_restarted_process_forgets_what_is_beyond_the_window() -> None:
+    """The table keeps more batches; their packet ids may have been reused."""
+
+    def read(header: int, packet_id: int) -> ReadBatch:
+        return ReadBatch(None, [b"row"], [header << 16 | packet_id], 0.0, 0.0)
+
+    history, restarted = PacketHistory(3), PacketHistory(3)
+    restarted.reset([history.drop_stored([read(0x32, i)])[1] for i in range(1, 11)])
+    assert restarted.drop_stored([read(0x3A, 10)])[0][0].rows == [], "it was sent again"
+    assert restarted.drop_stored([read(0x3A, 1)])[0][0].rows == [b"row"], "it may be new"

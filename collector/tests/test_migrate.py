@@ -8,12 +8,14 @@ from typing import Any
 
 import psycopg2
 import pytest
-from iot_collector.flow import Chunk
+from iot_collector.buffer import ReadBatch
+from iot_collector.copy_format import RowPrefixes, encode_rows
+from iot_collector.fields import fields_of_all
 from iot_collector.migrate import migrate, migrations
-from iot_collector.rows import Prefixes, tuples
+from iot_collector.partitions import MONTHS_AHEAD
 from iot_collector.sessions import Claim
 from iot_collector.settings import Settings
-from iot_collector.store import MONTHS_AHEAD, Store
+from iot_collector.store import Store
 
 from testing.collector import run_command
 from testing.postgres import Database
@@ -36,10 +38,11 @@ def months(start: datetime, count: int) -> list[str]:
     return [f"messages_{m // 12:04d}_{m % 12 + 1:02d}" for m in range(first, first + count)]
 
 
-def chunk_at(moment: datetime, *payloads: bytes) -> Chunk:
-    rows = tuples([Prefixes(0x32)[b"iot/data"]] * len(payloads), list(payloads))
+def read_at(moment: datetime, *payloads: bytes) -> ReadBatch:
+    prefixes = [RowPrefixes(0x32)[b"iot/data"]] * len(payloads)
+    rows = encode_rows(prefixes, list(payloads), fields_of_all(list(payloads)))
     tags = [0x32 << 16 | i + 1 for i in range(len(rows))]
-    return Chunk(None, rows, tags, time.monotonic(), moment.timestamp())
+    return ReadBatch(None, rows, tags, time.monotonic(), moment.timestamp())
 
 
 def test_fresh_and_again(empty_database: Database) -> None:
@@ -136,7 +139,7 @@ def test_clock_years_away(year: int, database: Database) -> None:
     """A wrong clock makes odd partitions, but loses nothing."""
     moment = datetime(year, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
     store = Store(settings_for(database))
-    stored = store.write([chunk_at(moment, b"a:1"), chunk_at(datetime.now(UTC), b"a:2")], b"", 1)
+    stored = store.write([read_at(moment, b"a:1"), read_at(datetime.now(UTC), b"a:2")])
     store.close()
     assert stored.inserted == 2
     assert database.query("SELECT received_at FROM messages WHERE payload = 'a:1'") == [(moment,)]
@@ -167,13 +170,13 @@ def test_limited_user(database: Database) -> None:
     database.query("ALTER TABLE messages ADD CONSTRAINT c CHECK (payload <> 'poison'::bytea)")
     store = Store(settings_for(user, mqtt_topics=["a"]))
     store.ping()
-    assert store.begin_session(present=False) == (Claim(), [])
-    stored = store.write([chunk_at(datetime.now(UTC), b"a:1", b"poison", b"a:2")], b"packets", 1)
+    assert store.start_session(session_present=False) == Claim()
+    stored = store.write([read_at(datetime.now(UTC), b"a:1", b"poison", b"a:2")])
     assert (stored.inserted, stored.dead_letters) == (2, {"constraint": 1})
-    assert store.begin_session(present=True) == (Claim(held=["a"]), [b"packets"])
-    store.note_filters([])
+    assert store.start_session(session_present=True) == Claim(held=["a"])
+    store.save_filters([])
     assert database.count("sessions") == 0
-    store.write([chunk_at(datetime(2040, 5, 1, tzinfo=UTC), b"a:3")], b"", 1)
+    store.write([read_at(datetime(2040, 5, 1, tzinfo=UTC), b"a:3")])
     store.close()
     assert database.payloads() == [b"a:1", b"a:2", b"a:3"]
     assert "messages_2040_05" in partitions(database)

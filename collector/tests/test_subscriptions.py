@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from iot_collector import sessions, subscriptions
-from iot_collector.flow import Greeting, Subscribed
-from iot_collector.rows import Prefixes, tuples
+from iot_collector.buffer import ReadBatch, SessionStart, SubscriptionsChanged
+from iot_collector.copy_format import RowPrefixes, encode_rows
 from iot_collector.sessions import Claim, conflicts
 from iot_collector.settings import Settings
 from iot_collector.subscriptions import Subscriptions
@@ -59,13 +59,13 @@ class Table:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def claim(self, settings: Settings, *, present: bool = False, insist: bool = False) -> Claim:
+    def claim(self, settings: Settings, *, present: bool = False, force: bool = False) -> Claim:
         with self._database.connect() as connection, connection.cursor() as cursor:
-            return sessions.claim(cursor, settings, present=present, insist=insist)
+            return sessions.claim(cursor, settings, present=present, force=force)
 
-    def note(self, client_id: str, *filters: str) -> None:
+    def save(self, client_id: str, *filters: str) -> None:
         with self._database.connect() as connection, connection.cursor() as cursor:
-            sessions.note(cursor, client_id, list(filters))
+            sessions.save_filters(cursor, client_id, list(filters))
 
     def rows(self) -> dict[str, list[str]]:
         return dict(self._database.query("SELECT client_id, filters FROM sessions"))
@@ -76,21 +76,21 @@ def test_scaling_out_and_in(database: Database) -> None:
     assert table.claim(pod(0, PLAIN)) == Claim()
     # 1 → 3: the new pods wait for pod 0, even when they ask first.
     for ordinal in (1, 2):
-        assert table.claim(pod(ordinal, SHARED)) == Claim(waits_for=["collector-0"])
+        assert table.claim(pod(ordinal, SHARED)) == Claim(waiting_for=["collector-0"])
     assert table.rows() == {"collector-0": [PLAIN]}, "who waits has claimed nothing"
     assert table.claim(pod(0, SHARED), present=True) == Claim(held=[PLAIN], stale=[PLAIN])
-    assert table.claim(pod(1, SHARED)).waits_for == ["collector-0"], "it has both for a moment"
-    table.note("collector-0", SHARED)
+    assert table.claim(pod(1, SHARED)).waiting_for == ["collector-0"], "it has both for a moment"
+    table.save("collector-0", SHARED)
     for ordinal in (1, 2):
         assert table.claim(pod(ordinal, SHARED)) == Claim()
     # Started again, each has what it had.
     assert table.claim(pod(1, SHARED), present=True) == Claim(held=[SHARED])
     # 3 → 1: pod 0 waits for the others, and keeps what it has.
-    waits = Claim(held=[SHARED], waits_for=["collector-1", "collector-2"])
+    waits = Claim(held=[SHARED], waiting_for=["collector-1", "collector-2"])
     assert table.claim(pod(0, PLAIN), present=True) == waits
-    table.note("collector-2")
-    assert table.claim(pod(0, PLAIN), present=True).waits_for == ["collector-1"]
-    table.note("collector-1")
+    table.save("collector-2")
+    assert table.claim(pod(0, PLAIN), present=True).waiting_for == ["collector-1"]
+    table.save("collector-1")
     assert table.claim(pod(0, PLAIN), present=True) == Claim(held=[SHARED], stale=[SHARED])
     assert table.rows() == {"collector-0": [SHARED, PLAIN]}
 
@@ -101,10 +101,10 @@ def test_a_group_with_another_name(database: Database) -> None:
     for ordinal in range(3):
         table.claim(pod(ordinal, SHARED))
     for ordinal in (2, 1):
-        table.note(f"collector-{ordinal}")  # stopped
-        assert table.claim(pod(ordinal, other)).waits_for == ["collector-0"]
+        table.save(f"collector-{ordinal}")  # stopped
+        assert table.claim(pod(ordinal, other)).waiting_for == ["collector-0"]
     assert table.claim(pod(0, other), present=True).stale == [SHARED]
-    table.note("collector-0", other)
+    table.save("collector-0", other)
     assert table.claim(pod(1, other)) == table.claim(pod(2, other)) == Claim()
 
 
@@ -113,7 +113,7 @@ def test_no_pod_waits_for_nobody(on_stop: Literal["keep", "leave"], database: Da
     """Two collectors may have different forms on purpose; only a StatefulSet's pods agree."""
     table = Table(database)
     for client_id in ("archive-0", "collector-0", "collector", "collector-x"):
-        table.note(client_id, PLAIN)
+        table.save(client_id, PLAIN)
     apart = Settings(mqtt_client_id="collector-1", mqtt_topics=[SHARED], session_on_stop=on_stop)
     assert table.claim(apart) == Claim()
     assert table.claim(pod(1, SHARED, name="other")) == Claim()
@@ -122,18 +122,18 @@ def test_no_pod_waits_for_nobody(on_stop: Literal["keep", "leave"], database: Da
 
 def test_insisting(database: Database) -> None:
     table = Table(database)
-    table.note("collector-2", SHARED)
-    table.note("collector-0", SHARED, "old")
-    assert table.claim(pod(0, PLAIN), present=True).waits_for == ["collector-2"]
-    claim = table.claim(pod(0, PLAIN), present=True, insist=True)
+    table.save("collector-2", SHARED)
+    table.save("collector-0", SHARED, "old")
+    assert table.claim(pod(0, PLAIN), present=True).waiting_for == ["collector-2"]
+    claim = table.claim(pod(0, PLAIN), present=True, force=True)
     assert claim == Claim(held=[SHARED, "old"], stale=[SHARED, "old"])
 
 
 def test_a_lost_session_holds_nothing(database: Database) -> None:
     table = Table(database)
-    table.note("collector-0", PLAIN)
-    table.note("collector-1", SHARED)
-    assert table.claim(pod(0, PLAIN), present=False).waits_for == ["collector-1"]
+    table.save("collector-0", PLAIN)
+    table.save("collector-1", SHARED)
+    assert table.claim(pod(0, PLAIN), present=False).waiting_for == ["collector-1"]
     assert table.rows() == {"collector-1": [SHARED]}
 
 
@@ -144,7 +144,7 @@ class Client:
     """Stands in for the client: takes down what is asked of the broker."""
 
     max_qos = 2
-    pending = 0
+    message_count = 0
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, dict[str, int] | list[str]]] = []
@@ -168,7 +168,7 @@ class Client:
 
 def begun(settings: Settings, *, present: bool) -> tuple[Subscriptions, Any]:
     subs, client = Subscriptions(settings), Client()
-    subs.begin(client, None, present=present)  # type: ignore[arg-type]
+    subs.start(client, None, session_present=present)  # type: ignore[arg-type]
     assert client.sent == [], "the database is asked first"
     return subs, client
 
@@ -176,10 +176,10 @@ def begun(settings: Settings, *, present: bool) -> tuple[Subscriptions, Any]:
 def replaced(version: Literal["5", "3.1.1"] = "5") -> tuple[Subscriptions, Any]:
     """In the middle: SUBSCRIBE is answered, UNSUBSCRIBE is not."""
     subs, client = begun(pod(0, SHARED, mqtt_version=version), present=True)
-    subs.answer(Claim(held=[PLAIN], stale=[PLAIN]))
+    subs.handle_claim(Claim(held=[PLAIN], stale=[PLAIN]))
     demoted = {SHARED: 1, PLAIN: 0} if version == "5" else {SHARED: 1}
     assert client.news() == [("subscribe", demoted)]
-    subs.subscribed(1, [GRANTED, GRANTED])
+    subs.handle_suback(1, [GRANTED, GRANTED])
     assert client.news() == [("unsubscribe", [PLAIN])]
     return subs, client
 
@@ -188,24 +188,24 @@ def replaced(version: Literal["5", "3.1.1"] = "5") -> tuple[Subscriptions, Any]:
 def test_replacement(version: Literal["5", "3.1.1"]) -> None:
     subs, client = replaced(version)
     assert subs.replacing is (version == "5"), "Mosquitto sends one copy to older clients"
-    assert subs.notes == []
-    subs.unsubscribed(2)
-    assert [n.filters for n in subs.notes if isinstance(n, Subscribed)] == [[SHARED]]
-    subs.begin(client, None, present=True)
+    assert subs.events == []
+    subs.handle_unsuback(2)
+    assert [n.filters for n in subs.events if isinstance(n, SubscriptionsChanged)] == [[SHARED]]
+    subs.start(client, None, session_present=True)
     assert client.news() == [("subscribe", {SHARED: 1})], "on every later connection at once"
 
 
 def test_refused_replacement_keeps_the_old_subscription() -> None:
     subs, client = begun(pod(0, SHARED, "b"), present=True)
-    subs.answer(Claim(held=[PLAIN, "c"], stale=[PLAIN, "c"]))
+    subs.handle_claim(Claim(held=[PLAIN, "c"], stale=[PLAIN, "c"]))
     client.news()
-    subs.subscribed(1, [REFUSED, GRANTED])
+    subs.handle_suback(1, [REFUSED, GRANTED])
     assert client.news() == [("subscribe", {PLAIN: 1}), ("unsubscribe", ["c"])]
     assert not subs.active
-    subs.subscribed(2, [GRANTED])
-    subs.unsubscribed(3)
-    assert isinstance(subs.notes[0], Subscribed)
-    assert subs.notes[0].filters == [SHARED, "b", PLAIN], "the old one is still in the way"
+    subs.handle_suback(2, [GRANTED])
+    subs.handle_unsuback(3)
+    assert isinstance(subs.events[0], SubscriptionsChanged)
+    assert subs.events[0].filters == [SHARED, "b", PLAIN], "the old one is still in the way"
     assert SHARED in subs.refused
 
 
@@ -213,26 +213,26 @@ def test_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
     monkeypatch.setattr(subscriptions.time, "monotonic", lambda: now)
     subs, client = begun(pod(0, PLAIN), present=True)
-    waits = Claim(held=[SHARED], waits_for=["collector-1"])
-    subs.answer(waits)
+    waits = Claim(held=[SHARED], waiting_for=["collector-1"])
+    subs.handle_claim(waits)
     assert client.news() == [("subscribe", {SHARED: 1})], "it may be lost in a restarted broker"
-    subs.subscribed(1, [GRANTED])
+    subs.handle_suback(1, [GRANTED])
     assert subs.active
-    insists = []
+    forced = []
     for _ in range(70):
         now += 1
-        subs.look()
-        (greeting,) = subs.notes
-        subs.notes.clear()
-        assert isinstance(greeting, Greeting)
-        insists.append(greeting.insist)
-        subs.answer(waits)
-        assert subs.waits_for == ["collector-1"]
+        subs.check_due()
+        (event,) = subs.events
+        subs.events.clear()
+        assert isinstance(event, SessionStart)
+        forced.append(event.force)
+        subs.handle_claim(waits)
+        assert subs.waiting_for == ["collector-1"]
     assert client.news() == []
-    assert insists.index(True) == 60, "longer than a pod gets to end"
-    subs.answer(Claim(held=[SHARED], stale=[SHARED]))
+    assert forced.index(True) == 60, "longer than a pod gets to end"
+    subs.handle_claim(Claim(held=[SHARED], stale=[SHARED]))
     assert client.news() == [("subscribe", {PLAIN: 1, SHARED: 0})]
-    assert subs.waits_for == []
+    assert subs.waiting_for == []
 
 
 @pytest.mark.parametrize(
@@ -246,29 +246,29 @@ def test_database_that_does_not_answer(
     monkeypatch.setattr(subscriptions.time, "monotonic", lambda: now)
     subs, client = begun(pod(ordinal, SHARED), present=present)
     now += limit - 0.1
-    subs.look()
+    subs.check_due()
     assert client.news() == []
     now += 0.2
-    subs.look()
+    subs.check_due()
     assert client.news() == [("subscribe", {SHARED: 1})]
-    subs.answer(Claim(waits_for=["collector-9"]))
-    (greeting,) = subs.notes
-    assert isinstance(greeting, Greeting)
-    assert greeting.insist, "too late to wait"
-    subs.answer(Claim(held=[PLAIN], stale=[PLAIN]))
+    subs.handle_claim(Claim(waiting_for=["collector-9"]))
+    (event,) = subs.events
+    assert isinstance(event, SessionStart)
+    assert event.force, "too late to wait"
+    subs.handle_claim(Claim(held=[PLAIN], stale=[PLAIN]))
     assert client.news() == [("subscribe", {SHARED: 1, PLAIN: 0})]
 
 
 def test_leaving_while_it_waits() -> None:
     subs, client = begun(pod(1, SHARED), present=False)
-    subs.answer(Claim(waits_for=["collector-0"]))
-    subs.leave()
-    subs.answer(Claim())
+    subs.handle_claim(Claim(waiting_for=["collector-0"]))
+    subs.unsubscribe_all()
+    subs.handle_claim(Claim())
     assert client.news() == [("unsubscribe", [SHARED])]
-    subs.unsubscribed(1)
-    (note,) = subs.notes
-    assert isinstance(note, Subscribed)
-    assert note.filters == []
+    subs.handle_unsuback(1)
+    (event,) = subs.events
+    assert isinstance(event, SubscriptionsChanged)
+    assert event.filters == []
 
 
 # Which copies are dropped --------------------------------------------------------------------
@@ -278,14 +278,15 @@ Packet = tuple[str, bytes, int]  # topic, payload, QoS
 
 def row(packet: Packet) -> bytes:
     topic, payload, qos = packet
-    return tuples([Prefixes(qos << 1)[topic.encode()]], [payload])[0]
+    return encode_rows(
+        [RowPrefixes(qos << 1)[topic.encode()]], [payload], fields_of_all([payload])
+    )[0]
 
 
 def read(subs: Subscriptions, packets: list[Packet]) -> list[Packet]:
     """Let it read packets; return those that it keeps."""
     rows, tags = [row(p) for p in packets], [(0x30 | p[2] << 1) << 16 for p in packets]
-    kept, kept_tags, copies = subs.drop_copies(rows, tags)
-    assert len(kept) == len(kept_tags) == len(rows) - copies
+    kept = subs.drop_copies(ReadBatch(None, rows, tags, 0.0, 0.0)).rows
     rest = iter(zip(rows, packets, strict=True))
     return [next(p for r, p in rest if r == one) for one in kept]  # in their order
 
@@ -335,8 +336,8 @@ def test_no_message_is_dropped_or_doubled(
 def test_copies_end_with_the_answer() -> None:
     subs, client = replaced()
     assert read(subs, [("iot/data", b"1", 0)]) == []
-    client.pending = 1
-    subs.unsubscribed(2)
+    client.message_count = 1
+    subs.handle_unsuback(2)
     after = [("iot/data", b"2", 0)] * 3
     assert read(subs, [("iot/data", b"2", 0), *after]) == after
     assert not subs.replacing
@@ -344,8 +345,8 @@ def test_copies_end_with_the_answer() -> None:
 
 def test_copies_begin_with_the_answer() -> None:
     subs, client = begun(pod(0, SHARED), present=True)
-    subs.answer(Claim(held=[PLAIN], stale=[PLAIN]))
-    client.pending = 2
-    subs.subscribed(1, [GRANTED, GRANTED])
+    subs.handle_claim(Claim(held=[PLAIN], stale=[PLAIN]))
+    client.message_count = 2
+    subs.handle_suback(1, [GRANTED, GRANTED])
     before = [("iot/data", b"1", 0), ("iot/data", b"2", 1)]
     assert read(subs, [*before, ("iot/data", b"3", 0)]) == before

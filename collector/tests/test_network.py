@@ -10,9 +10,9 @@ from unittest.mock import Mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from iot_collector.buffer import Buffer
 from iot_collector.connection import Connection
-from iot_collector.flow import Flow
-from iot_collector.link import Link, linger
+from iot_collector.network import NetworkThread, linger
 from iot_collector.settings import Settings
 
 LINGER = 0.01  # seconds, the default
@@ -46,80 +46,79 @@ def test_setting_is_the_limit(limit: float, messages: int) -> None:
 
 
 @contextmanager
-def linked(*sent: bytes) -> Iterator[tuple[Link, Connection, socket.socket]]:
-    """Yield a link that is not running, its connection, and the broker's end of it."""
+def linked(*sent: bytes) -> Iterator[tuple[NetworkThread, Connection, socket.socket]]:
+    """Yield a network thread that is not running, its connection, and the broker's end of it."""
     settings = Settings(mqtt_version="3.1.1", batch_linger_ms=LONG)
-    flow = Flow(max_bytes=1 << 20)
+    buffer = Buffer(max_bytes=1 << 20)
     metrics = Mock(spec_set=("mqtt_connected",))  # a process can have the real ones only once
-    link, connection = Link(settings, flow, metrics), Connection(settings)
+    network, connection = NetworkThread(settings, buffer, metrics), Connection(settings)
     ours, broker = socket.socketpair()
-    with ours, broker, link._wake_reader, link._wake_writer:
+    with ours, broker, network._wake_reader, network._wake_writer:
         ours.setblocking(False)
         broker.settimeout(0)
         connection.client._sock = ours
         broker.sendall(b"".join(sent))
-        yield link, connection, broker
+        yield network, connection, broker
 
 
-def take(link: Link) -> None:
+def take(network: NetworkThread) -> None:
     """Acknowledge what was read, as the writer does after COMMIT."""
-    batch = link._flow.take(rows=1_000, size=1 << 20, patience=0)
-    assert isinstance(batch, list)
+    batch = network._buffer.take(max_rows=1_000, max_bytes=1 << 20, timeout=0).batch
     assert batch
-    link.acknowledge(batch)
+    network.acknowledge(batch)
 
 
 @pytest.mark.parametrize(("messages", "share"), [(1, 0.2), (10, 0.2), (25, 0.5), (60, 1)])
 def test_wait_after_a_read(messages: int, share: float) -> None:
-    with linked(PUBLISH * messages) as (link, connection, _):
+    with linked(PUBLISH * messages) as (network, connection, _):
         before = time.monotonic()
-        link._turn(connection)
+        network._step(connection)
         after = time.monotonic()
     wait = share * LONG / 1_000
-    assert before + wait <= link._next_read <= after + wait
+    assert before + wait <= network._next_read <= after + wait
 
 
-def woken(link: Link) -> bool:
+def woken(network: NetworkThread) -> bool:
     """Return whether the network thread was told to look."""
     try:
-        return bool(link._wake_reader.recv(100))
+        return bool(network._wake_reader.recv(100))
     except BlockingIOError:
         return False
 
 
 def test_acknowledged_right_before_the_next_read() -> None:
     """Earlier, the broker's Nagle would send what then waits for the end of the linger."""
-    with linked(PUBLISH * 2) as (link, connection, broker):
-        link._turn(connection)
-        take(link)
-        link._next_read = 0
-        link._turn(connection)
+    with linked(PUBLISH * 2) as (network, connection, broker):
+        network._step(connection)
+        take(network)
+        network._next_read = 0
+        network._step(connection)
         assert broker.recv(100) == PUBACK * 2
         broker.sendall(PUBLISH)
-        link._turn(connection)
-        assert link._hold_until == link._next_read
-        take(link)
-        assert not woken(link), "it would only wait again"
-        link._wake()
-        link._turn(connection)
+        network._step(connection)
+        assert network._hold_until == network._next_read
+        take(network)
+        assert not woken(network), "it would only wait again"
+        network._wake()
+        network._step(connection)
         with pytest.raises(BlockingIOError):
             broker.recv(100)
         broker.sendall(PUBLISH)
-        link._next_read = link._hold_until = time.monotonic()
-        link._turn(connection)
+        network._next_read = network._hold_until = time.monotonic()
+        network._step(connection)
         assert broker.recv(100) == PUBACK
-        assert link._flow.account().received == 4
+        assert network._buffer.counts().received == 4
 
 
 def test_acknowledged_at_once_when_the_window_may_be_full() -> None:
     """A broker that has never sent more at a time may be waiting for it."""
-    with linked(PUBLISH * 2) as (link, connection, broker):
+    with linked(PUBLISH * 2) as (network, connection, broker):
         for _ in range(3):
-            link._turn(connection)
-            take(link)
-            assert woken(link)
-            link._wake()
-            link._turn(connection)
+            network._step(connection)
+            take(network)
+            assert woken(network)
+            network._wake()
+            network._step(connection)
             assert broker.recv(100) == PUBACK * 2
-            link._next_read = 0
+            network._next_read = 0
             broker.sendall(PUBLISH * 2)

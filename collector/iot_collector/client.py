@@ -1,17 +1,18 @@
-"""A paho client that reads in bulk.
+"""MQTT clients: paho's, and one that reads in bulk.
 
-paho reads a packet with about seven system calls and hands it over through an object, two locks
-and a callback. This subclass reads up to 256 KiB at once, turns every PUBLISH straight into a COPY
-tuple, and hands every other packet to paho. What that gains is measured in benchmarks/.
+paho reads a packet with about seven system calls and passes it on with an object, two locks and a
+callback. `BulkClient` reads up to 256 KiB at once, turns every PUBLISH directly into a row of the
+COPY format, and leaves every other packet to paho. benchmarks/ measures what that gains.
 
-It uses a few of paho's internals. So pyproject.toml pins paho's minor release, a test compares
-both readers byte by byte, and `make_client` falls back to the stock reader, which uses none of
-them, when one is missing.
+It uses some of paho's private attributes. So pyproject.toml pins paho's minor release, a test
+compares both clients byte by byte, and `make_client` falls back to `StockClient`, which uses none
+of them, when one is missing.
 """
 
 import base64
 import struct
 import time
+from typing import NamedTuple
 
 import structlog
 from paho.mqtt.client import Client, MQTTMessage
@@ -20,15 +21,18 @@ from paho.mqtt.exception import MQTTException
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from .rows import Prefixes, properties_json, tuples, with_properties
+from .buffer import FLAGS_SHIFT, PACKET_ID, QOS, QOS_1
+from .copy_format import RowPrefixes, encode_rows, properties_json, with_properties
+from .fields import fields_of_all
+from .message_ids import fields_and_ids, valid_id
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
 
 _READ_SIZE = 1 << 18
-_READ_MESSAGES = 1_000  # so that acknowledgements are not kept waiting
+_READ_MESSAGES = 1_000  # per read at most, so that acknowledgements do not wait
 # Every private attribute of paho's Client that is used in this package (a test compares).
-INTERNALS = [
+PAHO_INTERNALS = [
     *("_in_packet", "_last_bytes_received", "_loop_rc_handle", "_msgtime_mutex", "_packet_handle"),
     *("_packet_queue", "_ping_t", "_send_pingreq", "_send_pubcomp", "_sock_recv"),
 ]
@@ -37,15 +41,20 @@ INTERNALS = [
 _PUBLISH = 0x30
 _PUBACK = 0x40
 _PUBREC = 0x50
-_DUP = 0x08 << 16  # the flags in a tag: the packet's first byte shifted by 16
-_QOS1 = 0x02 << 16
-_QOS2 = 0x04 << 16
+
+
+class Messages(NamedTuple):
+    """What a client has read: for the three lists see `buffer.ReadBatch`."""
+
+    rows: list[bytes]
+    tags: list[int]
+    ids: list[str | None] | None
 
 
 class StockClient(Client):
-    """paho's own reader; the fallback, and the measure of the other."""
+    """A client with paho's own reader: the fallback, and what `BulkClient` is compared with."""
 
-    max_qos = 1  # paho acknowledges at QoS 2 (PUBREC) before the message can be stored
+    max_qos = 1  # at QoS 2, paho sends PUBREC before the message can be stored
 
     def __init__(self, settings: Settings, *, keep_session: bool = True) -> None:
         v5 = settings.mqtt_version == "5"
@@ -59,68 +68,82 @@ class StockClient(Client):
             manual_ack=True,
         )
         self.on_message = self._receive_message
-        self.on_unsubscribe = lambda _c, _u, mid, _r, _p: self._unsubscribed(mid)
-        self._asked: int | None = None  # packet id of the UNSUBSCRIBE that `ping` sent
-        self._known = [Prefixes(flags) for flags in range(8)]  # by QoS and RETAIN
+        self.on_unsubscribe = lambda _c, _u, mid, _r, _p: self.handle_unsuback(mid)
+        self._ping_packet_id: int | None = None  # of the UNSUBSCRIBE that `ping` sent
+        self._row_prefixes = [RowPrefixes(flags) for flags in range(8)]  # by QoS and RETAIN
+        self._id_key = settings.message_id_key
+        # Of the messages that were read and not taken:
         self._prefixes: list[bytes] = []
         self._payloads: list[bytes] = []
         self._tags: list[int] = []
-        self.fault: str | None = None  # why a packet from the broker could not be read
+        self._property_ids: dict[int, str | None] = {}  # index of a message -> its id
+        self.read_error: str | None = None  # why the broker's bytes could not be read
 
     def read(self) -> None:
-        """Read what the socket has, or much of it; see `take`."""
-        # paho gives a packet at a time, TLS and WebSocket a record or frame, with a packet in each.
+        """Read what the socket has, at most about 1000 messages; see `take_messages`."""
+        # One loop_read() reads one packet with paho, and one record or frame, often with a single
+        # packet, with TLS and WebSocket.
         count = -1
         while self.socket() is not None and count < len(self._tags) < _READ_MESSAGES:
             count = len(self._tags)
             self.loop_read()
 
-    def take(self) -> tuple[list[bytes], list[int]]:
-        """Return the rows and tags (see `flow.Chunk`) of what was read since the last call."""
-        rows, tags = tuples(self._prefixes, self._payloads), self._tags
+    def take_messages(self) -> Messages:
+        """Return what was read since the last call."""
+        ids = None
+        if self._id_key is None:
+            fields = fields_of_all(self._payloads)
+        else:
+            fields, ids = fields_and_ids(self._payloads, self._id_key)
+            for index, message_id in self._property_ids.items():
+                ids[index] = message_id
+            self._property_ids = {}
+        messages = Messages(encode_rows(self._prefixes, self._payloads, fields), self._tags, ids)
         self._prefixes, self._payloads, self._tags = [], [], []
-        return rows, tags
+        return messages
 
     @property
-    def pending(self) -> int:
-        """How many messages `take` would return now."""
+    def message_count(self) -> int:
+        """How many messages `take_messages` would return now."""
         return len(self._tags)
 
     def acknowledge(self, tags: list[int]) -> None:
         """Acknowledge stored messages."""
         for tag in tags:
-            if tag & (_QOS1 | _QOS2):
-                self.ack(tag & 0xFFFF, 1 if tag & _QOS1 else 2)
+            if tag & QOS:
+                self.ack(tag & PACKET_ID, 1 if tag & QOS_1 else 2)
 
-    def excuse_ping(self) -> None:
-        """Forget an outstanding PINGREQ: its answer may be behind what we do not read for now."""
-        # paho has no public way to do so: a database that hangs may cost the connection.
+    def forget_ping(self) -> None:
+        """Stop waiting for a PINGRESP: it may be behind messages that are not read for now."""
+        # paho has no public method for it: a database that hangs may cost the connection.
 
     def ping(self) -> None:
-        """Ask the broker for a sign that it has read everything sent before; see `answered`."""
-        # paho sends no PINGREQ on demand; a broker answers each UNSUBSCRIBE (MQTT 5 §3.10.4).
-        _, self._asked = self.unsubscribe("iot-collector/ping")
+        """Ask for an answer that the broker sends once it has read everything before."""
+        # paho cannot send a PINGREQ on demand; a broker answers any UNSUBSCRIBE (MQTT 5 §3.10.4).
+        _, self._ping_packet_id = self.unsubscribe("iot-collector/ping")
 
     @property
-    def answered(self) -> bool:
-        """Whether every ping has been answered."""
-        return self._asked is None
+    def ping_answered(self) -> bool:
+        """Whether the broker has answered the last `ping`."""
+        return self._ping_packet_id is None
 
-    def _unsubscribed(self, mid: int) -> None:
-        if mid == self._asked:
-            self._asked = None
+    def handle_unsuback(self, packet_id: int) -> None:
+        """Notice the answer to a ping; called by whoever replaces ``on_unsubscribe``."""
+        if packet_id == self._ping_packet_id:
+            self._ping_packet_id = None
 
-    def finish(self, seconds: float, *, end_session: bool = False) -> None:
-        """Disconnect when the broker has read all that was sent to it, or after ``seconds``.
+    def disconnect_gracefully(self, timeout: float, *, end_session: bool = False) -> None:
+        """Disconnect when the broker has read everything sent to it, or after ``timeout`` seconds.
 
         Closing a socket with unread input resets the connection, and a reset discards what the
-        peer has not read yet: the last acknowledgements. A PINGRESP says it has read them.
+        peer has not read yet: the last acknowledgements. The answer to a ping shows that the
+        broker has read them. Messages that arrive meanwhile are dropped and not acknowledged.
         """
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + timeout
         self.ping()
-        while self.socket() is not None and not self.answered and time.monotonic() < until:
+        while self.socket() is not None and not self.ping_answered and time.monotonic() < deadline:
             self.loop(0.1)
-            self.take()
+            self.take_messages()
         properties = None
         if end_session and self.protocol == MQTTProtocolVersion.MQTTv5:
             properties = Properties(PacketTypes.DISCONNECT)  # type: ignore[no-untyped-call]
@@ -129,16 +152,25 @@ class StockClient(Client):
 
     def _receive_message(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
         flags = message.qos << 1 | message.retain
-        prefix = self._known[flags][message.topic.encode()]
-        if message.properties and (properties := _properties(message.properties)):
+        prefix = self._row_prefixes[flags][message.topic.encode()]
+        if message.properties and (properties := self._stored_properties(message.properties)):
             prefix = with_properties(prefix, properties)
         self._prefixes.append(prefix)
         self._payloads.append(bytes(message.payload))
-        self._tags.append((_PUBLISH | message.dup << 3 | flags) << 16 | message.mid)
+        self._tags.append((_PUBLISH | message.dup << 3 | flags) << FLAGS_SHIFT | message.mid)
+
+    def _stored_properties(self, properties: Properties) -> bytes | None:
+        """Return the properties to store with a message, as JSON, and remember its id in them."""
+        stored = _properties_json(properties)
+        if stored is not None and self._id_key is not None:
+            user = dict(reversed(vars(properties).get("UserProperty", [])))  # the first one counts
+            if self._id_key in user:
+                self._property_ids[len(self._tags)] = valid_id(user[self._id_key])
+        return stored
 
 
 class BulkClient(StockClient):
-    """Reads many packets with one system call; acknowledges many with one."""
+    """A client that reads many packets with one system call, and acknowledges many with one."""
 
     max_qos = 2
 
@@ -146,30 +178,30 @@ class BulkClient(StockClient):
         super().__init__(settings, keep_session=keep_session)
         self._v5 = settings.mqtt_version == "5"
         self._parts: list[bytes] = []  # the beginning of a packet whose end is not read yet
-        self._missing = 0  # how many bytes that packet needs at least to go on
+        self._missing = 0  # the least number of bytes that this packet still needs
 
-    def excuse_ping(self) -> None:
-        """Forget an outstanding PINGREQ: its answer may be behind what we do not read for now."""
+    def forget_ping(self) -> None:
+        """Stop waiting for a PINGRESP: it may be behind messages that are not read for now."""
         self._ping_t = 0.0
 
     def ping(self) -> None:
-        """Ask the broker for a sign that it has read everything sent before; see `answered`."""
+        """Ask for an answer that the broker sends once it has read everything before."""
         self._send_pingreq()
 
     @property
-    def answered(self) -> bool:
-        """Whether every ping has been answered."""
+    def ping_answered(self) -> bool:
+        """Whether the broker has answered the last `ping`."""
         return self._ping_t == 0
 
     def loop_read(self, max_packets: int = 1) -> MQTTErrorCode:
-        """Do one read, of however many packets there are."""
+        """Receive once, and handle all packets that are complete."""
         del max_packets  # paho ignores it, too
         try:
             data = self._sock_recv(_READ_SIZE)
         except BlockingIOError:
             return MQTTErrorCode.MQTT_ERR_SUCCESS
         except OSError as error:
-            self.fault = str(error)
+            self.read_error = str(error)
             data = b""
         if not data:
             return self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_CONN_LOST)
@@ -184,16 +216,17 @@ class BulkClient(StockClient):
         try:
             at = self._parse(data)
         except (ValueError, LookupError, struct.error, MQTTException) as error:
-            # MQTT 5 §4.13.1: a malformed packet ends the connection. The messages before it
-            # are whole; the broker sends the rest again.
-            self.fault = f"malformed packet: {error}"
+            # A malformed packet ends the connection (MQTT 5 §4.13.1). The messages before it are
+            # complete; the broker sends the others again.
+            self.read_error = f"malformed packet: {error}"
             return self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_PROTOCOL)
         self._parts = [data[at:]] if at < len(data) else []
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def _parse(self, data: bytes) -> int:
-        """Take the whole packets at the start of ``data``; return where the rest begins."""
-        known, prefixes, payloads, tags = self._known, self._prefixes, self._payloads, self._tags
+        """Handle the complete packets at the start of ``data``; return where the rest begins."""
+        row_prefixes = self._row_prefixes
+        prefixes, payloads, tags = self._prefixes, self._payloads, self._tags
         v5 = self._v5
         size = len(data)
         at = 0
@@ -202,7 +235,7 @@ class BulkClient(StockClient):
             length = data[at + 1]
             body = at + 2
             if length >= 0x80:
-                if size - at > 2 and data[body] < 0x80:  # two bytes, as most have
+                if size - at > 2 and data[body] < 0x80:  # two bytes, the most common case
                     length += (data[body] - 1) << 7
                     body += 1
                 else:
@@ -217,8 +250,8 @@ class BulkClient(StockClient):
             if header & 0xF0 == _PUBLISH:
                 topic_at = body + 2
                 middle = topic_at + (data[body] << 8 | data[body + 1])
-                prefix = known[header & 7][data[topic_at:middle]]
-                tag = header << 16
+                prefix = row_prefixes[header & 7][data[topic_at:middle]]
+                tag = header << FLAGS_SHIFT
                 if header & 0x06:
                     mid = data[middle] << 8 | data[middle + 1]
                     middle += 2
@@ -227,7 +260,7 @@ class BulkClient(StockClient):
                         raise ValueError("PUBLISH with QoS 3, or without packet id")
                 if v5:
                     if data[middle]:
-                        middle, properties = self._properties(data, middle, end)
+                        middle, properties = self._read_properties(data, middle, end)
                         if properties is not None:
                             prefix = with_properties(prefix, properties)
                     else:
@@ -238,14 +271,15 @@ class BulkClient(StockClient):
                 payloads.append(data[middle:end])
                 tags.append(tag)
             else:
-                self._hand_over(header, data[body:end])
+                self._handle_by_paho(header, data[body:end])
                 if self.socket() is None:
                     return size
             at = end
         self._missing = 1 if at < size else 0
         return at
 
-    def _properties(self, data: bytes, at: int, end: int) -> tuple[int, bytes | None]:
+    def _read_properties(self, data: bytes, at: int, end: int) -> tuple[int, bytes | None]:
+        """Return where the properties of a PUBLISH end, and what to store of them."""
         length, start = _variable_length(data, at)
         if not start or start + length > end:
             raise ValueError("PUBLISH with properties beyond its end")
@@ -254,16 +288,17 @@ class BulkClient(StockClient):
         try:
             properties.unpack(raw)  # type: ignore[no-untyped-call]
         except (ValueError, LookupError, struct.error, MQTTException):
-            # The message is whole, and the broker let it through; ending the connection would
-            # bring it back for ever. (paho refuses texts that MQTT allows, as one with U+FEFF.)
+            # The message is complete and the broker accepted it: if the connection ended, the
+            # broker would send it again for ever. (paho refuses some texts that MQTT allows, such
+            # as those with U+FEFF.)
             return start + length, properties_json([], {"Unreadable": _base64(raw)})
         if hasattr(properties, "TopicAlias"):
-            raise ValueError("topic alias, though we allowed none")
-        return start + length, _properties(properties)
+            raise ValueError("topic alias, although CONNECT allows none")
+        return start + length, self._stored_properties(properties)
 
-    def _hand_over(self, header: int, body: bytes) -> None:
-        """Have paho handle a packet that is no PUBLISH, as if it had read it itself."""
-        if header & 0xF0 == 0x60:  # PUBREL: its message is stored, or PUBREC had not been sent
+    def _handle_by_paho(self, header: int, body: bytes) -> None:
+        """Let paho handle a packet that is no PUBLISH, as if paho had read it itself."""
+        if header & 0xF0 == 0x60:  # PUBREL answers PUBREC, so its message is stored
             self._send_pubcomp(body[0] << 8 | body[1])
             return
         self._in_packet.update(
@@ -279,9 +314,9 @@ class BulkClient(StockClient):
         """Acknowledge stored messages, with one write for all."""
         # PUBACK, and PUBREC for QoS 2, of length 2 (in MQTT 5 too: reason "success").
         words = [
-            (_PUBACK if tag & _QOS1 else _PUBREC) << 24 | 2 << 16 | tag & 0xFFFF
+            (_PUBACK if tag & QOS_1 else _PUBREC) << 24 | 2 << 16 | tag & PACKET_ID
             for tag in tags
-            if tag & (_QOS1 | _QOS2)
+            if tag & QOS
         ]
         if words:
             packets = struct.pack(f">{len(words)}I", *words)
@@ -293,7 +328,12 @@ def _base64(data: bytes) -> str:
 
 
 def _variable_length(data: bytes, at: int) -> tuple[int, int]:
-    """Return a length of 1 to 4 bytes (MQTT 5 §1.5.5) and where it ends; 0 when it is cut off."""
+    """Decode a variable byte integer (MQTT 5 §1.5.5); return it and where it ends.
+
+    Where it ends is 0 if ``data`` ends before it.
+
+    :raises ValueError: it has more than 4 bytes.
+    """
     length = shift = 0
     for i in range(at, at + 4):
         if i >= len(data):
@@ -305,8 +345,8 @@ def _variable_length(data: bytes, at: int) -> tuple[int, int]:
     raise ValueError("length of more than 4 bytes")
 
 
-def _properties(properties: Properties) -> bytes | None:
-    """Return the MQTT 5 properties of a PUBLISH that a reader of the row may need, as JSON."""
+def _properties_json(properties: Properties) -> bytes | None:
+    """Return the MQTT 5 properties of a PUBLISH that are stored, as JSON, or None."""
     values = vars(properties)
     other: dict[str, object] = {
         name: values[name]
@@ -319,9 +359,9 @@ def _properties(properties: Properties) -> bytes | None:
 
 
 def make_client(settings: Settings, *, keep_session: bool = True) -> StockClient:
-    """Return the bulk client, or the stock one when paho has changed below us."""
+    """Return a `BulkClient`, or a `StockClient` if this paho lacks what that needs."""
     client = BulkClient(settings, keep_session=keep_session)
-    missing = [name for name in INTERNALS if not hasattr(client, name)]
+    missing = [name for name in PAHO_INTERNALS if not hasattr(client, name)]
     if not missing:
         return client
     log.warning("reading packet by packet: this paho-mqtt has changed", missing=missing)

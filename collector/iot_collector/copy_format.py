@@ -1,21 +1,23 @@
-"""Messages as tuples of PostgreSQL's binary COPY format.
+"""Messages in PostgreSQL's binary COPY format.
 
 Format: https://www.postgresql.org/docs/current/sql-copy.html ("Binary Format"). A message is
-encoded once, when it is read, and travels as bytes from there on; only the rare message that
-PostgreSQL refuses is decoded again.
+encoded once, when it is read, and stays bytes from there on; only what PostgreSQL refuses is
+decoded again.
+
+All messages of one read have the same time, so what COPY calls a tuple is kept in two parts: its
+start (the number of columns and ``received_at``), made once per read, and its row (the other
+columns), made for each message.
 """
 
 import itertools
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import orjson
 import psycopg2
 import psycopg2.extensions
-
-from .fields import fields_of_all
 
 COLUMNS = "received_at, qos, retained, topic, properties, fields, payload"
 HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
@@ -27,18 +29,18 @@ _COLUMN_COUNT = 7
 _EPOCH = 946_684_800  # PostgreSQL counts timestamptz in microseconds from 2000-01-01 UTC.
 _NULL = b"\xff\xff\xff\xff"
 _JSONB = 1  # the version of jsonb that is sent as text
-# What is kept of topics is bounded whatever devices do.
+# Bounds of the cache of topics.
 _MAX_TOPICS = 10_000
 _MAX_TOPIC = 256  # bytes; a longer one is encoded each time
 
-_head = struct.Struct(">hiq").pack
+_start = struct.Struct(">hiq").pack
 _flags = struct.Struct(">ihib").pack
 _length = lru_cache(4096)(struct.Struct(">i").pack)
 _jsonb_length = lru_cache(4096)(struct.Struct(">ib").pack)
 
 
 class Message(NamedTuple):
-    """A tuple decoded again; ``timestamp`` is Unix time in seconds, the rest as received."""
+    """A decoded tuple: ``timestamp`` in Unix time, topic and payload as received, JSON as text."""
 
     timestamp: float
     qos: int
@@ -49,13 +51,13 @@ class Message(NamedTuple):
     payload: bytes
 
 
-def head(timestamp: float) -> bytes:
-    """Return the beginning of the tuples of all messages received at a time in Unix seconds."""
-    return _head(_COLUMN_COUNT, 8, round((timestamp - _EPOCH) * 1_000_000))
+def tuple_start(timestamp: float) -> bytes:
+    """Return the start of the tuples of all messages received at a time, in Unix seconds."""
+    return _start(_COLUMN_COUNT, 8, round((timestamp - _EPOCH) * 1_000_000))
 
 
-class Prefixes(dict[bytes, bytes]):
-    """Topic -> how the tuples of its messages go on after their head; made at the first use.
+class RowPrefixes(dict[bytes, bytes]):
+    """Cache: topic -> the columns qos, retained, topic and properties (NULL) of its messages.
 
     :param header: first byte of their PUBLISH packets (MQTT 5 §3.3.1: DUP, QoS, RETAIN).
     """
@@ -65,9 +67,9 @@ class Prefixes(dict[bytes, bytes]):
         self._flags = _flags(2, header >> 1 & 3, 1, header & 1)
 
     def __missing__(self, topic: bytes) -> bytes:
-        """Return the prefix of a topic.
+        """Make the prefix of a topic.
 
-        :raises ValueError: it is not one that MQTT allows (UTF-8 without NUL, §4.7.3).
+        :raises ValueError: MQTT does not allow the topic (UTF-8 without NUL, MQTT 5 §4.7.3).
         """
         if not topic or b"\0" in topic:
             raise ValueError("topic is empty or contains NUL")
@@ -81,68 +83,74 @@ class Prefixes(dict[bytes, bytes]):
 
 
 def with_properties(prefix: bytes, properties: bytes) -> bytes:
-    """Return a prefix with a JSON object of MQTT 5 properties, in place of none."""
+    """Return a prefix with a JSON object of MQTT 5 properties instead of NULL."""
     return prefix[: -len(_NULL)] + _jsonb_length(len(properties) + 1, _JSONB) + properties
 
 
-def tuples(prefixes: list[bytes], payloads: list[bytes]) -> list[bytes]:
-    """Return the tuples of messages, without their heads."""
-    made = []
-    all_fields = fields_of_all(payloads)
+def encode_rows(
+    prefixes: list[bytes], payloads: list[bytes], all_fields: Sequence[bytes | None]
+) -> list[bytes]:
+    """Return the rows of messages, given a prefix, payload and fields (JSON or None) of each."""
+    rows = []
     for prefix, fields, payload in zip(prefixes, all_fields, payloads, strict=True):
         size = _length(len(payload))
         if fields is None:
-            made.append(b"".join((prefix, _NULL, size, payload)))
+            rows.append(b"".join((prefix, _NULL, size, payload)))
         else:
             fields_size = _jsonb_length(len(fields) + 1, _JSONB)
-            made.append(b"".join((prefix, fields_size, fields, size, payload)))
-    return made
+            rows.append(b"".join((prefix, fields_size, fields, size, payload)))
+    return rows
 
 
 def copy(
     cursor: psycopg2.extensions.cursor,
     tuples: Iterable[bytes],
-    opening: bytes = b"",
-    closing: bytes = b"",
+    sql_before: bytes = b"",
+    sql_after: bytes = b"",
 ) -> None:
-    """Copy tuples, with their heads, into ``messages``; SQL before and after in the same query."""
-    file: Any = _Pieces(itertools.chain((HEADER,), tuples, (TRAILER,)))
+    """Copy tuples into ``messages``, with more SQL before and after in the same query.
+
+    :param tuples: their bytes, in pieces of any size.
+    :raises psycopg2.Error: PostgreSQL refused them.
+    """
+    file: Any = _PieceFile(itertools.chain((HEADER,), tuples, (TRAILER,)))
     try:
-        cursor.copy_expert(opening + _COPY + closing, file, size=_ANY_SIZE)
+        cursor.copy_expert(sql_before + _COPY + sql_after, file, size=_ANY_SIZE)
     except psycopg2.Error:
-        if file.bug is not None:  # psycopg2 makes a canceled query of it, without its traceback
-            raise file.bug from None
+        # psycopg2 turns an error of the file into QueryCanceled, without its traceback.
+        if file.error is not None:
+            raise file.error from None
         raise
 
 
-class _Pieces:
-    """A file that gives its content in the pieces in which it is there already.
+class _PieceFile:
+    """A file whose content is given in the pieces in which it is in memory.
 
-    Joined they would be a megabyte, which the allocator fetches from the system and returns, page
-    by page, for each batch: that costs as much as a quarter of all else (benchmarks/).
+    Joining them would allocate a megabyte per batch, which the allocator gets from the system and
+    returns, page by page. That adds a quarter to the CPU time of everything else (benchmarks/).
     """
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
-        self._pieces = filter(None, pieces)  # an empty one would be the end
-        self.bug: Exception | None = None  # what the making of a piece has raised
+        self._pieces = filter(None, pieces)  # an empty piece would mean the end of the file
+        self.error: Exception | None = None  # raised by the iterator
 
     def read(self, _size: int) -> bytes:
         """Return the next piece, or nothing at the end."""
         try:
             return next(self._pieces, b"")
         except Exception as error:
-            self.bug = error
+            self.error = error
             raise
 
 
-def decode(row: bytes) -> Message:
-    """Return the message that a tuple, with its head, was made of."""
+def decode_tuple(data: bytes) -> Message:
+    """Decode a tuple: its start and its row."""
     values: list[bytes | None] = []
     at = 2
     for _ in range(_COLUMN_COUNT):
-        size = int.from_bytes(row[at : at + 4], signed=True)
+        size = int.from_bytes(data[at : at + 4], signed=True)
         at += 4
-        values.append(None if size < 0 else row[at : at + size])
+        values.append(None if size < 0 else data[at : at + size])
         at += max(size, 0)
     received, qos, retained, topic, properties, fields, payload = values
     return Message(
@@ -156,18 +164,18 @@ def decode(row: bytes) -> Message:
     )
 
 
-def without_fields(row: bytes) -> bytes:
-    """Return the tuple with ``fields`` null: the message without our reading of it."""
-    message = decode(row)
+def without_fields(data: bytes) -> bytes:
+    """Return the tuple with NULL in ``fields``; itself if it has NULL there."""
+    message = decode_tuple(data)
     if message.fields is None:
-        return row
-    end = len(row) - len(message.payload) - 4
+        return data
+    end = len(data) - len(message.payload) - 4
     start = end - len(message.fields) - 5
-    return row[:start] + _NULL + row[end:]
+    return data[:start] + _NULL + data[end:]
 
 
 def properties_json(user: list[tuple[str, str]], other: dict[str, object]) -> bytes | None:
-    """Return MQTT 5 properties as a JSON object, or None where there are none.
+    """Return MQTT 5 properties as a JSON object; None if there are none, or jsonb refuses them.
 
     User properties may repeat a name (MQTT 5 §3.3.2.3.7), so each name has a list of values.
     """

@@ -1,4 +1,4 @@
-"""Tuples: what is encoded is decoded, and what PostgreSQL makes of them is what was received."""
+"""The COPY format: what is encoded can be decoded, and PostgreSQL stores what was received."""
 
 import io
 import json
@@ -13,8 +13,8 @@ import psycopg2.extensions
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from iot_collector import rows
-from iot_collector.fields import fields_of
+from iot_collector import copy_format
+from iot_collector.fields import fields_of, fields_of_all
 
 from testing.postgres import Postgres
 
@@ -36,20 +36,21 @@ class Case(NamedTuple):
 def encode(cases: list[Case]) -> list[bytes]:
     prefixes = []
     for case in cases:
-        prefix = rows.Prefixes(0x30 | case.qos << 1 | case.retained)[case.topic.encode()]
+        prefix = copy_format.RowPrefixes(0x30 | case.qos << 1 | case.retained)[case.topic.encode()]
         if case.properties is not None:
-            prefix = rows.with_properties(prefix, case.properties)
+            prefix = copy_format.with_properties(prefix, case.properties)
         prefixes.append(prefix)
-    made = rows.tuples(prefixes, [case.payload for case in cases])
+    payloads = [case.payload for case in cases]
+    made = copy_format.encode_rows(prefixes, payloads, fields_of_all(payloads))
     return [
-        rows.head(case.microseconds / 1_000_000) + row
+        copy_format.tuple_start(case.microseconds / 1_000_000) + row
         for case, row in zip(cases, made, strict=True)
     ]
 
 
 def _json(user: list[tuple[str, str]], content_type: str | None) -> bytes | None:
     other: dict[str, object] = {} if content_type is None else {"ContentType": content_type}
-    return rows.properties_json(user, other)
+    return copy_format.properties_json(user, other)
 
 
 cases = st.builds(
@@ -75,7 +76,7 @@ cases = st.builds(
 @given(st.lists(cases, max_size=5))
 def test_round_trip(messages: list[Case]) -> None:
     for case, row in zip(messages, encode(messages), strict=True):
-        message = rows.decode(row)
+        message = copy_format.decode_tuple(row)
         assert round(message.timestamp * 1_000_000) == case.microseconds
         assert message[1:] == (
             case.qos,
@@ -85,14 +86,14 @@ def test_round_trip(messages: list[Case]) -> None:
             fields_of(case.payload),
             case.payload,
         )
-        bare = rows.without_fields(row)
-        assert rows.decode(bare) == message._replace(fields=None)
-        assert rows.without_fields(bare) is bare
+        bare = copy_format.without_fields(row)
+        assert copy_format.decode_tuple(bare) == message._replace(fields=None)
+        assert copy_format.without_fields(bare) is bare
 
 
 @pytest.mark.parametrize("topic", [b"", b"a\0b", b"\xff", b"\xed\xa0\x80"])
 def test_topics_that_mqtt_does_not_allow(topic: bytes) -> None:
-    prefixes = rows.Prefixes(0x30)
+    prefixes = copy_format.RowPrefixes(0x30)
     for _ in range(2):  # not the second time either: nothing wrong is kept
         with pytest.raises(ValueError, match=r"NUL|utf-8"):
             prefixes[topic]
@@ -100,7 +101,7 @@ def test_topics_that_mqtt_does_not_allow(topic: bytes) -> None:
 
 def test_topics_without_end() -> None:
     """The cache is bounded, and a topic encoded again is the same."""
-    prefixes = rows.Prefixes(0x32)
+    prefixes = copy_format.RowPrefixes(0x32)
     first = prefixes[b"t/0"]
     assert all(prefixes[b"t/%d" % i] for i in range(25_000))
     assert len(prefixes) <= 10_000
@@ -108,11 +109,11 @@ def test_topics_without_end() -> None:
 
 
 def test_properties() -> None:
-    assert rows.properties_json([], {}) is None
-    assert rows.properties_json([("a", "1"), ("b", "2"), ("a", "3")], {"ContentType": "x"}) == (
-        b'{"ContentType":"x","user":{"a":["1","3"],"b":["2"]}}'
-    )
-    assert rows.properties_json([("a", "\0")], {}) is None, "jsonb cannot hold U+0000"
+    assert copy_format.properties_json([], {}) is None
+    assert copy_format.properties_json(
+        [("a", "1"), ("b", "2"), ("a", "3")], {"ContentType": "x"}
+    ) == (b'{"ContentType":"x","user":{"a":["1","3"],"b":["2"]}}')
+    assert copy_format.properties_json([("a", "\0")], {}) is None, "jsonb cannot hold U+0000"
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +132,8 @@ def test_what_postgresql_makes_of_it(
     data = b"".join(encode(messages))
     cursor.execute("DELETE FROM messages")
     cursor.copy_expert(
-        f"COPY messages ({rows.COLUMNS}) FROM STDIN BINARY",
-        io.BytesIO(rows.HEADER + data + rows.TRAILER),
+        f"COPY messages ({copy_format.COLUMNS}) FROM STDIN BINARY",
+        io.BytesIO(copy_format.HEADER + data + copy_format.TRAILER),
     )
     cursor.execute(
         "SELECT received_at, qos, retained, topic, payload, properties, fields::text,"

@@ -1,4 +1,4 @@
-"""The bulk reader against paho's own, and against streams that no broker should send."""
+"""The bulk client against paho's own, and against streams that no broker should send."""
 
 import ast
 import base64
@@ -17,9 +17,9 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from iot_collector.client import PAHO_INTERNALS, BulkClient, StockClient, make_client
 from iot_collector.connection import Connection
-from iot_collector.reader import INTERNALS, BulkClient, StockClient, make_client
-from iot_collector.rows import decode, head
+from iot_collector.copy_format import decode_tuple, tuple_start
 from iot_collector.settings import Settings
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion
@@ -75,7 +75,7 @@ def read_all(
     client = connected(kind, version, chunks)
     while client.socket() is not None and socket_of(client).chunks:
         client.read()
-    rows, tags = client.take()
+    rows, tags, _ = client.take_messages()
     return rows, tags, client
 
 
@@ -177,7 +177,7 @@ def test_both_readers_read_the_same(version: str, data: st.DataObject) -> None:
     assert len(found[0]) == sum(p[0] & 0xF0 == 0x30 for p in packets)
     for client in (found[2], expected[2]):
         assert client.socket() is not None
-        assert client.fault is None
+        assert client.read_error is None
 
 
 def example_stream(version: str) -> bytes:
@@ -216,7 +216,7 @@ def test_long_packets(size: int, digits: int) -> None:
     stream = first + publish_packet(payload=b"next")
     chunks = [stream[i : i + 65_536] for i in range(0, len(stream), 65_536)]
     rows, tags, _ = read_all(BulkClient, "5", chunks)
-    assert [decode(head(0) + row).payload for row in rows] == [b"x" * size, b"next"]
+    assert [decode_tuple(tuple_start(0) + row).payload for row in rows] == [b"x" * size, b"next"]
     assert tags == [0x32 << 16 | 1] * 2
 
 
@@ -230,7 +230,7 @@ def test_one_read_takes_all_records() -> None:
     client = BulkClient(settings)
     client._sock = FakeSocket(packets)  # type: ignore[assignment]
     client.read()
-    assert len(client.take()[1]) == 100
+    assert len(client.take_messages()[1]) == 100
 
 
 def test_end_of_stream() -> None:
@@ -240,7 +240,7 @@ def test_end_of_stream() -> None:
     socket_of(client).recv = lambda _size: b""  # type: ignore[method-assign]
     client.read()
     assert client.socket() is None
-    assert len(client.take()[1]) == 1, "the half message is not stored"
+    assert len(client.take_messages()[1]) == 1, "the half message is not stored"
 
 
 GOOD = publish_packet(payload=b"good")
@@ -283,10 +283,10 @@ def test_malformed_packet_ends_the_connection(name: str, split: bool) -> None:
         client.read()
     assert client.socket() is None
     assert len(ended) == 1
-    assert client.fault is not None
-    assert client.fault.startswith("malformed packet: ")
-    rows, tags = client.take()
-    assert [decode(head(0) + row).payload for row in rows] == [b"good"] * 2
+    assert client.read_error is not None
+    assert client.read_error.startswith("malformed packet: ")
+    rows, tags, _ = client.take_messages()
+    assert [decode_tuple(tuple_start(0) + row).payload for row in rows] == [b"good"] * 2
     assert len(tags) == 2
 
 
@@ -308,8 +308,8 @@ def test_unreadable_properties_are_kept_raw(name: str, split: bool) -> None:
     client = connected(BulkClient, "5", chunks)
     while socket_of(client).chunks:
         client.read()
-    assert client.fault is None
-    messages = [decode(head(0) + row) for row in client.take()[0]]
+    assert client.read_error is None
+    messages = [decode_tuple(tuple_start(0) + row) for row in client.take_messages()[0]]
     assert [message.payload for message in messages] == [b"good"] * 3
     assert [message.properties is not None for message in messages] == [False, True, False]
     kept = orjson.loads(messages[1].properties or b"")
@@ -333,7 +333,7 @@ def test_damaged_streams(version: str, data: st.DataObject) -> None:
     assert whole[:2] == single[:2], "how the stream is split makes no difference"
     assert len(whole[0]) == len(whole[1])
     for row, tag in zip(*whole[:2], strict=True):
-        message = decode(head(0) + row)
+        message = decode_tuple(tuple_start(0) + row)
         assert message.topic.decode()
         assert b"\0" not in message.topic
         assert message.qos == tag >> 17 & 3
@@ -361,15 +361,15 @@ def test_qos_2() -> None:
     """Taken at PUBLISH, PUBREC when it is stored, PUBCOMP at PUBREL."""
     client = connected(BulkClient, "5", [publish_packet(qos=2, mid=7, payload=b"two")])
     client.read()
-    rows, tags = client.take()
-    assert decode(head(0) + rows[0])[1:] == (2, False, b"iot/data", None, None, b"two")
+    rows, tags, _ = client.take_messages()
+    assert decode_tuple(tuple_start(0) + rows[0])[1:] == (2, False, b"iot/data", None, None, b"two")
     assert socket_of(client).sent == [], "nothing before it is stored"
     client.acknowledge(tags)
     assert socket_of(client).sent == [b"\x50\2\0\7"]
     socket_of(client).chunks.append(b"\x62\2\0\7")
     client.read()
     assert socket_of(client).sent[1:] == [b"\x70\2\0\7"]
-    assert client.take() == ([], []), "and not a second time"
+    assert client.take_messages() == ([], [], None), "and not a second time"
 
 
 def test_pubrel_of_mqtt_5_with_a_reason() -> None:
@@ -386,7 +386,7 @@ def test_the_broker_says_why_it_ends_the_connection(packet: bytes, text: str) ->
     connection.client._sock = FakeSocket([packet])  # type: ignore[assignment]
     connection.client.read()
     assert connection.client.socket() is None
-    assert text in (connection.end or "")
+    assert text in (connection.end_reason or "")
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_the_broker_says_why_it_ends_the_connection(packet: bytes, text: str) ->
         ),
     ],
 )
-def test_finish_waits_until_the_broker_has_read_all(
+def test_disconnect_waits_until_the_broker_has_read_all(
     kind: type[StockClient], question: bytes, answer: bytes
 ) -> None:
     """DISCONNECT goes out, and the socket is closed, only after a last answer of the broker."""
@@ -410,7 +410,7 @@ def test_finish_waits_until_the_broker_has_read_all(
     client = connected(kind, "5", [])
     client._sock = ours
     client.acknowledge([0x32 << 16 | 1])
-    thread = threading.Thread(target=client.finish, args=(PATIENCE,), daemon=True)
+    thread = threading.Thread(target=client.disconnect_gracefully, args=(PATIENCE,), daemon=True)
     thread.start()
     received = b""
     while question not in received:
@@ -426,7 +426,7 @@ def test_finish_waits_until_the_broker_has_read_all(
     assert brokers.recv(100)[0] == 0xE0
     thread.join(PATIENCE)
     assert client.socket() is None
-    assert client.take() == ([], [])
+    assert client.take_messages() == ([], [], None)
     brokers.close()
 
 
@@ -436,7 +436,7 @@ def test_make_client() -> None:
     assert logs == []
 
 
-@pytest.mark.parametrize("name", INTERNALS)
+@pytest.mark.parametrize("name", PAHO_INTERNALS)
 def test_make_client_without_an_internal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if hasattr(Client, name):
         monkeypatch.delattr(Client, name)
@@ -491,8 +491,8 @@ def test_internals_of_paho_are_those_used() -> None:
     used = {
         name for file in package.glob("*.py") for name in private_names_of_paho(file.read_text())
     }
-    assert used == set(INTERNALS)
-    assert len(set(INTERNALS)) == len(INTERNALS)
+    assert used == set(PAHO_INTERNALS)
+    assert len(set(PAHO_INTERNALS)) == len(PAHO_INTERNALS)
 
 
 def test_stock_reader_uses_no_internals_of_paho() -> None:
