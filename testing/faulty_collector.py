@@ -153,8 +153,8 @@ if FAULT == "clock":
     signal.signal(signal.SIGUSR1, set_clock)
     signal.signal(signal.SIGUSR2, set_clock)
 psycopg2.connect = connect
-BulkClient.acknowledge, BulkClient.take_messages = acknowledge, take  # type: ignore[method-assign]
+BulkClient.acknowledge, BulkClient.take_messages = acknowledge, take  # type: ignore[method-assign, assignment]
 store._pieces = pieces
-Buffer.complete = complete  # type: ignore[method-assign]
+Buffer.complete = complete  # type: ignore[method-assign, assignment]
 sys.argv[1:] = ["run"]
 cli.main()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from iot_collector import sessions, subscriptions
 from iot_collector.buffer import ReadBatch, SessionStart, SubscriptionsChanged
 from iot_collector.copy_format import RowPrefixes, encode_rows
+from iot_collector.fields import fields_of
 from iot_collector.sessions import Claim, conflicts
 from iot_collector.settings import Settings
 from iot_collector.subscriptions import Subscriptions
@@ -278,9 +279,8 @@ Packet = tuple[str, bytes, int]  # topic, payload, QoS
 
 def row(packet: Packet) -> bytes:
     topic, payload, qos = packet
-    return encode_rows(
-        [RowPrefixes(qos << 1)[topic.encode()]], [payload], fields_of_all([payload])
-    )[0]
+    prefix = RowPrefixes(qos << 1)[topic.encode()]
+    return encode_rows([prefix], [payload], [fields_of(payload)])[0]
 
 
 def read(subs: Subscriptions, packets: list[Packet]) -> list[Packet]:
