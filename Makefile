@@ -77,6 +77,8 @@ lint: $(VENV)/.dev ## Check style and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy tests/conftest.py
+	$(VENV)/bin/mypy tests/aws/conftest.py
 	$(VENV)/bin/yamllint --strict .
 	$(VENV)/bin/hadolint collector/Dockerfile
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH ansible-lint

@@ -55,16 +55,14 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(("IOT_", "PG"))}
 
 
-def run_command(
-    *arguments: str, timeout: float = 60, **settings: str
-) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run ``iot-collector`` with settings and return what it said and its status."""
     return subprocess.run(
         [iot_collector(), *arguments],
         env=clean_environment() | settings,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=60,
         check=False,
     )
 

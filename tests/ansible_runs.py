@@ -30,4 +30,4 @@ def run_ansible(
 
 def playbook(path: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a playbook of the project."""
-    return run_ansible("ansible-playbook", ROOT / path, *arguments, **environment)
+    return run_ansible("ansible-playbook", ROOT / path, *arguments, directory=ROOT, **environment)

@@ -45,7 +45,8 @@ QUERIES = [
 
 
 def of_kind(kind: str) -> Sequence[Any]:
-    return [param for param in QUERIES if param.values[0]["datasource"]["type"] == kind]
+    found: list[Any] = list(QUERIES)
+    return [param for param in found if param.values[0]["datasource"]["type"] == kind]
 
 
 # What Grafana replaces -----------------------------------------------------------------------
@@ -174,7 +175,7 @@ def query_of(title: str) -> str:
         for panel in DASHBOARDS["pipeline"]["panels"]
         if panel["title"] == title
     ]
-    return query
+    return str(query)
 
 
 @pytest.mark.parametrize(
@@ -220,9 +221,9 @@ def test_tables(installation: Installation) -> None:
 def test_instances_to_choose_from(installation: Installation) -> None:
     for dashboard in DASHBOARDS.values():
         (variable,) = dashboard["templating"]["list"]
-        metric, label = re.fullmatch(
-            r"label_values\((\w+), (\w+)\)", variable["query"]["query"]
-        ).groups()
+        asked = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
+        assert asked, variable
+        metric, label = asked.groups()
         values = installation.prometheus.get(f"label/{label}/values", **{"match[]": metric})
         assert values == [installation.prometheus.target]
 
@@ -232,7 +233,8 @@ def test_instances_to_choose_from(installation: Installation) -> None:
 
 @pytest.fixture(params=DASHBOARDS)
 def dashboard(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return DASHBOARDS[request.param]
+    found: dict[str, Any] = DASHBOARDS[request.param]
+    return found
 
 
 def test_there_are_dashboards() -> None:

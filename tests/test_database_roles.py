@@ -1,5 +1,7 @@
 """roles.sql: what it creates and grants, as often as it runs, and that passwords stay secret."""
 
+from functools import partial
+
 import psycopg2
 import pytest
 from psycopg2.errors import InsufficientPrivilege
@@ -30,7 +32,11 @@ def configure(server: Postgres, settings: dict[str, str]) -> None:
         server.query(f"ALTER SYSTEM SET {name} = '{value}'")
     server.query("SELECT pg_reload_conf()")
     for name, value in settings.items():
-        eventually(lambda name=name, value=value: server.query(f"SHOW {name}") == [(value,)])
+        eventually(partial(shows, server, name, value))
+
+
+def shows(server: Postgres, name: str, value: str) -> bool:
+    return server.query(f"SHOW {name}") == [(value,)]
 
 
 def migrate(roles: Roles) -> None:

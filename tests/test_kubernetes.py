@@ -398,7 +398,7 @@ def warning(kind: str, uid: str, minute: int, message: str, reason: str = "Faile
     return event | {"lastTimestamp": at(minute)}
 
 
-def replica(name: str, *, ready: bool, revision: str = "new", **shown: object) -> Object:
+def replica(name: str, *, ready: bool, revision: str = "new", **shown: Any) -> Object:
     """A pod made in minute 10, scheduled in minute 11, whose container runs since minute 12."""
     conditions = [
         {"type": "PodScheduled", "status": "True", "lastTransitionTime": at(11)},
@@ -423,7 +423,7 @@ WEB = {
     "spec": {"replicas": 2},
     "status": {"replicas": 2, "updateRevision": "new"},
 }
-ENDED = {"lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}}
+ENDED: dict[str, Any] = {"lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}}
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).parent.parent
 
 
-def tasks(value: object) -> list[dict]:
+def tasks(value: object) -> list[dict[str, Any]]:
     """Every mapping in a task file, blocks included."""
     if isinstance(value, dict):
         return [value, *(found for inner in value.values() for found in tasks(inner))]

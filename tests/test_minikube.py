@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -78,8 +79,9 @@ class Machine:
         self.script("df", f"echo Filesystem\necho /dev/sda1 9 9 {free << 20} 9% /")
 
     @property
-    def state(self) -> dict:
-        return json.loads((self.path / "state.json").read_text())
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads((self.path / "state.json").read_text())
+        return state
 
     def set(self, **values: object) -> None:
         (self.path / "state.json").write_text(json.dumps(values))

@@ -83,7 +83,7 @@ class System:
 
     def device(self) -> Publisher:
         password = self.passwords["simulator_mqtt_password"]
-        return Publisher(Listener(self.port("mosquitto")), "iot-simulator", password)  # type: ignore[arg-type]
+        return Publisher(Listener(self.port("mosquitto")), "iot-simulator", password)
 
     def send(self, payloads: set[bytes]) -> None:
         """Publish as a device."""
@@ -184,7 +184,7 @@ class Session:
             reasons[0].value
         )
         self.client.on_publish = lambda _c, _u, _m, reason, _p: self.reasons.append(reason.value)
-        self.client.on_message = lambda _c, _u, message: self.messages.append(message.payload)
+        self.client.on_message = lambda _c, _u, m: self.messages.append(bytes(m.payload))
         self.client.connect(HOST, port)
         self.connected = self._reason()
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,14 +22,15 @@ def listener() -> Iterator[socket.socket]:
         yield server
 
 
-def conflicts(pidfile: Path, address: str, port: int) -> list[dict]:
+def conflicts(pidfile: Path, address: str, port: int) -> list[dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, SCRIPT, pidfile, f"some_port={address}={port}"],
         capture_output=True,
         text=True,
         check=True,
     )
-    return json.loads(done.stdout)
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "0.0.0.0", "::"])

@@ -105,7 +105,7 @@ def test_it_fails_for_a_program_that_does_not_run(
 
 
 def test_it_names_what_runs_from_replaced_files(installation: Installation, tmp_path: Path) -> None:
-    sleep = shutil.copy(binary("sleep"), tmp_path / "sleep")
+    sleep = Path(shutil.copy(binary("sleep"), tmp_path / "sleep"))
     with subprocess.Popen([sleep, "100"]) as process:
         eventually(lambda: Path(f"/proc/{process.pid}/exe").readlink() == sleep)
         installation.supervised("RUNNING", process.pid)

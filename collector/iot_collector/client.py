@@ -146,7 +146,7 @@ class StockClient(Client):
             self.take_messages()
         properties = None
         if end_session and self.protocol == MQTTProtocolVersion.MQTTv5:
-            properties = Properties(PacketTypes.DISCONNECT)  # type: ignore[no-untyped-call]
+            properties = Properties(PacketTypes.DISCONNECT)
             properties.SessionExpiryInterval = 0
         self.disconnect(properties=properties)
 
@@ -284,9 +284,9 @@ class BulkClient(StockClient):
         if not start or start + length > end:
             raise ValueError("PUBLISH with properties beyond its end")
         raw = data[at : start + length]
-        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties = Properties(PacketTypes.PUBLISH)
         try:
-            properties.unpack(raw)  # type: ignore[no-untyped-call]
+            properties.unpack(raw)
         except (ValueError, LookupError, struct.error, MQTTException):
             # The message is complete and the broker accepted it: if the connection ended, the
             # broker would send it again for ever. (paho refuses some texts that MQTT allows, such

@@ -79,7 +79,7 @@ class Connection:
         set_up_transport(self.client, settings)
         options: dict[str, Any] = {}
         if settings.mqtt_version == "5":
-            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties = Properties(PacketTypes.CONNECT)
             if self._keep_session:
                 properties.SessionExpiryInterval = settings.mqtt_session_expiry_seconds
             properties.ReceiveMaximum = settings.mqtt_max_inflight

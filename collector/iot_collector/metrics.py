@@ -21,7 +21,7 @@ from .dead_letters import REFUSED_TWICE
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 _ROWS = (1, 5, 10, 50, 100, 500, 1_000, 2_500, 5_000, 10_000)
 
-disable_created_metrics()  # type: ignore[no-untyped-call]
+disable_created_metrics()
 
 
 class WeightedHistogram:

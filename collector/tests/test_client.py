@@ -57,7 +57,7 @@ class FakeSocket:
 
 def connected(kind: type[StockClient], version: str, chunks: Sequence[bytes]) -> StockClient:
     """Return a client that is connected to a fake socket."""
-    client = kind(Settings(mqtt_version=version))  # type: ignore[arg-type]
+    client = kind(Settings(mqtt_version=version))
     client._sock = FakeSocket([chunk for chunk in chunks if chunk])  # type: ignore[assignment]
     return client
 
@@ -237,7 +237,7 @@ def test_end_of_stream() -> None:
     client = connected(BulkClient, "5", [publish_packet(), publish_packet()[:-1]])
     client.read()
     client.read()
-    socket_of(client).recv = lambda _size: b""  # type: ignore[method-assign]
+    socket_of(client).recv = lambda size: b""  # type: ignore[method-assign]
     client.read()
     assert client.socket() is None
     assert len(client.take_messages()[1]) == 1, "the half message is not stored"
@@ -329,7 +329,7 @@ def test_damaged_streams(version: str, data: st.DataObject) -> None:
         if stream:
             stream[place % len(stream)] ^= change
     whole = read_all(BulkClient, version, [bytes(stream)])
-    single = read_all(BulkClient, version, [stream[i : i + 1] for i in range(len(stream))])
+    single = read_all(BulkClient, version, [bytes(stream[i : i + 1]) for i in range(len(stream))])
     assert whole[:2] == single[:2], "how the stream is split makes no difference"
     assert len(whole[0]) == len(whole[1])
     for row, tag in zip(*whole[:2], strict=True):

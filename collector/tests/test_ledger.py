@@ -124,14 +124,17 @@ class Machine(RuleBasedStateMachine):
                 self.subscribed = True
             return
         batch: list[tuple[int, Message, int]] = []
-        while self.read and len(batch) < most and not isinstance(self.read[0], SessionStart):
-            batch.append(self.read.pop(0))
+        for item in self.read[:most]:
+            if isinstance(item, SessionStart):
+                break
+            batch.append(item)
+        del self.read[: len(batch)]
         tags = [tag for tag, _, _ in batch]
         read = ReadBatch(None, [message for _, message, _ in batch], tags, 0.0, 0.0)
         (new,), packets = self.history.drop_stored([read])
         if new.rows:
             keep = len(self.history) + 1
-            self.stored += [row.number for row in new.rows]
+            self.stored += [row.number for row in new.rows if isinstance(row, Message)]
             self.stored_ledger = [*self.stored_ledger, packets][-keep:]
         self.history.add(packets)
         for tag, _, connection in batch:

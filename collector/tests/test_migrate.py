@@ -22,7 +22,7 @@ from testing.postgres import Database
 
 
 def settings_for(database: Database, **more: Any) -> Settings:
-    return Settings(database_url=database.url, database_password=database.password, **more)  # type: ignore[arg-type]
+    return Settings(database_url=database.url, database_password=database.password, **more)
 
 
 def partitions(database: Database) -> list[str]:

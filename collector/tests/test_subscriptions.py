@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from iot_collector import sessions, subscriptions
+from iot_collector import sessions
 from iot_collector.buffer import ReadBatch, SessionStart, SubscriptionsChanged
 from iot_collector.copy_format import RowPrefixes, encode_rows
 from iot_collector.fields import fields_of
@@ -212,7 +212,7 @@ def test_refused_replacement_keeps_the_old_subscription() -> None:
 
 def test_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
-    monkeypatch.setattr(subscriptions.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     subs, client = begun(pod(0, PLAIN), present=True)
     waits = Claim(held=[SHARED], waiting_for=["collector-1"])
     subs.handle_claim(waits)
@@ -244,7 +244,7 @@ def test_database_that_does_not_answer(
 ) -> None:
     """It must not cost messages: it is subscribed without an answer."""
     now = time.monotonic()
-    monkeypatch.setattr(subscriptions.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     subs, client = begun(pod(ordinal, SHARED), present=present)
     now += limit - 0.1
     subs.check_due()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+Object = dict[str, Any]
+
 _EVENTS = 5  # at the most
 _IMAGE = "set {name}_image to an image that the cluster can get, or load it: minikube image load"
 _CLASS = "set iot_storage_class to a class that provides volumes"
@@ -22,13 +26,13 @@ NEXT_STEPS = {
 }
 
 
-def _is(pod: dict, condition: str) -> bool:
+def _is(pod: Object, condition: str) -> bool:
     """Return whether the pod's condition of this type holds."""
     conditions = pod.get("status", {}).get("conditions") or []
     return any(c["type"] == condition and c["status"] == "True" for c in conditions)
 
 
-def _pod_reasons(pod: dict) -> list[str]:
+def _pod_reasons(pod: Object) -> list[str]:
     """Return why a pod is not ready now, one line a cause."""
     status = pod.get("status", {})
     reasons = [
@@ -55,14 +59,14 @@ def _pod_reasons(pod: dict) -> list[str]:
     return reasons
 
 
-def _time(event: dict) -> str:
+def _time(event: Object) -> str:
     """Return when an event was last seen, to the second (the fields differ in their fractions)."""
     series = event.get("series") or {}
     seen = series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
     return (seen or "")[:19]
 
 
-def _since(pod: dict) -> str:
+def _since(pod: Object) -> str:
     """Return when the pod got as far as it is: what it warned of before is mended."""
     status = pod.get("status", {})
     steps = [
@@ -79,7 +83,9 @@ def _since(pod: dict) -> str:
     return max(time or "" for time in times)[:19]
 
 
-def _event_reasons(workloads: list, pods: list, claims: list, events: list) -> list[str]:
+def _event_reasons(
+    workloads: list[Object], pods: list[Object], claims: list[Object], events: list[Object]
+) -> list[str]:
     """Return the last warnings about what is not as it should be now, the oldest first.
 
     An object that was replaced by one of the same name has another uid.
@@ -91,8 +97,8 @@ def _event_reasons(workloads: list, pods: list, claims: list, events: list) -> l
         for w in workloads
         if w.get("status", {}).get("replicas", 0) < w["spec"].get("replicas", 1)
     }
-    said: list[dict] = []
-    refused: list[dict] = []
+    said: list[Object] = []
+    refused: list[Object] = []
     for event in sorted(events, key=_time):
         uid = event["involvedObject"].get("uid", "")
         if event.get("reason") == "FailedScheduling":
@@ -107,7 +113,7 @@ def _event_reasons(workloads: list, pods: list, claims: list, events: list) -> l
     ]
 
 
-def not_ready(component: str, error: str, namespace: str, objects: list[dict]) -> str:
+def not_ready(component: str, error: str, namespace: str, objects: list[Object]) -> str:
     """Return the error message about a component that does not become ready.
 
     ``objects`` are the component's StatefulSet, pods and claims, and the warnings (events) of the
@@ -147,6 +153,6 @@ def not_ready(component: str, error: str, namespace: str, objects: list[dict]) -
 class FilterModule:
     """Filters about components on Kubernetes."""
 
-    def filters(self) -> dict:
+    def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
         return {"not_ready": not_ready}

@@ -7,6 +7,10 @@ https://kubernetes.io/docs/concepts/storage/persistent-volumes/#expanding-persis
 
 from __future__ import annotations
 
+from typing import Any
+
+Object = dict[str, Any]
+
 _MOVE = (
     "or move: back up the data, delete them with the namespace, deploy again and restore them "
     "(docs/kubernetes.md, Volumes)."
@@ -14,7 +18,7 @@ _MOVE = (
 
 
 def volume_errors(
-    wanted: dict[str, dict], storage_class: str, kubectl: str, objects: list[dict]
+    wanted: dict[str, Object], storage_class: str, kubectl: str, objects: list[Object]
 ) -> list[str]:
     """Return what stands in the way, with the next step; nothing when all is well.
 
@@ -48,7 +52,7 @@ def volume_errors(
     return errors
 
 
-def _class_errors(component: str, template: dict, wanted: str, classes: list[str]) -> list[str]:
+def _class_errors(component: str, template: Object, wanted: str, classes: list[str]) -> list[str]:
     """Return why the class cannot be another one; ``classes`` are those of the claims."""
     made = template["spec"].get("storageClassName", "")
     if made == wanted:
@@ -63,7 +67,12 @@ def _class_errors(component: str, template: dict, wanted: str, classes: list[str
 
 
 def _size_errors(
-    component: str, template: dict, want: dict, kubectl: str, claims: list, fixed: list[str]
+    component: str,
+    template: Object,
+    want: Object,
+    kubectl: str,
+    claims: list[Object],
+    fixed: list[str],
 ) -> list[str]:
     """Return why the size cannot be another one; ``fixed`` are the classes that cannot grow."""
     made = template["spec"]["resources"]["requests"]["storage"]
@@ -96,7 +105,7 @@ def _size_errors(
     ]
 
 
-def _bytes(size: object) -> object:
+def _bytes(size: object) -> Any:
     """Return a quantity of Kubernetes as a number, None when it is not one above zero."""
     # Here and not above: preflight says first what to do where there is no such module.
     from kubernetes.utils.quantity import parse_quantity
@@ -112,6 +121,6 @@ def _bytes(size: object) -> object:
 class FilterModule:
     """Filter ``volume_errors``."""
 
-    def filters(self) -> dict:
+    def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
         return {"volume_errors": volume_errors}

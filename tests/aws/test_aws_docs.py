@@ -101,8 +101,8 @@ def test_playbook_commands(command: list[str]) -> None:
             assert value.partition("=")[0] in known, value
     done = subprocess.run(
         [
-            *(Path(sys.executable).with_name("ansible-playbook"), "--syntax-check"),
-            *(ROOT / playbook, *(one for one in options if one != "--check")),
+            *(str(Path(sys.executable).with_name("ansible-playbook")), "--syntax-check"),
+            *(str(ROOT / playbook), *(one for one in options if one != "--check")),
         ],
         cwd=ROOT,
         capture_output=True,

@@ -16,8 +16,9 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture
 def cluster(deployed: Deployment) -> dict[str, Any]:
-    found: dict[str, Any] = deployed.account.client("eks").describe_cluster(name="iot-system")
-    return found["cluster"]
+    answer = deployed.account.client("eks").describe_cluster(name="iot-system")
+    found: dict[str, Any] = answer["cluster"]
+    return found
 
 
 @pytest.fixture

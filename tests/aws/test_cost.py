@@ -30,7 +30,7 @@ class Recorder(dict[str, Any]):
         self.read.add(key)
         return super().__getitem__(key)
 
-    def __or__(self, other: Any) -> Recorder:
+    def __or__(self, other: Any) -> Recorder:  # type: ignore[override]
         return Recorder(dict(self) | other, self.read)
 
 

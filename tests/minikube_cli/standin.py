@@ -28,21 +28,24 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
+
+Object = dict[str, Any]
 
 HOME = Path(os.environ["MINIKUBE_STANDIN"])
 STATE = HOME / "state.json"
-FRESH = {"docker": "up", "version": "v1.38.1", "profiles": {}, "invalid": [], "images": []}
+FRESH: Object = {"docker": "up", "version": "v1.38.1", "profiles": {}, "invalid": [], "images": []}
 ADDONS = ["default-storageclass", "ingress", "metrics-server", "storage-provisioner"]
 APISERVER_MISSING = 105
 GUEST_NOT_FOUND = 85
 
 
-def fail(text, code):
+def fail(text: str, code: int) -> NoReturn:
     print(text, file=sys.stderr)
     sys.exit(code)
 
 
-def options(arguments):
+def options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """({"profile": "iot-system", "force": ""}, ["image", "ls"]) of the form --name=value."""
     flags = [a[2:].partition("=") for a in arguments if a.startswith("--")]
     return {name: value for name, _, value in flags}, [
@@ -50,11 +53,11 @@ def options(arguments):
     ]
 
 
-def kubectl(_state, _arguments):
+def kubectl(_state: Object, _arguments: list[str]) -> None:
     print("Client Version: v1.35.1")
 
 
-def docker(state, arguments):
+def docker(state: Object, arguments: list[str]) -> None:
     assert arguments[:2] == ["info", "--format"], arguments
     if state["docker"] == "up":
         info = {"NCPU": 4, "MemTotal": 16 << 30, "DockerRootDir": "/", **state.get("info", {})}
@@ -73,7 +76,7 @@ def docker(state, arguments):
     )
 
 
-def status(profile):
+def status(profile: Object) -> tuple[Object | None, int]:
     """(what `status -o json` prints, its exit code)"""
     if profile["host"] == "Nonexistent":
         return None, 0
@@ -89,7 +92,7 @@ def status(profile):
     return node, 0 if running else 7
 
 
-def profile_list(state):
+def profile_list(state: Object) -> Object:
     valid = [
         {"Name": name, "Status": p["host"], "Config": p["config"], "Active": False}
         for name, p in state["profiles"].items()
@@ -98,7 +101,7 @@ def profile_list(state):
     return {"invalid": invalid, "valid": valid}
 
 
-def start(state, name, flags):
+def start(state: Object, name: str, flags: dict[str, str]) -> None:
     if os.geteuid() == 0 and "force" not in flags:
         fail(
             '* The "docker" driver should not be used with root privileges. If you wish to '
@@ -139,7 +142,7 @@ def start(state, name, flags):
     print(f"* Done! To connect to this cluster, use: --context={name}")
 
 
-def build(state, flags, context):
+def build(state: Object, flags: dict[str, str], context: str) -> None:
     dockerfile = Path(context) / flags["file"]
     if not dockerfile.is_file() or "build" in state.get("fails", []):
         fail('#5 ERROR: process "/bin/sh -c false" did not complete successfully: exit code: 1', 0)
@@ -147,7 +150,7 @@ def build(state, flags, context):
     state["images"].append(name if "/" in name else f"registry.example/library/{name}")
 
 
-def minikube(state, arguments):
+def minikube(state: Object, arguments: list[str]) -> None:
     flags, words = options(arguments)
     name = flags.get("profile", "minikube")
     profile = state["profiles"].get(name)
@@ -192,7 +195,7 @@ def minikube(state, arguments):
             fail(f"the stand-in does not know minikube {' '.join(arguments)}", 14)
 
 
-def main():
+def main() -> None:
     program = Path(sys.argv[0]).name
     with (HOME / "calls.log").open("a") as log:
         log.write(" ".join([program, *sys.argv[1:]]) + "\n")

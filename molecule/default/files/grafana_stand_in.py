@@ -43,12 +43,15 @@ def main() -> None:
     provisioning = Path(ini["paths"]["provisioning"])
     expand((provisioning / "datasources/iot-system.yml").read_text())
     provider = (provisioning / "dashboards/iot-system.yml").read_text()
-    dashboards = Path(re.search(r"path: (.+)", provider)[1])
+    path = re.search(r"path: (.+)", provider)
+    if not path:
+        raise SystemExit("no path of dashboards")
+    dashboards = Path(path[1])
     json.loads((dashboards / "pipeline.json").read_text())
     (Path(ini["paths"]["data"]) / "grafana.db").touch()
 
     server = ini["server"]
-    address = (server["http_addr"], server.getint("http_port"))
+    address = (server["http_addr"], int(server["http_port"]))
     http.server.ThreadingHTTPServer(address, Health).serve_forever()
 
 

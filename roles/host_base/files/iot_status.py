@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from replaced_files import replaced_files
 
@@ -43,7 +44,7 @@ def programs() -> list[tuple[int, str, str]]:
         ini = configparser.RawConfigParser(inline_comment_prefixes=None)
         ini.read(path, encoding="utf-8")
         program = ini[f"program:{path.stem}"]
-        found.append((program.getint("priority"), path.stem, ini[f"status:{path.stem}"]["url"]))
+        found.append((int(program["priority"]), path.stem, ini[f"status:{path.stem}"]["url"]))
     return sorted(found)
 
 
@@ -59,14 +60,19 @@ def states() -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def health(url: str) -> dict:
+def read_report(answer: IO[bytes]) -> dict[str, Any]:
+    report: dict[str, Any] = json.load(answer)
+    return report
+
+
+def health(url: str) -> dict[str, Any]:
     """The collector's own account of itself. A 503 carries it as well as a 200."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310 -- ours
-            return json.load(answer)
+            return read_report(answer)
     except urllib.error.HTTPError as error:
         try:
-            return json.load(error)
+            return read_report(error)
         except ValueError:
             return {}
     except (OSError, ValueError):
@@ -77,8 +83,8 @@ def health(url: str) -> dict:
 class Status:
     """What is so now."""
 
-    services: dict[str, dict]
-    report: dict  # the collector's
+    services: dict[str, dict[str, Any]]
+    report: dict[str, Any]  # the collector's
     stored: str  # the number of rows; empty when the database does not say
 
     @property
@@ -91,13 +97,13 @@ class Status:
 
     @property
     def answer(self) -> str:
-        return self.report.get("status", "does not answer")
+        return str(self.report.get("status", "does not answer"))
 
 
 def look(known: list[tuple[int, str, str]]) -> Status:
     """Ask all that know."""
     state = states()
-    services = {}
+    services: dict[str, dict[str, Any]] = {}
     for _, name, url in known:
         now, replaced = state.get(name, ("stopped", []))
         services[name] = {
