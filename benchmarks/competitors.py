@@ -180,6 +180,15 @@ ALL = [
         metrics=True,
     ),
     Competitor(
+        name="ids",
+        title="this collector, with message ids",
+        command=lambda _: _collector("run"),
+        prepare=_python_versions,
+        speed=40_000,
+        environment=lambda place: _ours(place) | {"IOT_MESSAGE_ID_KEY": "id"},
+        metrics=True,
+    ),
+    Competitor(
         name="stock",
         title="this collector, paho's own reader",
         command=lambda _: [sys.executable, str(PEERS / "stock.py"), "run"],

@@ -119,7 +119,7 @@ class Database:
 
     def clear(self) -> None:
         """Empty the tables and write out everything, so that each run starts alike."""
-        self.query("TRUNCATE messages, dead_letters, bridge RESTART IDENTITY")
+        self.query("TRUNCATE messages, dead_letters, message_ids, bridge RESTART IDENTITY")
         self.query("CHECKPOINT")
 
     def size(self, table: str) -> int:

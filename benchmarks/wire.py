@@ -16,10 +16,12 @@ _ACCEPTED = b"\x20\x02\x00\x00"
 
 def payload(device: int, sequence: int, sent_us: int) -> bytes:
     """Return the JSON of one message; ``sent_us`` is when it was due, in Unix microseconds."""
-    text = b'{"device":"device-%04d","seq":%d,"sent_us":%d,"temperature":21.57,"pad":"' % (
+    text = b'{"device":"device-%04d","seq":%d,"sent_us":%d,"temperature":21.57,"id":"%d-%d/' % (
         device,
         sequence,
         sent_us,
+        device,
+        sequence,
     )
     return text.ljust(PAYLOAD_SIZE - 2, b"x") + b'"}'
 

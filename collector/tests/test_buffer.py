@@ -46,11 +46,11 @@ NOTHING = Work()
 NEVER = PATIENCE * 1000  # a time that ends the test when it is waited for
 
 
-def test_nothing() -> None:
+def test_take_from_an_empty_buffer() -> None:
     assert take(buffer()) == NOTHING
 
 
-def test_everything_that_is_there() -> None:
+def test_a_batch_is_all_that_waits() -> None:
     reads = [read(3), read(2), read(1)]
     assert batch(buffer(*reads)) == reads
 
@@ -68,12 +68,12 @@ def test_bytes_bound_a_batch() -> None:
     assert batch(buffer(*reads), size=10 * ROW) == reads[:2]
 
 
-def test_a_chunk_larger_than_a_batch() -> None:
+def test_a_read_larger_than_a_batch() -> None:
     large = read(500)
     assert batch(buffer(large, read()), rows=10, size=10) == [large]
 
 
-def test_close() -> None:
+def test_closed_buffer_gives_the_rest() -> None:
     source = buffer(waiting := read())
     source.close()
     assert not source.finished
@@ -82,7 +82,7 @@ def test_close() -> None:
     assert take(source, timeout=NEVER) == NOTHING
 
 
-def test_close_wakes() -> None:
+def test_close_wakes_the_writer() -> None:
     source = buffer()
     taken: list[object] = []
     thread = threading.Thread(target=lambda: taken.append(take(source, timeout=NEVER)), daemon=True)
@@ -156,7 +156,7 @@ def test_a_batch_is_completed_once() -> None:
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=60),
     rows=st.integers(1, 100),
 )
-def test_every_snapshot_balances(sizes: list[int], rows: int) -> None:
+def test_counts_add_up_in_every_snapshot(sizes: list[int], rows: int) -> None:
     """One thread puts, one takes and completes, and a third looks all the time."""
     source = Buffer(max_bytes=1 << 20)
     taken: list[ReadBatch] = []

@@ -1,4 +1,4 @@
-"""``iot-collector check``: what it looks at, its exit status, and what it says to change."""
+"""``iot-collector check``: its checks, its exit status and its hints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from testing.service import HOST, free_port
 
 
 def check(*parts: Mosquitto | Database, **settings: str) -> tuple[int, list[str], list[str]]:
-    """Return the exit status, and the lines of what is right and of what is wrong."""
+    """Return the exit status, and the lines of checks that succeeded and that failed."""
     merged: dict[str, str] = {}
     for part in parts:
         merged |= part.environment()
@@ -27,7 +27,7 @@ def check(*parts: Mosquitto | Database, **settings: str) -> tuple[int, list[str]
     return done.returncode, right, wrong
 
 
-def test_all_is_right(broker: Mosquitto, database: Database) -> None:
+def test_everything_is_right(broker: Mosquitto, database: Database) -> None:
     status, right, wrong = check(broker, database)
     assert (status, wrong) == (0, [])
     assert [line.split()[0] for line in right] == ["settings:", "broker", "database"]
@@ -44,7 +44,7 @@ def test_settings() -> None:
     assert second.startswith("wrong setting: IOT_HTTP_PORT: ")
 
 
-def test_broker_away(database: Database) -> None:
+def test_broker_unreachable(database: Database) -> None:
     status, _, wrong = check(database, IOT_MQTT_URL=f"mqtt://{HOST}:{free_port()}")
     assert status == 4
     (line,) = wrong
@@ -89,7 +89,7 @@ def test_broker_certificate(
     assert check(broker, database, IOT_MQTT_CA_FILE=str(certificates.ca))[0] == 0
 
 
-def test_database_away(broker: Mosquitto) -> None:
+def test_database_unreachable(broker: Mosquitto) -> None:
     url = f"postgresql://me@{HOST}:{free_port()}/iot"
     status, _, wrong = check(broker, IOT_DATABASE_URL=url)
     assert status == 8
@@ -127,7 +127,7 @@ def test_database_rights(broker: Mosquitto, database: Database) -> None:
     assert "grant" in wrong[0].lower()
 
 
-def test_both_away() -> None:
+def test_broker_and_database_unreachable() -> None:
     status, _, wrong = check(
         IOT_MQTT_URL=f"mqtt://{HOST}:{free_port()}",
         IOT_DATABASE_URL=f"postgresql://me@{HOST}:{free_port()}/iot",

@@ -99,7 +99,7 @@ def test_topics_that_mqtt_does_not_allow(topic: bytes) -> None:
             prefixes[topic]
 
 
-def test_topics_without_end() -> None:
+def test_cache_of_topics_is_bounded() -> None:
     """The cache is bounded, and a topic encoded again is the same."""
     prefixes = copy_format.RowPrefixes(0x32)
     first = prefixes[b"t/0"]

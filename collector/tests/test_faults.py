@@ -291,7 +291,7 @@ def test_collector_killed_exactly_at(
         complete(load, broker, database, collector)
 
 
-def test_killed_with_poison_in_large_batches(
+def test_killed_while_refused_rows_are_searched(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
     """Also while it looks for the row that the database refuses."""
@@ -911,9 +911,9 @@ def test_broker_killed(
 def test_queue_of_a_killed_broker(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database
 ) -> None:
-    """What it saved as queued it sends again without DUP after the kill, stored or not.
+    """After the kill it sends again, without DUP, what it had saved as queued, stored or not.
 
-    It is stored again: a broker that forgot may mean a new message. A double is better than a loss.
+    That is stored again, because it may be a new message: a double is better than a loss.
     """
     broker = make_broker("autosave_interval 0").start()
     collector = make_collector(broker, database).start()
@@ -951,7 +951,7 @@ LOSS = pytest.mark.xfail(
         pytest.param("equal", 1, marks=LOSS),
     ],
 )
-def test_numbers_of_a_killed_broker(
+def test_packet_ids_of_a_killed_broker(
     contents: str,
     committed: int,
     make_collector: MakeCollector,
@@ -988,7 +988,7 @@ def test_numbers_of_a_killed_broker(
 
 
 @pytest.mark.skipif(not FULL, reason="sends 65 535 messages; in make test-faults")
-def test_equal_messages_when_ids_come_round(
+def test_equal_messages_when_packet_ids_are_reused(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
     """After 65 535 messages the ids are those of stored ones, and so are the messages."""

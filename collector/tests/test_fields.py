@@ -1,4 +1,4 @@
-"""What becomes of a payload's content: the table of the README, and anything at all."""
+"""The fields of payloads: the examples of the README, and random payloads."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from iot_collector.fields import fields_of, fields_of_all
 
-READABLE = [
+WITH_FIELDS = [
     (b"temperature:23", {"temperature": 23}),
     (b' {"temperature": 23}\r\n', {"temperature": 23}),
     (b"temperature:-23.50", {"temperature": -23.5}),
@@ -23,7 +23,7 @@ READABLE = [
     (b'say:"hi\\', {"say": '"hi\\'}),
     ("ort:Köln".encode(), {"ort": "Köln"}),
     (b"lines:a\nb", {"lines": "a\nb"}),
-    # What looks like a number and is none for JSON stays text.
+    # These look like numbers and are none in JSON: they stay text.
     (b"temperature:+5", {"temperature": "+5"}),
     (b"temperature:05", {"temperature": "05"}),
     (b"temperature:.5", {"temperature": ".5"}),
@@ -46,7 +46,7 @@ READABLE = [
     (b'{"n":0.1234567890123456789012345678901234567890}', None),
 ]
 
-SILENT = [
+WITHOUT_FIELDS = [
     b"",
     b" ",
     b"hello",
@@ -92,8 +92,8 @@ SILENT = [
 ]
 
 
-@pytest.mark.parametrize(("payload", "expected"), READABLE, ids=repr)
-def test_readable(payload: bytes, expected: dict[str, object] | None) -> None:
+@pytest.mark.parametrize(("payload", "expected"), WITH_FIELDS, ids=repr)
+def test_payloads_with_fields(payload: bytes, expected: dict[str, object] | None) -> None:
     found = fields_of(payload)
     assert found is not None
     if expected is None:
@@ -102,13 +102,13 @@ def test_readable(payload: bytes, expected: dict[str, object] | None) -> None:
         assert json.loads(found) == expected
 
 
-@pytest.mark.parametrize("payload", SILENT, ids=lambda payload: repr(payload[:24]))
-def test_silent(payload: bytes) -> None:
+@pytest.mark.parametrize("payload", WITHOUT_FIELDS, ids=lambda payload: repr(payload[:24]))
+def test_payloads_without_fields(payload: bytes) -> None:
     assert fields_of(payload) is None
 
 
 def test_large_payloads() -> None:
-    """128 KiB is what IoT Core carries at most, and nothing special here."""
+    """128 KiB is the maximum of AWS IoT Core; it is no special case here."""
     text = b"x" * (128 << 10)
     assert json.loads(fields_of(b"a:" + text) or b"") == {"a": text.decode()}
     document = json.dumps({f"key{i}": i for i in range(10_000)}).encode()
@@ -131,7 +131,7 @@ def test_large_payloads() -> None:
 )
 @pytest.mark.timeout(10)  # quadratic time would take a minute
 def test_no_payload_takes_long(payload: bytes) -> None:
-    """One message must not hold up the others, nor the keepalive: the cost is linear."""
+    """The time is linear, so that one message delays neither the others nor the keepalive."""
     fields_of(payload)
 
 
@@ -190,7 +190,7 @@ def test_every_flat_object_arrives(document: dict[str, object]) -> None:
     assert fields_of(payload) == expected
 
 
-# What is no object alone could be one together with its neighbours, if nobody took care.
+# No object by itself, but together with its neighbours it could be taken for one.
 _halves = st.sampled_from(
     [b'{"a":1', b'{"a":"x', b'"b":2}', b'y"}', b'{y"}', b'{"a":1},5', b'{"a":1},{"b":2}']
 ) | st.sampled_from(
@@ -202,5 +202,5 @@ _halves = st.sampled_from(
 @example([b'{"a":1},{"b":2', b'"c":3}'])
 @example([b'{"a":"x', b'{y"}', b'{"a":1},5'])
 @example([b'{"a":"x', b'{y"}'])
-def test_together_as_one_by_one(many: list[bytes]) -> None:
+def test_all_at_once_as_one_by_one(many: list[bytes]) -> None:
     assert list(fields_of_all(many)) == [fields_of(payload) for payload in many]

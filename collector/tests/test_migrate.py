@@ -45,7 +45,7 @@ def read_at(moment: datetime, *payloads: bytes) -> ReadBatch:
     return ReadBatch(None, rows, tags, time.monotonic(), moment.timestamp())
 
 
-def test_fresh_and_again(empty_database: Database) -> None:
+def test_second_run_changes_nothing(empty_database: Database) -> None:
     settings = empty_database.environment()
     first = run_command("migrate", **settings)
     assert first.returncode == 0, first.stderr
@@ -58,7 +58,7 @@ def test_fresh_and_again(empty_database: Database) -> None:
     assert empty_database.query("SELECT count(*) FROM schema_migrations") == [(len(names),)]
 
 
-def test_two_at_once(empty_database: Database) -> None:
+def test_several_at_once(empty_database: Database) -> None:
     barrier = threading.Barrier(4)
 
     def run() -> list[str]:
@@ -83,7 +83,7 @@ def test_failure_changes_nothing(empty_database: Database) -> None:
     assert found == [("dead_letters",)]
 
 
-def test_database_away(empty_database: Database) -> None:
+def test_database_refuses_the_login(empty_database: Database) -> None:
     settings = {**empty_database.environment(), "IOT_DATABASE_PASSWORD": "wrong-one"}
     failed = run_command("migrate", **settings)
     assert failed.returncode == 1

@@ -1,4 +1,4 @@
-"""Broker → collector → database, all real: what is acknowledged is stored, once, come what may."""
+"""Real broker, collector and database: every acknowledged message is stored exactly once."""
 
 import base64
 import contextlib
@@ -248,7 +248,7 @@ TWICE_REFUSED = {
 def test_row_refused_by_dead_letters_too(
     kind: str, make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """Somebody's rule on the last resort: the message is kept beside it, and the flow goes on."""
+    """A constraint on dead_letters: the message goes to the fallback table, and others follow."""
     database.query(TWICE_REFUSED[kind])
     poison = Properties(PacketTypes.PUBLISH)
     poison.UserProperty = [("site", "a")]
@@ -282,7 +282,7 @@ def test_row_refused_by_dead_letters_too(
 def test_dead_letters_that_cannot_be_written_are_retried(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """What is wrong with the table, and not with the message, is to be mended."""
+    """If the table and not the message is at fault, the collector waits until it is repaired."""
     database.query("ALTER TABLE messages ADD CHECK (payload <> 'poison'::bytea)")
     with limited_user(database) as user:
         database.query(f"REVOKE INSERT ON dead_letters FROM {user.user}")
@@ -296,7 +296,7 @@ def test_dead_letters_that_cannot_be_written_are_retried(
         collector.close()
 
 
-def test_row_refused_with_a_code_of_its_own(
+def test_row_refused_with_a_custom_sqlstate(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
     using = "USING ERRCODE = 'IOT01'"
@@ -306,11 +306,11 @@ def test_row_refused_with_a_code_of_its_own(
     assert [letter.sqlstate for letter in database.dead_letters()] == ["IOT01"]
 
 
-def test_missing_partition_is_no_fault_of_the_rows(
+def test_missing_partition_is_not_a_data_error(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
-    """A row that fits no partition waits until there is one; it is no dead letter."""
-    publish(broker, numbered(1))  # today's partitions are seen to
+    """A row without a partition waits until there is one; it is no dead letter."""
+    publish(broker, numbered(1))  # creates today's partitions
     collector.wait_settled(1)
     for (partition,) in database.query("SELECT inhrelid::regclass::text FROM pg_inherits"):
         if len(partition) == len("messages_2026_11"):
@@ -359,7 +359,7 @@ def test_properties(collector: Collector, broker: Mosquitto, database: Database)
 def test_property_text(
     text: str, collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
-    """What the broker lets through must not end the connection: it would come again for ever."""
+    """A message that ended the connection would be sent again for ever."""
     properties = Properties(PacketTypes.PUBLISH)
     properties.UserProperty = [("name", text), (text, "value")]
     publish(broker, [("iot/data", b"x")], properties=properties)
@@ -435,7 +435,7 @@ def test_shared_subscription(
 def test_pod_waits_for_another(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """It is ready meanwhile, or the StatefulSet would never replace the one that it waits for."""
+    """It is ready meanwhile; otherwise the StatefulSet would never replace the pod it waits for."""
     first, second = (
         make_collector(
             broker,
@@ -462,10 +462,10 @@ def test_pod_waits_for_another(
     assert database.query("SELECT client_id FROM sessions") == [("collector-0",)]
 
 
-# The account ---------------------------------------------------------------------------------
+# Counts ---------------------------------------------------------------------------------
 
 
-def test_every_scrape_obeys_the_law(
+def test_counts_add_up_in_every_scrape(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
     with Stream(broker, every=0.0005) as stream:
@@ -503,7 +503,7 @@ def test_http(collector: Collector) -> None:
     assert 'build_info{version="' in collector.get("/metrics").body.decode()
 
 
-# Bad days: the database ----------------------------------------------------------------------
+# Failures of the database ----------------------------------------------------------------------
 
 
 def test_database_absent_at_start(
@@ -525,7 +525,7 @@ def test_database_absent_at_start(
 
 
 @pytest.mark.parametrize("end", [Postgres.stop, Postgres.kill], ids=["stopped", "killed"])
-def test_database_away_in_the_middle(
+def test_database_stops_under_load(
     end: Callable[[Postgres], object],
     make_collector: MakeCollector,
     broker: Mosquitto,
@@ -548,7 +548,7 @@ def test_database_away_in_the_middle(
 def test_session_cut_again_and_again(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
-    """A COMMIT whose answer is lost took place or did not: the ledger knows."""
+    """Whether a COMMIT took place whose answer is lost: the ledger knows."""
     with Stream(broker, every=0.0005) as stream:
         for _ in range(20):
             stream.more(20)
@@ -640,7 +640,7 @@ def test_database_without_schema(
 def test_statement_timeout(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """What waits longer is cancelled and tried again, as often as it takes."""
+    """A statement that takes longer is cancelled and repeated until it succeeds."""
     collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
     collector.wait_settled(len(publish(broker, numbered(1))))
     with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
@@ -673,7 +673,7 @@ def test_shorter_statement_timeout_of_the_role_is_kept(
 def test_daily_work_is_not_timed_out(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """Partitions and old message ids take the time they take, and waiting for a lock is retried."""
+    """Creating partitions and deleting ids may take long; waiting for a lock is repeated."""
     database.query(
         "ALTER FUNCTION ensure_partitions RENAME TO ensure_partitions_at_once;"
         "CREATE FUNCTION ensure_partitions(timestamptz, integer) RETURNS integer LANGUAGE sql AS"
@@ -698,7 +698,7 @@ def test_database_that_accepts_everything_and_never_answers(
     broker: Mosquitto,
     database: Database,
 ) -> None:
-    """Neither its timeout nor TCP ends the wait, so the collector does."""
+    """Neither statement_timeout nor TCP ends the wait, so the collector does."""
     proxy = make_proxy(database.server.port)
     url = database.url.replace(f":{database.server.port}/", f":{proxy.port}/")
     settings = {"IOT_DATABASE_URL": url, "IOT_DATABASE_TIMEOUT_SECONDS": "1"}
@@ -715,7 +715,7 @@ def test_database_that_accepts_everything_and_never_answers(
     assert database.count() == 50
 
 
-# Bad days: the broker ------------------------------------------------------------------------
+# Failures of the broker ------------------------------------------------------------------------
 
 
 def test_broker_absent_at_start(
@@ -746,7 +746,7 @@ def test_broker_restarted(collector: Collector, broker: Mosquitto, database: Dat
 def test_wrong_broker_password(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
 ) -> None:
-    """It says so, and the password's file is read again at each attempt."""
+    """The log says so, and the password file is read again at each attempt."""
     users, secret = tmp_path / "users", tmp_path / "secret"
     write_passwords(users, {"me": "right-one"})
     broker = make_broker(f"password_file {users}", anonymous=False).start()
@@ -765,7 +765,7 @@ def test_wrong_broker_password(
 def test_window_of_the_broker_smaller_than_ours(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database
 ) -> None:
-    """It sends 20 and waits: lingering for more would make it 20 messages a linger."""
+    """It sends 20 and waits: with a linger after each read, there would be 20 messages a linger."""
     broker = make_broker("max_inflight_messages 20").start()
     # With MQTT 5, Mosquitto's window is the one that we ask for.
     settings = {"IOT_MQTT_VERSION": "3.1.1", "IOT_BATCH_LINGER_MS": "500"}
@@ -799,7 +799,7 @@ def test_same_client_id_twice(
     assert first.get("/livez").status == 200
 
 
-# The end -------------------------------------------------------------------------------------
+# Shutdown -------------------------------------------------------------------------------------
 
 
 def test_sigterm_drains(collector: Collector, broker: Mosquitto, database: Database) -> None:
@@ -836,7 +836,7 @@ def test_sigterm_with_the_database_down(
     settled(collector, own_database, acknowledged)
 
 
-def test_sigint_with_nothing_there(
+def test_sigint_without_broker_and_database(
     make_collector: MakeCollector, make_broker: MakeBroker, own_database: Database
 ) -> None:
     own_database.server.stop()
@@ -846,7 +846,7 @@ def test_sigint_with_nothing_there(
     assert collector.wait(15) == 0
 
 
-def test_killed_in_the_middle(collector: Collector, broker: Mosquitto, database: Database) -> None:
+def test_killed_under_load(collector: Collector, broker: Mosquitto, database: Database) -> None:
     """Between COMMIT and PUBACK too: the broker sends again, and each message is stored once."""
     with Stream(broker, every=0.0005) as stream:
         for _ in range(5):
@@ -993,7 +993,7 @@ def test_sigterm_waits_for_a_commit(
 def test_killed_while_a_commit_takes_place(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
-    """PostgreSQL ends a COMMIT that was asked for, though who asked is dead: the next must wait."""
+    """PostgreSQL finishes the COMMIT of a dead process: the next process has to wait for it."""
     database.query(COMMIT_WAITS)
     with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(1)")
@@ -1007,7 +1007,7 @@ def test_killed_while_a_commit_takes_place(
 
 
 def test_message_ids(make_collector: MakeCollector, broker: Mosquitto, database: Database) -> None:
-    """A device that publishes again names its messages, and each is stored once."""
+    """A device gives its messages ids and publishes some again: each is stored once."""
     collector = make_collector(broker, database, IOT_MESSAGE_ID_KEY="id").start()
     messages = [("iot/data", json.dumps({"id": i, "n": n}).encode()) for i in "ab" for n in (1, 2)]
     publish(broker, [*messages, ("iot/data", b"no id"), ("iot/data", b"no id")])
@@ -1040,7 +1040,7 @@ def test_message_ids_are_kept_as_long_as_the_session(
     broker: Mosquitto,
     database: Database,
 ) -> None:
-    """What is sent again at the end of the session's life is still recognised."""
+    """A message that is sent again right before the session expires is still recognised."""
     days = {"kept": kept, "forgotten": forgotten}
     for name, age in days.items():
         if age is not None:
@@ -1082,7 +1082,7 @@ def test_wrong_settings(make_collector: MakeCollector) -> None:
 def test_logs(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
 ) -> None:
-    """Each line is JSON, at every level, through good days and bad ones, and none has a secret."""
+    """Each line is JSON, at every level, with and without failures, and none has a secret."""
     users = tmp_path / "users"
     write_passwords(users, {"me": "broker-secret"})
     broker = make_broker(f"password_file {users}", anonymous=False).start()
@@ -1147,7 +1147,7 @@ def test_tls(
     assert collector.stop() == 0
 
 
-def test_tls_with_a_certificate_of_nobody_we_know(
+def test_tls_with_an_untrusted_certificate(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
 ) -> None:
     certificates = make_certificates(tmp_path)
@@ -1183,7 +1183,7 @@ def test_refused_subscription(
     settled(collector, database, publish(broker, [("secret/1", b"x"), ("iot/data", b"y")]))
 
 
-def test_refused_subscription_in_place_of_another(
+def test_refused_replacement_of_a_subscription(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
 ) -> None:
     """The old one stays until the new one is granted."""

@@ -1,4 +1,4 @@
-"""Settings: every fault is named with the variable, what is wrong, and an example."""
+"""Settings: every error names the variable, the fault and an example."""
 
 import socket
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def test_defaults() -> None:
     assert found.database_url == ""
 
 
-# Every setting at a value that is not its default, as a shell gives it: text.
+# Every setting, as the text of an environment variable, with a value that is not its default.
 FULL = {
     "IOT_MQTT_URL": ("wss://broker.example:9443/iot", "wss://broker.example:9443/iot"),
     "IOT_MQTT_USERNAME": ("me", "me"),
@@ -66,7 +66,7 @@ def test_each_setting_is_read_from_its_variable(name: str, monkeypatch: pytest.M
     assert getattr(load(), name.removeprefix("IOT_").lower()) == expected
 
 
-def test_each_setting_is_tried_above() -> None:
+def test_the_table_above_has_every_setting() -> None:
     files = {f"IOT_MQTT_{what}_FILE" for what in ("CA", "CERT", "KEY")}
     secrets = {f"IOT_{w}_PASSWORD{f}" for w in ("MQTT", "DATABASE") for f in ("", "_FILE")}
     fields = {f"IOT_{name.upper()}" for name in Settings.model_fields}
@@ -79,7 +79,7 @@ def test_qos(qos: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load().mqtt_qos == expected
 
 
-# Variable, wrong value, a piece of what must be said about it.
+# Variable, wrong value, part of the error.
 WRONG = [
     ("IOT_MQTT_URL", "broker.example", "scheme"),
     ("IOT_MQTT_URL", "http://broker.example", "mqtt, mqtts, ws, wss"),
@@ -140,7 +140,7 @@ def test_every_fault_is_named(
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in WRONG}))
-def test_every_example_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_example_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (example, *_) = Settings.model_fields[name.removeprefix("IOT_").lower()].examples or []
     if name.endswith("_FILE"):
         assert str(example).startswith("/")
@@ -175,12 +175,12 @@ def test_unknown_setting(name: str, meant: str, monkeypatch: pytest.MonkeyPatch)
     assert line == f"{name}: there is no such setting; did you mean {meant}?"
 
 
-def test_unknown_setting_like_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_setting_without_a_similar_one(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = faults(monkeypatch, {"IOT_XYZZY": "x"})
     assert line == "IOT_XYZZY: there is no such setting"
 
 
-def test_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     defaults = load()
     for name in FULL:
         monkeypatch.setenv(name, "")
@@ -191,7 +191,7 @@ def test_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["MQTT", "DATABASE"])
-def test_secret_file_is_read_anew(
+def test_secret_file_is_read_at_each_access(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "password"
@@ -247,7 +247,7 @@ def test_password_without_user(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ordinal", "collector-10", True),
     ],
 )
-def test_who_leaves_the_session(
+def test_which_collector_leaves_its_session(
     on_stop: str, client_id: str, leave: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IOT_SESSION_ON_STOP", on_stop)
@@ -333,7 +333,7 @@ def test_no_secret_shows(password: str) -> None:
 def test_no_secret_in_an_error(password: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOT_MQTT_URL", where.format(password))
     monkeypatch.setenv("IOT_DATABASE_URL", f"postgresql://user:{password}%@[host/db")
-    monkeypatch.setenv("IOT_HTTP_PORT", "wrong")  # one more fault, for a text of many lines
+    monkeypatch.setenv("IOT_HTTP_PORT", "wrong")  # a second fault, for an error of several lines
     with pytest.raises(SettingsError) as caught:
         load()
     shown = f"{caught.value}{caught.value!r}{caught.value.__cause__}"

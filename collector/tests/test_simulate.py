@@ -73,7 +73,7 @@ def test_the_seed_decides() -> None:
     assert some(1) != some(2)
 
 
-def test_broker_away() -> None:
+def test_broker_unreachable() -> None:
     done = run_command("simulate", "--count", "1", IOT_MQTT_URL=f"mqtt://{HOST}:{free_port()}")
     assert done.returncode == 1
     assert "IOT_MQTT_URL" in done.stderr
@@ -86,8 +86,6 @@ def test_wrong_option(broker: Mosquitto) -> None:
     assert "xml" in done.stderr
 
 
-def test_it_stops_at_the_count_of_what_is_delivered(
-    collector: Collector, broker: Mosquitto, database: Database
-) -> None:
+def test_it_stops_at_the_count(collector: Collector, broker: Mosquitto, database: Database) -> None:
     assert simulate(broker, "--count", "1") == (1, 1, 0)
     eventually(lambda: database.count() == 1, what="it is stored")

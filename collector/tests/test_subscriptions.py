@@ -96,7 +96,7 @@ def test_scaling_out_and_in(database: Database) -> None:
     assert table.rows() == {"collector-0": [SHARED, PLAIN]}
 
 
-def test_a_group_with_another_name(database: Database) -> None:
+def test_group_is_renamed(database: Database) -> None:
     """Pods are replaced from the highest ordinal down, each when the last one is ready."""
     table, other = Table(database), "$share/h/iot/data"
     for ordinal in range(3):
@@ -110,7 +110,9 @@ def test_a_group_with_another_name(database: Database) -> None:
 
 
 @pytest.mark.parametrize("on_stop", ["keep", "leave"])
-def test_no_pod_waits_for_nobody(on_stop: Literal["keep", "leave"], database: Database) -> None:
+def test_collectors_outside_a_statefulset_do_not_wait(
+    on_stop: Literal["keep", "leave"], database: Database
+) -> None:
     """Two collectors may have different forms on purpose; only a StatefulSet's pods agree."""
     table = Table(database)
     for client_id in ("archive-0", "collector-0", "collector", "collector-x"):
@@ -121,7 +123,7 @@ def test_no_pod_waits_for_nobody(on_stop: Literal["keep", "leave"], database: Da
     assert table.claim(pod(0, SHARED, name="collector")) == Claim()
 
 
-def test_insisting(database: Database) -> None:
+def test_force_does_not_wait(database: Database) -> None:
     table = Table(database)
     table.save("collector-2", SHARED)
     table.save("collector-0", SHARED, "old")
