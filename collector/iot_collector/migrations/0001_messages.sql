@@ -1,25 +1,25 @@
--- Everything a device sent, as it came. One partition a month (UTC), made ahead; there is no
--- DEFAULT partition, because rows that collect in one block the creation of the right one later.
+-- Every message as it was received. One partition per month (UTC), created ahead. There is no DEFAULT
+-- partition: rows in it would prevent the creation of the partition that they belong to.
 CREATE TABLE messages (
     id          bigint      NOT NULL GENERATED ALWAYS AS IDENTITY (CACHE 1000),
     received_at timestamptz NOT NULL,
     topic       text        NOT NULL,
     payload     bytea       NOT NULL,
-    fields      jsonb,      -- {"temperature": 23} for temperature:23, a flat JSON object as it is
+    fields      jsonb,      -- {"temperature": 23} for temperature:23; a flat JSON object unchanged
     properties  jsonb,      -- MQTT 5 properties, when the message had any
     qos         smallint    NOT NULL,
     retained    boolean     NOT NULL
 ) PARTITION BY RANGE (received_at);
 
--- Rows arrive in time order, so a block-range index costs next to nothing and still skips blocks;
--- without autosummarize it would read all that came since the last vacuum.
+-- Rows arrive in the order of time, so a block-range index is small and still skips most blocks.
+-- Without autosummarize, a query would read all rows since the last VACUUM.
 CREATE INDEX messages_received_at ON messages USING brin (received_at) WITH (autosummarize = on);
 CREATE INDEX messages_topic ON messages (topic, received_at DESC);
 
 COMMENT ON TABLE messages IS 'Every message received from the MQTT broker';
 
--- What PostgreSQL refused to store in messages. Topic and payload are raw bytes, so that anything
--- fits and can be sent again once the cause is mended.
+-- Messages that PostgreSQL refused to store in messages. Topic and payload are raw bytes, so that
+-- anything fits and can be published again after the cause is fixed.
 CREATE TABLE dead_letters (
     id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     received_at timestamptz NOT NULL,
@@ -33,14 +33,14 @@ CREATE TABLE dead_letters (
     stored_at   timestamptz NOT NULL DEFAULT now()
 );
 
--- The numbers in messages, a row a number: what people and dashboards ask for.
+-- One row for each number in fields, for people and dashboards.
 CREATE VIEW readings AS
 SELECT m.received_at AS time, m.topic, f.key AS name, (f.value #>> '{}')::numeric AS value
 FROM messages m, jsonb_each(m.fields) f
 WHERE jsonb_typeof(f.value) = 'number';
 
--- Make the partitions from from_time's month to months_ahead months later; return how many were
--- missing. SECURITY DEFINER, so that the collector needs INSERT only and not the table's ownership.
+-- Create the partitions from the month of from_time to months_ahead months later; return how many
+-- were missing. SECURITY DEFINER, so that the collector needs the right to INSERT and not to own the table.
 CREATE FUNCTION ensure_partitions(from_time timestamptz, months_ahead integer) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 DECLARE
@@ -48,7 +48,7 @@ DECLARE
     month       timestamp;
     made        integer := 0;
 BEGIN
-    -- Two collectors that start at midnight of the first must not make one partition twice.
+    -- Two collectors may need the same partition at once: they take turns.
     PERFORM pg_advisory_xact_lock(hashtext('iot.ensure_partitions'));
     FOR month IN SELECT first_month + make_interval(months => n) FROM generate_series(0, months_ahead) n
     LOOP
@@ -65,5 +65,5 @@ BEGIN
 END
 $$;
 
--- Anyone may call a function by default; one that runs as its owner is the exception.
+-- By default anyone may call a function, which is not wanted of one that runs as its owner.
 REVOKE EXECUTE ON FUNCTION ensure_partitions(timestamptz, integer) FROM PUBLIC;

@@ -1,6 +1,6 @@
--- Which packets each committed batch covered, written in the batch's own transaction. It tells
--- whether a COMMIT whose answer was lost took place, and which messages the broker sends again
--- although they are stored (docs/adr/0001-packet-id-ledger.md). Only the last rows are kept.
+-- The packets of each committed batch, written in the transaction of the batch. They tell which
+-- messages that the broker sends again are stored, and whether a COMMIT took place whose answer was
+-- lost (docs/adr/0001-packet-id-ledger.md). Only the last rows are kept.
 CREATE TABLE ledger (
     client_id text   NOT NULL,
     seq       bigint NOT NULL,
@@ -9,8 +9,8 @@ CREATE TABLE ledger (
     PRIMARY KEY (client_id, seq)
 );
 
--- What the broker's session of each client id is subscribed to, so that a filter taken out of
--- the settings is unsubscribed from, although the session outlives the process.
+-- The topic filters that the broker's session of each client id is subscribed to. The session outlives
+-- the process, so this is how a filter is noticed that is no longer in the settings.
 CREATE TABLE sessions (
     client_id text   PRIMARY KEY,
     filters   text[] NOT NULL

@@ -1,5 +1,5 @@
--- Ids that devices gave their messages (IOT_MESSAGE_ID_KEY), to store each message once however
--- often it is published. Forgotten after some days, see iot_collector/message_ids.py.
+-- The ids that devices give their messages (IOT_MESSAGE_ID_KEY), to store each message once however
+-- often it is published. They are deleted after some days, see iot_collector/message_ids.py.
 CREATE TABLE message_ids (
     id        text        PRIMARY KEY,
     stored_at timestamptz NOT NULL DEFAULT now()

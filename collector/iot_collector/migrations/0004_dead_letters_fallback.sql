@@ -1,5 +1,5 @@
--- What dead_letters refuses because of a constraint or trigger that somebody put on it. The message
--- is safe here, and the messages after it do not have to wait. No constraints: nothing is refused.
+-- Messages that dead_letters refuses because of a constraint or trigger that somebody added to it.
+-- This table has no constraints, so the messages after such a message do not have to wait.
 CREATE TABLE dead_letters_fallback (
     received_at timestamptz,
     topic       bytea,
