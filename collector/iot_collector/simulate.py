@@ -5,7 +5,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import click
 import orjson
@@ -13,8 +15,6 @@ from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
-from rich.console import Console
-from rich.progress import Progress
 
 from .connection import set_up_transport
 from .settings import Settings
@@ -168,8 +168,7 @@ def simulate(settings: Settings, plan: Plan) -> int:
 
 def _publish(plan: Plan, publishers: list[Publisher], published: list[int], started: float) -> None:
     end = started + plan.duration if plan.duration is not None else float("inf")
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("publishing", total=plan.count)
+    with _progress_bar(plan) as bar:
         for sequence, (topic, payload) in enumerate(messages(plan)):
             if sequence == plan.count:
                 break
@@ -184,8 +183,18 @@ def _publish(plan: Plan, publishers: list[Publisher], published: list[int], star
             if not publishers[turn].publish(topic, payload, plan.qos, deadline):
                 break
             published[turn] += 1
-            if sequence % 100 == 0:
-                progress.update(task, completed=sequence)
+            if bar is not None:
+                bar.update(1)
+
+
+def _progress_bar(plan: Plan) -> AbstractContextManager[Any]:
+    """Return click's progress bar on a terminal if the number of messages is known, else None."""
+    if plan.count is None or not sys.stderr.isatty():
+        return nullcontext()
+    interval = max(1, plan.count // 1000)  # drawing costs more than publishing
+    return click.progressbar(
+        length=plan.count, label="publishing", file=sys.stderr, update_min_steps=interval
+    )
 
 
 def _give_up(settings: Settings, fault: str) -> int:
