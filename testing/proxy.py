@@ -96,7 +96,7 @@ class Proxy:
     """
 
     def __init__(self, port: int) -> None:
-        self._service = port
+        self.service = (HOST, port)  # for new connections
         self._server = socket.create_server((HOST, 0))
         self._server.settimeout(_TICK)
         self._closed = threading.Event()
@@ -134,7 +134,7 @@ class Proxy:
                     client.close()
                     continue
                 try:
-                    service = socket.create_connection((HOST, self._service), timeout=5)
+                    service = socket.create_connection(self.service, timeout=5)
                 except OSError:
                     client.close()
                     continue

@@ -11,6 +11,7 @@ import psycopg2
 import psycopg2.errorcodes
 import psycopg2.extensions
 
+from . import aws, password_secret
 from .settings import Settings
 
 # Kind of error -> SQLSTATEs and classes of them; the full SQLSTATE takes precedence over its class
@@ -35,15 +36,24 @@ _KIND_OF = {state: kind for kind, states in _KINDS.items() for state in states}
 # The SQLSTATE classes that PostgreSQL defines.
 _CLASSES = {v for k, v in vars(psycopg2.errorcodes).items() if k.startswith("CLASS_")}
 
+# What libpq says of TLS; these errors come without an SQLSTATE (libpq 17).
+_TLS_FAULTS = (
+    *("certificate verify failed", "does not match host name", "root certificate"),
+    "server does not support SSL",
+)
+
 HINTS = {
     "bug": "this is a bug in the collector: report it with the traceback from its log",
-    "authentication": "check the user in IOT_DATABASE_URL and IOT_DATABASE_PASSWORD_FILE",
+    "authentication": "check the user in IOT_DATABASE_URL, and IOT_DATABASE_PASSWORD_FILE or "
+    "IOT_DATABASE_PASSWORD_SECRET",
     "connection": "is PostgreSQL running? Check host and port in IOT_DATABASE_URL",
     # Only if dead_letters_fallback refuses a message, too; the error's text names the constraint.
     "data": "remove the constraint or trigger that refuses it; until then nothing more is stored",
     "permission": "grant the user of IOT_DATABASE_URL INSERT on messages, dead_letters "
     "and dead_letters_fallback",
     "schema": "run `iot-collector migrate`",
+    "tls": "check in IOT_DATABASE_URL that sslrootcert is a file with the CA that signed the "
+    "server's certificate (for RDS, its region's bundle), and that the host is the name in it",
     "timeout": "find what locks or slows the database, or raise IOT_DATABASE_TIMEOUT_SECONDS",
     "upgraded": "PostgreSQL was upgraded while its server ran; run the playbook again to restart "
     "the server",
@@ -148,6 +158,13 @@ class KnownError(psycopg2.Error):
     hint: str
 
 
+class PasswordError(KnownError):
+    """The password cannot be read from where the settings say; the text says what to do."""
+
+    kind = "password"
+    hint = ""
+
+
 def kind_of(error: Exception) -> str:
     """Return the kind of an error, one of a small fixed set (a label of db_errors_total)."""
     if isinstance(error, KnownError):
@@ -159,7 +176,9 @@ def kind_of(error: Exception) -> str:
         # other classes (ProgrammingError, InterfaceError, ...) for wrong calls.
         if type(error) not in (psycopg2.OperationalError, psycopg2.DatabaseError):
             return "bug"
-        return "authentication" if "authentication failed" in str(error) else "connection"
+        if "authentication failed" in str(error):
+            return "authentication"
+        return "tls" if any(fault in str(error) for fault in _TLS_FAULTS) else "connection"
     if error.pgcode == "23514" and error.diag.table_name and not error.diag.constraint_name:
         return "schema"  # a check_violation without a constraint: the row has no partition
     if error.pgcode == "58P01" and ".so" in str(error):
@@ -189,13 +208,35 @@ def explain(error: Exception) -> str:
 def connect(settings: Settings) -> WatchedConnection:
     """Open a connection. libpq's own variables (PGHOST, ...) provide what the settings leave out.
 
+    libpq resolves the host and reads the CA's file at each call.
+
     :raises psycopg2.OperationalError: the database cannot be reached or refuses the login.
+    :raises PasswordError: the password cannot be read.
     """
-    options = _DEFAULTS | psycopg2.extensions.parse_dsn(settings.database_url)
+    password = _password(settings)
     try:
-        password = settings.database_secret
+        return _connect(settings, password)
+    except psycopg2.OperationalError as refusal:
+        if kind_of(refusal) != "authentication":
+            raise
+        newer = _password(settings, refused=password)
+        if newer == password:
+            raise
+    return _connect(settings, newer)
+
+
+def _password(settings: Settings, refused: str | None = None) -> str | None:
+    secret = settings.database_password_secret
+    try:
+        return password_secret.password(secret, refused) if secret else settings.database_secret
+    except aws.AwsError as error:
+        raise PasswordError(f"IOT_DATABASE_PASSWORD_SECRET: {error}") from error
     except OSError as error:  # the file may be missing for a moment while it is rotated
-        raise psycopg2.OperationalError(f"password file: {error}") from error
+        raise PasswordError(f"password file: {error}") from error
+
+
+def _connect(settings: Settings, password: str | None) -> WatchedConnection:
+    options = _DEFAULTS | psycopg2.extensions.parse_dsn(settings.database_url)
     if password is not None:
         options["password"] = password
     connection: WatchedConnection = psycopg2.connect(

@@ -2,10 +2,12 @@
 
 Every wrong value stops the start with the variable's name, the fault and an example. Passwords come
 from a file (``IOT_…_PASSWORD_FILE``) or the variable itself; a file is read again at every attempt
-to connect, so a rotated password needs no restart.
+to connect, so a rotated password needs no restart. The database's may also come from AWS Secrets
+Manager, see password_secret.py.
 """
 
 import difflib
+import importlib.util
 import os
 import re
 import socket
@@ -35,6 +37,11 @@ _QUOTING = "in user name and password, / ? # [ ] @ are written as %2F %3F %23 %5
 
 # MQTT 5 §4.7.1, §4.8.2: levels, the last of which may be #, after $share/<group>/ or not.
 _FILTER = re.compile(r"(\$share/[^/+#]+/(?=.)|(?!\$share(/|$)))(([^/+#\0]*|\+)/)*([^/+#\0]*|\+|#)")
+# Names and ARNs as AWS allows them (API references of Secrets Manager and SQS).
+_SECRET = re.compile(
+    r"(arn:aws[a-z-]*:secretsmanager:[a-z0-9-]+:\d{12}:secret:)?[A-Za-z0-9/_+=.@!-]{1,512}"
+)
+_QUEUE = re.compile(r"arn:aws[a-z-]*:sqs:[a-z0-9-]+:\d{12}:[A-Za-z0-9_-]{1,80}")
 _ORDINAL = re.compile(r"(.*-)(0|[1-9][0-9]*)")  # how a StatefulSet numbers its pods
 
 
@@ -75,6 +82,20 @@ def _valid_conninfo(conninfo: str) -> str:
         # libpq's text quotes what it could not read, which may contain a password.
         raise ValueError("libpq cannot read it as a URI or key=value string") from None
     return conninfo
+
+
+def _valid_secret(secret: str) -> str:
+    if not _SECRET.fullmatch(secret):
+        raise ValueError("it is neither the ARN nor the name of a secret in Secrets Manager")
+    if importlib.util.find_spec("botocore") is None:
+        raise ValueError("botocore is not installed; pip install 'iot-collector[aws]'")
+    return secret
+
+
+def _valid_queue(arn: str) -> str:
+    if not _QUEUE.fullmatch(arn):
+        raise ValueError("it is not the ARN of an SQS standard queue")
+    return arn
 
 
 def _readable(path: Path) -> Path:
@@ -169,6 +190,10 @@ class Settings(BaseSettings):
         None, "Password for the database", "(better: IOT_DATABASE_PASSWORD_FILE)")
     database_password_file: File = _setting(
         None, "File with it, read at every connection", "/run/secrets/database_password")
+    database_password_secret: Annotated[str, AfterValidator(_valid_secret)] | None = _setting(
+        None, "ARN or name of its secret in AWS Secrets Manager (plain text, or JSON with the key "
+        "password), read again when the database refuses it",
+        "arn:aws:secretsmanager:eu-west-1:111122223333:secret:iot-collector-AbCdEf")
 
     database_timeout_seconds: float = _setting(
         300, "Longest time that a statement may take; then it is cancelled and tried again",
@@ -180,6 +205,11 @@ class Settings(BaseSettings):
     buffer_bytes: int = _setting(
         64 << 20, "Memory for messages that are not stored yet; when it is full, the broker waits",
         ge=1 << 20)
+
+    replay_queue: Annotated[str, AfterValidator(_valid_queue)] | None = _setting(
+        None, "ARN of the SQS queue to which an AWS IoT rule copies every message, for "
+        "`iot-collector replay`; ids of messages are then kept at least 15 days",
+        "arn:aws:sqs:eu-west-1:111122223333:iot-system-replay")
 
     http_host: str = _setting("127.0.0.1", "Address to serve HTTP on", "0.0.0.0")  # noqa: S104
     http_port: int = _setting(3000, "Its port", ge=1, le=65535)
@@ -199,6 +229,10 @@ class Settings(BaseSettings):
             if getattr(self, name) and getattr(self, f"{name}_file"):
                 variable = PREFIX + name.upper()
                 raise ValueError(f"{variable}: set it or {variable}_FILE, not both")
+        ways = ("database_password", "database_password_file", "database_password_secret")
+        if self.database_password_secret and sum(map(bool, (getattr(self, w) for w in ways))) > 1:
+            names = ", ".join(PREFIX + way.upper() for way in ways)
+            raise ValueError(f"IOT_DATABASE_PASSWORD_SECRET: set only one of {names}")
         if (self.mqtt_password or self.mqtt_password_file) and not self.broker.username:
             raise ValueError("IOT_MQTT_USERNAME: a password is set without a user name; set both")
         if bool(self.mqtt_cert_file) != bool(self.mqtt_key_file):
@@ -247,7 +281,10 @@ class Settings(BaseSettings):
 
     @property
     def database_secret(self) -> str | None:
-        """The password for the database; its file is read at each call. None leaves it to libpq."""
+        """The password for the database; its file is read at each call. None leaves it to libpq.
+
+        Without what IOT_DATABASE_PASSWORD_SECRET names, which `database.connect` reads.
+        """
         return _secret(self.database_password, self.database_password_file)
 
 

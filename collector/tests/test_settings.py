@@ -32,6 +32,7 @@ def test_defaults() -> None:
     assert found.database_url == ""
 
 
+QUEUE = "arn:aws:sqs:eu-west-1:111122223333:iot-system-replay"
 # Every setting, as the text of an environment variable, with a value that is not its default.
 FULL = {
     "IOT_MQTT_URL": ("wss://broker.example:9443/iot", "wss://broker.example:9443/iot"),
@@ -56,6 +57,7 @@ FULL = {
     "IOT_DRAIN_SECONDS": ("0", 0.0),
     "IOT_LOG_FORMAT": ("json", "json"),
     "IOT_LOG_LEVEL": ("debug", "debug"),
+    "IOT_REPLAY_QUEUE": (QUEUE, QUEUE),
 }
 
 
@@ -69,6 +71,7 @@ def test_each_setting_is_read_from_its_variable(name: str, monkeypatch: pytest.M
 def test_the_table_above_has_every_setting() -> None:
     files = {f"IOT_MQTT_{what}_FILE" for what in ("CA", "CERT", "KEY")}
     secrets = {f"IOT_{w}_PASSWORD{f}" for w in ("MQTT", "DATABASE") for f in ("", "_FILE")}
+    secrets.add("IOT_DATABASE_PASSWORD_SECRET")
     fields = {f"IOT_{name.upper()}" for name in Settings.model_fields}
     assert fields - files - secrets == set(FULL)
 
@@ -93,6 +96,9 @@ WRONG = [
     ("IOT_MQTT_CERT_FILE", "/no/such/file", "cannot be read"),
     ("IOT_MQTT_KEY_FILE", "/no/such/file", "cannot be read"),
     ("IOT_DATABASE_PASSWORD_FILE", "/no/such/file", "cannot be read"),
+    ("IOT_DATABASE_PASSWORD_SECRET", "arn:aws:s3:::bucket", "neither the ARN nor the name"),
+    ("IOT_DATABASE_PASSWORD_SECRET", "two words", "neither the ARN nor the name"),
+    ("IOT_REPLAY_QUEUE", "iot-system-replay", "not the ARN of an SQS standard queue"),
     ("IOT_MQTT_TOPICS", "a,,b", "1 to 65535 bytes"),
     ("IOT_MQTT_TOPICS", "a/#/b", "# must stand alone and last"),
     ("IOT_MQTT_TOPICS", "a#", "# must stand alone and last"),
