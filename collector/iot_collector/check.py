@@ -6,13 +6,16 @@ from contextlib import closing
 
 import psycopg2
 
+from .aws import AwsError
 from .connection import Connection
 from .database import HINTS, connect, explain
 from .migrate import missing_migrations
+from .replay_queue import Queue
 from .settings import Settings
 
 BROKER_FAILED = 4
 DATABASE_FAILED = 8
+QUEUE_FAILED = 16
 
 _TIMEOUT = 10.0  # seconds
 
@@ -31,6 +34,8 @@ def check(settings: Settings) -> Iterator[tuple[int, str]]:
     yield 0, "settings: all valid"
     yield _check_broker(settings)
     yield _check_database(settings)
+    if settings.replay_queue is not None:
+        yield _check_queue(settings.replay_queue)
 
 
 def _check_broker(settings: Settings) -> tuple[int, str]:
@@ -70,3 +75,12 @@ def _check_database(settings: Settings) -> tuple[int, str]:
     if missing:
         return DATABASE_FAILED, f"{where}: migrations {missing} are missing; {HINTS['schema']}"
     return 0, f"{where}: connected, schema up to date"
+
+
+def _check_queue(arn: str) -> tuple[int, str]:
+    where = f"replay queue {arn}"
+    try:
+        visible, _ = Queue(arn).size()
+    except AwsError as error:
+        return QUEUE_FAILED, f"{where}: {error}"
+    return 0, f"{where}: about {visible} copies"

@@ -9,6 +9,7 @@ import click
 import psycopg2
 
 from . import __version__, log
+from .replay_command import replay
 from .settings import VARIABLES, Settings, SettingsError, load
 
 
@@ -42,6 +43,9 @@ def main() -> None:
     """
     if os.getpid() == 1:  # in a container: the kernel sends process 1 no signal without a handler
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+main.add_command(replay)
 
 
 def load_settings() -> Settings:
@@ -84,7 +88,8 @@ def migrate() -> None:
 def check() -> None:
     """Check the settings, broker and database, and say what to change.
 
-    The exit status says which failed: 2 settings, 4 broker, 8 database, 12 both.
+    The exit status is 2 for wrong settings, or the sum of what failed: 4 broker, 8 database,
+    16 replay queue.
     """
     from .check import check as run_check
 

@@ -15,9 +15,11 @@ from .fields import fields_of, fields_of_object, flat_objects
 
 # Seconds. An id is kept as long as the broker may send its message again: until the session
 # expires, plus a margin for the time from COMMIT to the end of the connection. It is kept at least
-# as long as with the default expiry, for devices that publish again themselves.
+# as long as with the default expiry, for devices that publish again themselves, and as long as the
+# replay queue keeps copies where there is one.
 _MARGIN = 86400
 _MIN_AGE = 8 * 86400
+_MIN_AGE_WITH_REPLAY = 15 * 86400
 _NEVER = 0xFFFFFFFF  # a session that does not expire (MQTT 5 §3.1.2.11.2)
 _MAX_LENGTH = 255
 
@@ -75,14 +77,18 @@ def _new_messages(read: ReadBatch, new: set[str]) -> ReadBatch:
     return read.select(kept)
 
 
-def forget_old(cursor: psycopg2.extensions.cursor, session_expiry: int) -> None:
+def forget_old(
+    cursor: psycopg2.extensions.cursor, session_expiry: int, *, replay: bool = False
+) -> None:
     """Delete ids that are older than any message that can still be sent again.
 
     :param session_expiry: IOT_MQTT_SESSION_EXPIRY_SECONDS.
+    :param replay: whether a message can come from the replay queue.
     """
+    min_age = _MIN_AGE_WITH_REPLAY if replay else _MIN_AGE
     if session_expiry == _NEVER:
         return
     cursor.execute(
         "DELETE FROM message_ids WHERE stored_at < now() - make_interval(secs => %s)",
-        (max(session_expiry + _MARGIN, _MIN_AGE),),
+        (max(session_expiry + _MARGIN, min_age),),
     )

@@ -185,7 +185,11 @@ class Store:
                 )
                 for day in days:
                     create_partitions(cursor, day * 86400)
-                forget_old(cursor, self._settings.mqtt_session_expiry_seconds)
+                forget_old(
+                    cursor,
+                    self._settings.mqtt_session_expiry_seconds,
+                    replay=self._settings.replay_queue is not None,
+                )
         finally:
             self.watchdog.limit = usual
         self._days_prepared = days

@@ -402,9 +402,21 @@ def test_topic_rules_write_to_the_queue_or_else_to_the_log() -> None:
     queue = resources("iot_core", "AWS::SQS::Queue")["ReplayQueue"]
     assert queue["SqsManagedSseEnabled"] is True
     assert queue["MessageRetentionPeriod"] == 14 * 86_400
+
+
+def test_collector_may_empty_the_replay_queue_and_no_more() -> None:
+    role = resources("eks", "AWS::IAM::Role")["CollectorRole"]
+    policies = {p["PolicyName"]: p["PolicyDocument"]["Statement"] for p in role["Policies"]}
+    (statement,) = policies["replay"]
+    calls = ["sqs:DeleteMessage", "sqs:GetQueueAttributes", "sqs:ReceiveMessage"]
+    assert statement["Action"] == calls
     # The eks stack is built first and knows the queue by its name.
-    read = json.dumps(resources("eks")["CollectorRole"]["Policies"])
-    assert ":" + queue["QueueName"]["Fn::Sub"] in read
+    queue = resources("iot_core", "AWS::SQS::Queue")["ReplayQueue"]["QueueName"]["Fn::Sub"]
+    place = "arn:${AWS::Partition}:sqs:${AWS::Region}:${AWS::AccountId}:"
+    assert statement["Resource"]["Fn::Sub"] == place + queue
+    # What the collector asks for is what it may do.
+    asked = (ROOT / "collector/iot_collector/replay_queue.py").read_text()
+    assert sorted(set(re.findall(r'explained\("(sqs:\w+)"', asked))) == calls
 
 
 def test_settings_of_the_whole_account_are_left_alone_unless_asked() -> None:

@@ -1,0 +1,546 @@
+"""``iot-collector replay``: what an outage has cost is back in the table, each message once.
+
+Devices publish to two places here, which are one in IoT Core: to Mosquitto, from which the
+collector reads, and to the emulator, whose rules engine copies into SQS with the SQL of the
+template.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from iot_collector import aws
+from iot_collector.cli import main
+from iot_collector.replay import missing
+from iot_collector.replay_queue import parse
+
+from testing.aws.emulator import Emulator
+from testing.collector import Collector, clean_environment, run_command
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database
+from testing.proxy import Proxy
+from testing.publisher import publish
+from testing.service import eventually
+
+ROOT = Path(__file__).parents[2]
+Message = tuple[str, bytes]
+MakeCollector = Callable[..., Collector]
+LAUNCHER = ROOT / "testing/aws/faulty_replay.py"
+MOMENTS = ("received", "taken", "half deleted", "settling", "before commit", "settled")
+ARN = "arn:aws:sqs:eu-west-1:000000000000:iot-system-replay"
+RULES = {"replay_1": "iot/#", "replay_2": "iot/data"}
+NUMBERS = itertools.count()
+
+
+class Cloud:
+    """An account with a replay queue and rules for ``iot/#`` and ``iot/data``, which overlap."""
+
+    def __init__(self, account: Emulator, queue: str) -> None:
+        self.account = account
+        self.arn = f"arn:aws:sqs:eu-west-1:000000000000:{queue}"
+        self.sqs, self._data = account.client("sqs"), account.client("iot-data")
+        self.url = self.sqs.create_queue(QueueName=queue)["QueueUrl"]
+        template = (ROOT / "roles/iot_core/files/stack.yml").read_text()
+        (select,) = set(re.findall(r"SELECT .*", template))
+        for name, topic in RULES.items():
+            account.client("iot").replace_topic_rule(
+                ruleName=name,
+                topicRulePayload={
+                    "awsIotSqlVersion": "2016-03-23",
+                    "sql": f"{select} FROM '{topic}'",
+                    "actions": [
+                        {
+                            "sqs": {
+                                "roleArn": "arn:aws:iam::000000000000:role/rule",
+                                "queueUrl": self.url,
+                                "useBase64": False,
+                            }
+                        }
+                    ],
+                },
+            )
+
+    def publish(self, messages: Iterable[Message]) -> None:
+        """Publish to the rules only."""
+        for topic, payload in messages:
+            self._data.publish(topic=topic, qos=1, payload=payload)
+
+    def put(self, body: str) -> None:
+        """Put something into the queue that no rule has written."""
+        self.sqs.send_message(QueueUrl=self.url, MessageBody=body)
+
+    def size(self) -> int:
+        """How many messages the queue has, hidden ones included."""
+        names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+        found = self.sqs.get_queue_attributes(QueueUrl=self.url, AttributeNames=names)
+        return sum(int(found["Attributes"][name]) for name in names)
+
+
+@pytest.fixture(scope="module")
+def account(make_account: Callable[[], Emulator]) -> Emulator:
+    """One account for most of these tests: each has a queue of its own."""
+    return with_rules(make_account())
+
+
+def with_rules(account: Emulator) -> Emulator:
+    """An account with rules that `Cloud` replaces by its own."""
+    payload = {"sql": "SELECT * FROM 'none'", "actions": []}
+    for name in RULES:
+        account.client("iot").create_topic_rule(ruleName=name, topicRulePayload=payload)
+    return account
+
+
+@pytest.fixture
+def cloud(account: Emulator) -> Cloud:
+    """An empty queue."""
+    return Cloud(account, f"queue-{next(NUMBERS)}")
+
+
+class Replay:
+    """Runs the command; remembers the counts of its summary."""
+
+    def __init__(self, cloud: Cloud, database: Database, **settings: str) -> None:
+        self.settings = {
+            **cloud.account.environment,
+            **database.environment(),
+            "IOT_REPLAY_QUEUE": cloud.arn,
+            **settings,
+        }
+        self.counts: dict[str, int] = {}
+        self.said = ""
+
+    def __call__(self, *options: str, fault: str = "none", status: int = 0) -> dict[str, int]:
+        done = subprocess.run(
+            [sys.executable, LAUNCHER, fault, *options],
+            env=clean_environment() | self.settings,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        self.said = done.stdout + done.stderr
+        assert "Traceback" not in self.said, self.said
+        assert done.returncode == status, self.said
+        found = re.findall(r"^(\w+(?: \w+)?) +(\d+)", self.said, re.MULTILINE)
+        self.counts = {name: int(count) for name, count in found}
+        return self.counts
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def stored(database: Database) -> Counter[Message]:
+    """How often each message is in the table."""
+    return Counter((row.topic, row.payload) for row in database.rows())
+
+
+def counted(start: int, count: int) -> list[Message]:
+    """So many messages, a third of which are equal, and a third of which are not for all rules."""
+    kinds = (("iot/data", b"state:on"), ("iot/data", b"n:%d"), ("iot/door", b'{"n":%d}'))
+    made = [(*kinds[i % 3], i) for i in range(start, start + count)]
+    return [(t, p % i if b"%" in p else p) for t, p, i in made]
+
+
+def send(cloud: Cloud, broker: Mosquitto, messages: list[Message]) -> None:
+    """Publish to both sides of what is IoT Core."""
+    # Each to both at the same time: their times are what is compared.
+    for start in range(0, len(messages), 10):
+        publish(broker, messages[start : start + 10])
+        cloud.publish(messages[start : start + 10])
+
+
+def forget_sessions(broker: Mosquitto) -> None:
+    """Have the broker forget all sessions, as IoT Core does after an hour."""
+    broker.kill()
+    (broker.folder / "mosquitto.db").unlink(missing_ok=True)
+    broker.start()
+
+
+def outage(
+    cloud: Cloud,
+    broker: Mosquitto,
+    database: Database,
+    collector: Collector,
+) -> Counter[Message]:
+    """Have the database away for longer than the session; return all that was published."""
+    before, waiting, lost, after = (counted(i * 60, 60) for i in range(4))
+    send(cloud, broker, before)
+    collector.wait_settled(60)
+    database.server.stop()
+    send(cloud, broker, waiting)  # received and not acknowledged
+    eventually(lambda: collector.metrics()["messages_in_flight"] == 60, what="all wait")
+    collector.kill()
+    forget_sessions(broker)
+    send(cloud, broker, lost)
+    database.server.start()
+    collector.start()
+    send(cloud, broker, after)
+    collector.wait_settled(60)
+    published = Counter([*before, *waiting, *lost, *after])
+    assert stored(database) == Counter([*before, *after]), "the outage has cost something"
+    return published
+
+
+def test_outage_of_the_database_longer_than_the_session(
+    cloud: Cloud, broker: Mosquitto, own_database: Database, make_collector: MakeCollector
+) -> None:
+    collector = make_collector(broker, own_database).start()
+    start = time.time()
+    published = outage(cloud, broker, own_database, collector)
+    live = own_database.query("SELECT max(id) FROM messages")[0][0]
+    replay = Replay(cloud, own_database)
+    counts = replay("--until", now())
+    assert stored(own_database) == published
+    assert counts["restored"] == 120
+    assert counts["stored already"] == 120
+    assert counts["repeated"] == 160, "two thirds are copied by both rules"
+    assert counts["left"] == counts["malformed"] == counts["dead letters"] == 0
+    assert cloud.size() == 0
+    # They look like what the collector stores, but for the time, which is IoT Core's.
+    restored = own_database.query(
+        "SELECT topic, fields, qos, retained, extract(epoch FROM received_at),"
+        " date_trunc('milliseconds', received_at) = received_at FROM messages WHERE id > %s",
+        live,
+    )
+    assert all(row[2:4] == (1, False) and row[5] and row[4] > start for row in restored)
+    assert {"n": 61} in [fields for _, fields, *_ in restored]
+    # Again, with nothing new: no message twice.
+    assert replay("--until", now())["restored"] == 0
+    assert stored(own_database) == published
+
+
+def test_killed_and_run_again(cloud: Cloud, database: Database) -> None:
+    """At each step; every other message is stored already."""
+    messages = counted(0, 90)
+    cloud.publish(messages)
+    store_by_hand(database, [m for i, m in enumerate(messages) if i % 2])
+    replay = Replay(cloud, database, WAIT="1")
+    for moment in MOMENTS:
+        replay("--until", now(), fault=moment, status=-9)
+    counts = replay("--until", now())
+    assert stored(database) == Counter(messages)
+    assert counts["left"] == 0
+    assert cloud.size() == 0
+    assert replay("--until", now())["restored"] == 0
+    assert stored(database) == Counter(messages)
+
+
+def store_by_hand(database: Database, messages: list[Message]) -> None:
+    """Store messages as the collector would have, just now."""
+    for topic, payload in messages:
+        database.query(
+            "INSERT INTO messages (received_at, topic, payload, qos, retained)"
+            " VALUES (now(), %s, %s, 1, false)",
+            topic,
+            payload,
+        )
+
+
+def test_delivered_again_after_it_was_settled(cloud: Cloud, database: Database) -> None:
+    """SQS may: the trace id is known, whether or not the message was missing."""
+    cloud.publish([("iot/door", b"a"), ("iot/door", b"b")])
+    store_by_hand(database, [("iot/door", b"a")])
+    found = cloud.sqs.receive_message(
+        QueueUrl=cloud.url, MaxNumberOfMessages=10, VisibilityTimeout=0
+    )
+    bodies = [message["Body"] for message in found["Messages"]]
+    assert len(bodies) == 2
+    replay = Replay(cloud, database)
+    assert replay("--until", now())["restored"] == 1
+    for body in bodies:
+        cloud.put(body)
+    assert replay("--until", now())["repeated"] == 2
+    assert stored(database) == Counter([("iot/door", b"a"), ("iot/door", b"b")])
+
+
+def test_message_ids(
+    cloud: Cloud, broker: Mosquitto, database: Database, make_collector: MakeCollector
+) -> None:
+    """By id, nothing has to wait, and the collector stores nothing again that comes later."""
+    settings = {"IOT_MESSAGE_ID_KEY": "id"}
+    collector = make_collector(broker, database, **settings).start()
+    named = [("iot/data", b'{"id":%d,"v":1}' % i) for i in range(40)]
+    publish(broker, named[:20])
+    collector.wait_settled(20)
+    # Equal in all but the id; published again by the device; with other content.
+    cloud.publish([*named, *named[15:25], ("iot/data", b'{"id":3,"v":2}')])
+    cloud.publish([("iot/data", b"no id")] * 2)
+    counts = Replay(cloud, database, **settings)()
+    assert counts["restored"] == 20
+    assert counts["stored already"] == 31
+    assert counts["left"] == 2, "what has no id may still be on its way"
+    publish(broker, named[30:])
+    assert collector.wait_settled(30)["db_duplicates_total"] == 10
+    assert stored(database) == Counter(named)
+
+
+def test_ids_are_kept_as_long_as_copies(
+    broker: Mosquitto, database: Database, make_collector: MakeCollector
+) -> None:
+    database.query(
+        "INSERT INTO message_ids (id, stored_at) SELECT days, now() - make_interval(days => days)"
+        " FROM generate_series(1, 20) days"
+    )
+    collector = make_collector(
+        broker, database, IOT_MESSAGE_ID_KEY="id", IOT_REPLAY_QUEUE=ARN
+    ).start()
+    publish(broker, [("iot/data", b"x")])
+    collector.wait_settled(1)
+    assert database.query("SELECT max(id::int) FROM message_ids") == [(14,)]
+
+
+def test_young_copies_wait_for_a_later_run(cloud: Cloud, database: Database) -> None:
+    cloud.publish([("iot/door", b"a")])
+    replay = Replay(cloud, database)
+    counts = replay()
+    assert (counts["left"], counts["restored"]) == (1, 0)
+    assert "IoT Core received them after 20" in replay.said
+    assert database.count() == cloud.size() == 0
+    assert replay("--until", now())["restored"] == 1
+    # An old one is decided about, with a session that ended long ago.
+    cloud.put(copy("iot/door", b"old", datetime.now(UTC) - timedelta(hours=5)))
+    assert Replay(cloud, database, IOT_MQTT_SESSION_EXPIRY_SECONDS="3600")()["restored"] == 1
+    assert stored(database) == Counter([("iot/door", b"a"), ("iot/door", b"old")])
+
+
+def copy(topic: str, payload: bytes, at: datetime, trace_id: str = "") -> str:
+    """What the rule would have written at another time."""
+    return json.dumps(
+        {
+            "topic": topic,
+            "payload": base64.b64encode(payload).decode(),
+            "received_ms": int(at.timestamp() * 1000),
+            "trace_id": trace_id or f"trace-{at.timestamp()}",
+        }
+    )
+
+
+def test_since_deletes_older_copies_unread(cloud: Cloud, database: Database) -> None:
+    outage_began = datetime.now(UTC) - timedelta(hours=10)
+    for hours in (-9, -5, -3, 1):  # a row may be four hours late
+        cloud.put(copy("iot/door", b"%d" % hours, outage_began + timedelta(hours=hours)))
+    replay = Replay(cloud, database, IOT_MQTT_SESSION_EXPIRY_SECONDS="3600")
+    counts = replay("--since", outage_began.isoformat())
+    assert (counts["unread"], counts["restored"]) == (2, 2)
+    assert database.payloads() == [b"-3", b"1"]
+    assert cloud.size() == 0
+
+
+def test_months_that_have_no_partition(cloud: Cloud, database: Database) -> None:
+    """The database was restored, or the outage lasted over the turn of a month."""
+    month_ago = datetime.now(UTC) - timedelta(days=35)
+    cloud.put(copy("iot/door", b"old", month_ago))
+    assert Replay(cloud, database)("--until", now())["restored"] == 1
+
+
+def test_refused_rows_become_dead_letters(
+    cloud: Cloud, broker: Mosquitto, database: Database, make_collector: MakeCollector
+) -> None:
+    """And a message that is one already is not missing."""
+    database.query("ALTER TABLE messages ADD CHECK (payload <> 'bad')")
+    collector = make_collector(broker, database).start()
+    publish(broker, [("iot/door", b"bad")])
+    collector.wait_settled(1)
+    cloud.publish([("iot/door", b"bad")] * 2 + [("iot/door", b"good")])
+    counts = Replay(cloud, database)("--until", now())
+    assert counts["dead letters"] == counts["stored already"] == counts["restored"] == 1
+    assert [letter.payload for letter in database.dead_letters()] == [b"bad", b"bad"]
+    assert database.payloads() == [b"good"]
+
+
+MALFORMED = {
+    "not json": "it is not JSON",
+    "[]": "it is not a JSON object",
+    "{}": "trace_id is missing",
+    '{"trace_id":"t","topic":"a\\u0000","received_ms":1795572115891}': "topic is missing",
+    '{"trace_id":"t","topic":"\\ud800","received_ms":1795572115891}': "it is not JSON",
+    '{"trace_id":"t","topic":"a","received_ms":true}': "received_ms is missing",
+    '{"trace_id":"t","topic":"a","received_ms":17955721158910000}': "received_ms is missing",
+    '{"trace_id":"t","topic":"a","received_ms":1700000000000,"payload":"?"}': "not base64",
+    '{"trace_id":"t","topic":"a","received_ms":1700000000000,"payload":7}': "not base64",
+}
+
+
+@pytest.mark.parametrize("body", MALFORMED)
+def test_malformed(body: str) -> None:
+    with pytest.raises(ValueError, match=MALFORMED[body]):
+        parse(body)
+
+
+def test_malformed_copies_stay_in_the_queue(cloud: Cloud, database: Database) -> None:
+    cloud.put("not json")
+    cloud.put("{}")
+    cloud.publish([("iot/door", b"a"), ("iot/door", b"")])
+    replay = Replay(cloud, database)
+    counts = replay("--until", now(), status=1)
+    assert (counts["malformed"], counts["restored"]) == (2, 2)
+    assert re.search(r"[-0-9a-f]{36}: it is not JSON", replay.said)
+    assert cloud.size() == 2
+    assert Counter(database.payloads()) == Counter([b"a", b""])
+
+
+def test_nothing_to_do(cloud: Cloud, database: Database) -> None:
+    counts = Replay(cloud, database)()
+    assert not any(counts.values())
+
+
+def test_credentials_that_expire_in_the_middle(
+    make_account: Callable[[], Emulator], database: Database
+) -> None:
+    cloud = Cloud(with_rules(make_account()), "replay")
+    messages = counted(0, 200)
+    cloud.publish(messages)
+    replay = Replay(cloud, database, WAIT="1")
+    cloud.account.scenario(expired_after="sqs:DeleteMessageBatch")
+    replay("--until", now(), status=4)
+    assert "when calling the DeleteMessageBatch operation" in replay.said
+    assert "the AWS credentials are expired or wrong: renew them" in replay.said
+    assert "Nothing is lost. Run `iot-collector replay` again" in replay.said
+    assert database.count("replay_copies") > 0
+    cloud.account.scenario()
+    replay("--until", now())
+    assert stored(database) == Counter(messages)
+
+
+def test_queue_that_cannot_be_used(cloud: Cloud, database: Database) -> None:
+    replay = Replay(cloud, database, IOT_REPLAY_QUEUE=f"{ARN}-other")
+    replay(status=4)
+    assert f"check the name, account and region of {ARN}-other" in replay.said
+    replay = Replay(cloud, database, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    replay(status=4)
+    assert "check the AWS credentials, and the network's way to AWS" in replay.said
+    replay.settings |= {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    replay(status=4)
+    assert "Unable to locate credentials" in replay.said
+
+
+def test_wrong_settings_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(*options: str, **settings: str) -> str:
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        done = CliRunner().invoke(main, ["replay", *options])
+        assert done.exit_code == 2, done.output
+        return str(done.output)
+
+    assert "IOT_REPLAY_QUEUE: is not set" in said()
+    assert "not the ARN of an SQS standard queue" in said(IOT_REPLAY_QUEUE="iot-system-replay")
+    assert "not the ARN of an SQS standard queue" in said(IOT_REPLAY_QUEUE=f"{ARN}.fifo")
+    one = {"IOT_REPLAY_QUEUE": ARN}
+    assert "no time such as" in said("--since", "yesterday", **one)
+    assert "in the future" in said("--until", "2100-01-01", **one)
+    assert "--since is not before --until" in said(
+        "--since", "2026-02-02", "--until", "2026-02-01", **one
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "operation", "said"),
+    [
+        ("AccessDenied", "ReceiveMessage", "must be allowed sqs:ReceiveMessage on the-queue"),
+        ("AccessDeniedException", "ReceiveMessage", "must be allowed sqs:ReceiveMessage on"),
+        ("AccessDenied", "AssumeRoleWithWebIdentity", "the trust policy of that role"),
+        ("ExpiredToken", "ReceiveMessage", "renew them"),
+        ("QueueDoesNotExist", "ReceiveMessage", "account and region of the-queue"),
+        ("InternalError", "ReceiveMessage", "sqs:ReceiveMessage on the-queue failed"),
+    ],
+)
+def test_errors_of_aws(code: str, operation: str, said: str) -> None:
+    with pytest.raises(aws.AwsError, match=said), aws.explained("sqs:ReceiveMessage", "the-queue"):
+        raise ClientError({"Error": {"Code": code, "Message": "no"}}, operation)
+
+
+def test_database_cut_off_and_away(
+    cloud: Cloud, database: Database, make_proxy: Callable[[int], Proxy]
+) -> None:
+    messages = counted(0, 300)
+    cloud.publish(messages)
+    proxy = make_proxy(database.server.port)
+    url = database.url.replace(str(database.server.port), str(proxy.port))
+    replay = Replay(cloud, database, IOT_DATABASE_URL=url)
+    cuts: list[Any] = []
+
+    def cut(_wire: object, data: bytes) -> None:
+        if len(cuts) < 3 and (b"INSERT INTO replay_copies" in data or b"UPDATE" in data):
+            cuts.append(time.monotonic())
+            proxy.down = "lose"  # the answer is lost, whatever it was
+        else:
+            proxy.down = "pass"
+
+    proxy.on_up = cut
+    replay("--until", now())
+    assert len(cuts) == 3
+    assert stored(database) == Counter(messages)
+    assert "database is not usable, will retry" in replay.said
+
+
+def test_check(cloud: Cloud, broker: Mosquitto, database: Database) -> None:
+    cloud.publish([("iot/door", b"a")])
+    settings = Replay(cloud, database).settings | broker.environment()
+    done = run_command("check", **settings)
+    assert done.returncode == 0, done.stdout
+    assert f"ok    replay queue {cloud.arn}: about 1 copies" in done.stdout
+    done = run_command("check", **(settings | {"IOT_REPLAY_QUEUE": ARN}))
+    assert done.returncode == 16
+    assert f"check the name, account and region of {ARN}" in done.stdout
+
+
+def test_two_at_once(cloud: Cloud, database: Database) -> None:
+    with contextlib.closing(database.connect()) as other, other.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_lock(hashtext('iot.replay'))")
+        replay = Replay(cloud, database)
+        replay(status=1)
+    assert "another `iot-collector replay` is running" in replay.said
+
+
+# --- pairing
+
+HOUR = 3600.0
+
+
+def test_a_row_accounts_for_one_copy() -> None:
+    assert missing([1.0, 2.0], [1.1], HOUR) == {1}
+    assert missing([1.0, 2.0], [2.1], HOUR) == {0}
+    assert missing([1.0, 2.0], [1.9], HOUR) == {0}, "the collector's clock may be behind"
+    assert missing([1.0], [1.0 + HOUR + 1], HOUR) == {0}
+    assert missing([1000.0], [1000.0 - 61], HOUR) == {0}
+    assert missing([1.0, 2.0], [HOUR, HOUR], HOUR) == set()
+    assert missing([], [1.0], HOUR) == set()
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.floats(-0.3, 0.4)), max_size=60),
+    st.sampled_from([1.0, 10.0]),
+)
+def test_equal_messages_at_regular_times(copies: list[tuple[bool, float]], every: float) -> None:
+    """A device that always says the same: those that are missing are found, with their times."""
+    times = [10_000 + i * every for i in range(len(copies))]
+    rows = [at + late for at, (is_stored, late) in zip(times, copies, strict=True) if is_stored]
+    lost = {i for i, (is_stored, _) in enumerate(copies) if not is_stored}
+    assert missing(times, rows, HOUR) == lost
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
+def test_equal_messages_from_a_session(live: int, lost: int, queued: int) -> None:
+    """Those that a session kept come later, at 10 a second; the number of missing ones is right."""
+    times = [10_000.0 + i for i in range(live + lost + queued)]
+    back = 10_000.0 + live + lost + queued
+    rows = [at + 0.05 for at in times[:live]] + [back + i / 10 for i in range(queued)]
+    assert len(missing(times, rows, HOUR)) == lost
