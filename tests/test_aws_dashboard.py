@@ -1,0 +1,122 @@
+"""The dashboard and the rules of AWS use what the exporter exports, and nothing is exported in vain.
+
+The queries run against a real Prometheus, which scrapes a stand-in for the exporter. What the
+stand-in exports follows from the role's own configuration file.
+"""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cloudwatch_stand_in import StandIn, metric_name, series
+from rendering import ROLES, render
+from services import HOST, eventually, free_port
+from test_dashboards import DASHBOARDS, SCRAPE_SECONDS, Prometheus
+
+RULES = (ROLES / "prometheus/files/rules/aws.yml").read_text()
+CONFIG = yaml.safe_load(
+    render(
+        "cloudwatch_exporter/cloudwatch-exporter.yml.j2",
+        aws_base_name="iot-system",
+        aws_base_region="us-east-1",
+        cloudwatch_exporter_replay_rules=2,
+    )
+)
+EXPORTED = {name for name, _ in series(CONFIG)}
+TARGETS = [
+    pytest.param(target, id=f"{panel['title']}-{target['refId']}")
+    for panel in DASHBOARDS["aws"]["panels"]
+    for target in panel.get("targets", [])
+]
+EXPRESSIONS = [param.values[0]["expr"] for param in TARGETS]
+
+
+class CloudWatchPrometheus(Prometheus):
+    """A Prometheus that scrapes the exporter, as the job ``cloudwatch``."""
+
+    def __init__(self, folder: Path, target: str) -> None:
+        super(Prometheus, self).__init__(folder)
+        self.address = f"{HOST}:{free_port()}"
+        self.config = folder / "prometheus.yml"
+        job = {"job_name": "cloudwatch", "static_configs": [{"targets": [target]}]}
+        every = f"{SCRAPE_SECONDS}s"
+        self.config.write_text(
+            yaml.safe_dump({"global": {"scrape_interval": every}, "scrape_configs": [job]})
+        )
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    with contextlib.ExitStack() as stack:
+        exporter = stack.enter_context(contextlib.closing(StandIn(CONFIG)))
+        prometheus = CloudWatchPrometheus(tmp_path_factory.mktemp("aws"), exporter.address)
+        stack.enter_context(contextlib.closing(prometheus)).start()
+        twice = "count_over_time(yace_cloudwatch_requests_total[1m]) > 1"  # what increase() needs
+        eventually(lambda: prometheus.get("query", query=twice)["result"], what="it is scraped")
+        yield prometheus
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_query_returns_data(target: dict[str, Any], prometheus: Prometheus) -> None:
+    assert prometheus.numbers(target["expr"], time.time() - 10, time.time()), target["expr"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_query_has_a_legend_and_needs_no_variable(target: dict[str, Any]) -> None:
+    assert target["legendFormat"]
+    assert "$" not in target["expr"]
+
+
+def test_stats_cover_what_their_names_say(prometheus: Prometheus) -> None:
+    """The regular expressions for names find each metric of its kind."""
+    found = {}
+    for expression in EXPRESSIONS:
+        if selector := re.search(r"{__name__=~.*?}", expression):
+            result = prometheus.get("query", query=selector[0])["result"]
+            found[selector[0]] = {one["metric"]["__name__"] for one in result}
+            assert selector[0] in RULES, "the alert sees the same"
+    assert sorted(found.values(), key=len) == [
+        {name for name in EXPORTED if "auth_error" in name},
+        {name for name in EXPORTED if "throttle" in name},
+    ]
+    assert [len(names) for names in sorted(found.values(), key=len)] == [4, 6]
+
+
+def test_each_metric_that_costs_is_shown() -> None:
+    text = " ".join(EXPRESSIONS)
+    assert {name for name in EXPORTED if not re.search(rf"\b{name}\b", text)} == set()
+
+
+def test_rules_name_metrics_that_are_exported() -> None:
+    named = set(re.findall(r"\baws_(?:iot|rds|sqs|logs)_\w+", RULES))
+    named -= {name for name in named if name.endswith("_")}  # parts of regular expressions
+    assert len(named) >= 6
+    assert named <= EXPORTED
+
+
+@pytest.mark.parametrize(
+    ("namespace", "metric", "statistic", "documented"),
+    [  # in the exporter's README and its examples of queries
+        ("AWS/EC2", "CPUUtilization", "Maximum", "aws_ec2_cpuutilization_maximum"),
+        ("AWS/ES", "FreeStorageSpace", "Sum", "aws_es_free_storage_space_sum"),
+        ("AWS/ELB", "HTTPCode_Backend_4XX", "Sum", "aws_elb_httpcode_backend_4_xx_sum"),
+        ("AWS/IoT", "Connect.ClientIDThrottle", "Sum", "aws_iot_connect_client_idthrottle_sum"),
+    ],
+)
+def test_stand_in_names_metrics_as_documented(
+    namespace: str, metric: str, statistic: str, documented: str
+) -> None:
+    assert metric_name(namespace, metric, statistic) == documented
+
+
+def test_one_request_for_each_metric_and_every_five_minutes_once() -> None:
+    for job in CONFIG["static"]:
+        assert job["regions"] == ["us-east-1"]
+        for metric in job["metrics"]:
+            assert len(metric["statistics"]) == 1
+            assert (metric["period"], metric["length"]) == (300, 300)
