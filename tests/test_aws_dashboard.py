@@ -8,15 +8,16 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from cloudwatch_stand_in import StandIn, metric_name, series
 from rendering import ROLES, render
-from services import HOST, eventually, free_port
-from test_dashboards import DASHBOARDS, SCRAPE_SECONDS, Prometheus
+from test_dashboards import DASHBOARDS
+
+from testing.aws.cloudwatch_exporter import StandIn, metric_name, series
+from testing.prometheus import Prometheus
+from testing.service import eventually
 
 RULES = (ROLES / "prometheus/files/rules/aws.yml").read_text()
 CONFIG = yaml.safe_load(
@@ -36,25 +37,11 @@ TARGETS = [
 EXPRESSIONS = [param.values[0]["expr"] for param in TARGETS]
 
 
-class CloudWatchPrometheus(Prometheus):
-    """A Prometheus that scrapes the exporter, as the job ``cloudwatch``."""
-
-    def __init__(self, folder: Path, target: str) -> None:
-        super(Prometheus, self).__init__(folder)
-        self.address = f"{HOST}:{free_port()}"
-        self.config = folder / "prometheus.yml"
-        job = {"job_name": "cloudwatch", "static_configs": [{"targets": [target]}]}
-        every = f"{SCRAPE_SECONDS}s"
-        self.config.write_text(
-            yaml.safe_dump({"global": {"scrape_interval": every}, "scrape_configs": [job]})
-        )
-
-
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     with contextlib.ExitStack() as stack:
         exporter = stack.enter_context(contextlib.closing(StandIn(CONFIG)))
-        prometheus = CloudWatchPrometheus(tmp_path_factory.mktemp("aws"), exporter.address)
+        prometheus = Prometheus(tmp_path_factory.mktemp("aws"), exporter.address, "cloudwatch")
         stack.enter_context(contextlib.closing(prometheus)).start()
         twice = "count_over_time(yace_cloudwatch_requests_total[1m]) > 1"  # what increase() needs
         eventually(lambda: prometheus.get("query", query=twice)["result"], what="it is scraped")

@@ -14,8 +14,9 @@ import yaml
 from ansible_runs import ROOT, playbook
 from checkov import checkov
 from cluster import NAMESPACE, Cluster, Object, pod_spec
-from kubernetes_api.process import running
 from test_kubernetes import CHECKOV_SKIPS, VERSIONS, not_ready
+
+from testing.kubernetes_api.process import running
 
 NAME = "cloudwatch-exporter"
 ROLE = "arn:aws:iam::111122223333:role/iot-system-eks-CloudWatchExporterRole-1"

@@ -24,7 +24,7 @@ from testing.mosquitto import Mosquitto
 from testing.postgres import Database, Postgres
 from testing.prometheus import Prometheus
 from testing.publisher import publish
-from testing.service import eventually
+from testing.service import HOST, eventually
 
 DASHBOARDS = {
     path.stem: json.loads(path.read_text())
@@ -124,7 +124,8 @@ def installation(
         stack.enter_context(contextlib.closing(broker)).start()
         collector = Collector(tmp_path_factory.mktemp("collector"), broker, owner)
         stack.enter_context(contextlib.closing(collector)).start()
-        prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), collector)
+        target = f"{HOST}:{collector.settings['IOT_HTTP_PORT']}"
+        prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), target)
         stack.enter_context(contextlib.closing(prometheus)).start()
 
         start, sent = datetime.now(UTC), 0

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-HOST = "127.0.0.1"
+from testing.service import HOST
+
 # Of the exporter itself; the second is not there before the first failure.
 OWN = """\
 yace_cloudwatch_requests_total{api_name="GetMetricStatistics"} 52
