@@ -1,4 +1,4 @@
-"""Prometheus, scraping a collector."""
+"""Prometheus, scraping one target."""
 
 import json
 import math
@@ -10,23 +10,22 @@ from typing import Any
 
 import yaml
 
-from .collector import Collector
 from .service import HOST, Service, binary, free_port
 
 SCRAPE_SECONDS = 1
 
 
 class Prometheus(Service):
-    """A Prometheus that scrapes one collector, as the job ``collector``."""
+    """A Prometheus that scrapes one address, a collector's or another one."""
 
     name = "prometheus"
 
-    def __init__(self, folder: Path, collector: Collector) -> None:
+    def __init__(self, folder: Path, target: str, job_name: str = "collector") -> None:
         super().__init__(folder)
         self.address = f"{HOST}:{free_port()}"
-        self.target = f"{HOST}:{collector.settings['IOT_HTTP_PORT']}"
+        self.target = target
         self.config = folder / "prometheus.yml"
-        job = {"job_name": "collector", "static_configs": [{"targets": [self.target]}]}
+        job = {"job_name": job_name, "static_configs": [{"targets": [self.target]}]}
         self.config.write_text(
             yaml.safe_dump(
                 {"global": {"scrape_interval": f"{SCRAPE_SECONDS}s"}, "scrape_configs": [job]}

@@ -32,6 +32,7 @@ SHARED = {"platform", "aws_base"}
 FACTS = {
     "aws_base_identity": "preflight.yml",
     "aws_base_outputs": "stack.yml",
+    "eks_outputs": "main.yml",
     "iot_core_arns": "preflight.yml",
     "kubernetes_base_job_log": "job.yml",
     "kubernetes_base_namespace_exists": "main.yml",

@@ -24,11 +24,11 @@ from testing.mosquitto import Mosquitto
 from testing.postgres import Database, Postgres
 from testing.prometheus import Prometheus
 from testing.publisher import publish
-from testing.service import eventually
+from testing.service import HOST, eventually
 
 DASHBOARDS = {
     path.stem: json.loads(path.read_text())
-    for path in sorted((ROLES / "grafana/files/dashboards").glob("*.json"))
+    for path in sorted((ROLES / "grafana/files").glob("dashboards*/*.json"))
 }
 PANELS = [
     pytest.param(panel, id=f"{name}-{panel['title']}")
@@ -45,7 +45,8 @@ QUERIES = [
 
 
 def of_kind(kind: str) -> Sequence[Any]:
-    found: list[Any] = list(QUERIES)
+    """Queries of a kind, but those of the dashboard of AWS: test_aws_dashboard.py has them."""
+    found: list[Any] = [param for param in QUERIES if not str(param.id).startswith("aws-")]
     return [param for param in found if param.values[0]["datasource"]["type"] == kind]
 
 
@@ -123,7 +124,8 @@ def installation(
         stack.enter_context(contextlib.closing(broker)).start()
         collector = Collector(tmp_path_factory.mktemp("collector"), broker, owner)
         stack.enter_context(contextlib.closing(collector)).start()
-        prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), collector)
+        target = f"{HOST}:{collector.settings['IOT_HTTP_PORT']}"
+        prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), target)
         stack.enter_context(contextlib.closing(prometheus)).start()
 
         start, sent = datetime.now(UTC), 0
@@ -219,13 +221,12 @@ def test_tables(installation: Installation) -> None:
 
 
 def test_instances_to_choose_from(installation: Installation) -> None:
-    for dashboard in DASHBOARDS.values():
-        (variable,) = dashboard["templating"]["list"]
-        asked = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
-        assert asked, variable
-        metric, label = asked.groups()
-        values = installation.prometheus.get(f"label/{label}/values", **{"match[]": metric})
-        assert values == [installation.prometheus.target]
+    (variable,) = DASHBOARDS["pipeline"]["templating"]["list"]
+    asked = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
+    assert asked, variable
+    metric, label = asked.groups()
+    values = installation.prometheus.get(f"label/{label}/values", **{"match[]": metric})
+    assert values == [installation.prometheus.target]
 
 
 # Structure -----------------------------------------------------------------------------------
@@ -245,7 +246,8 @@ def test_dashboard_is_found_under_its_name(dashboard: dict[str, Any]) -> None:
     assert DASHBOARDS[dashboard["uid"]] is dashboard, "the file has the name of the uid"
     assert dashboard["title"]
     assert dashboard["description"]
-    assert (dashboard["timezone"], dashboard["refresh"]) == ("browser", "15s")
+    assert dashboard["timezone"] == "browser"
+    assert dashboard["refresh"] in ("15s", "1m")
     assert dashboard["schemaVersion"] >= 41
     assert "id" not in dashboard, "Grafana numbers them itself"
 

@@ -17,7 +17,7 @@ description:
 positional: table, usage
 options:
   _input:
-    description: The variables of the roles network, ecr, eks, rds and iot_core, by name.
+    description: Variables of the roles that run on AWS, by name.
     type: dict
     required: true
   table:
@@ -201,6 +201,11 @@ class Estimate:
         stored = sum(one * min(month, int(days) / 30) for one, days in kept)
         usd = gb * self.price("logs_ingest_gb") + stored * self.price("logs_storage_gb_month")
         yield Line("CloudWatch Logs", f"{gb:.0f} GB", usd)
+        if settings["cloudwatch_exporter_enabled"]:
+            metrics = assume["cloudwatch_metrics"]
+            thousands = metrics * assume["cloudwatch_rounds_hour"] * self.hours / 1000
+            usd = thousands * self.price("cloudwatch_requests_1000")
+            yield Line("CloudWatch requests", f"{metrics} metrics", usd)
         images = int(settings["ecr_keep_images"]) * assume["image_gb"]
         yield Line("ECR", f"{images:.0f} GB", images * self.price("ecr_gb_month"))
         yield Line("KMS", f"{assume['keys']} keys", assume["keys"] * self.price("kms_key_month"))

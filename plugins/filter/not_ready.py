@@ -7,7 +7,7 @@ from typing import Any
 Object = dict[str, Any]
 
 _EVENTS = 5  # at the most
-_IMAGE = "set {name}_image to an image that the cluster can get, or load it: minikube image load"
+_IMAGE = "set {role}_image to an image that the cluster can get, or load it: minikube image load"
 _CLASS = "set iot_storage_class to a class that provides volumes"
 
 # What a reason or message contains -> the next step. The first that fits.
@@ -16,7 +16,7 @@ NEXT_STEPS = {
     "PodSecurity": "the namespace enforces the restricted profile; the manifest violates it",
     "ImagePull": _IMAGE,
     "ErrImage": _IMAGE,
-    "InvalidImageName": "set {name}_image to a name and tag as in postgres:17.6",
+    "InvalidImageName": "set {role}_image to a name and tag as in postgres:17.6",
     "unbound immediate PersistentVolumeClaims": _CLASS,
     "ProvisioningFailed": _CLASS,
     "FailedScheduling": "give the cluster more nodes, CPU or memory, or lower {name}'s resources",
@@ -140,6 +140,7 @@ def not_ready(component: str, error: str, namespace: str, objects: list[Object])
         "look at it: kubectl -n {namespace} describe statefulset {name}",
     ).format(
         name=component,
+        role=component.replace("-", "_"),
         namespace=namespace,
         pod=next((name for name, reasons in found.items() if reasons), f"{component}-0"),
     )

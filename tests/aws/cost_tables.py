@@ -14,7 +14,7 @@ sys.path.append(str(ROOT / "plugins/filter"))
 from aws_cost import aws_cost  # noqa: E402
 
 PAGE = ROOT / "docs/aws.md"
-ROLES = ("network", "ecr", "eks", "rds", "iot_core")
+ROLES = ("network", "ecr", "eks", "rds", "iot_core", "cloudwatch_exporter")
 BEGIN, END = "<!-- costs: begin, written by tests/aws/cost_tables.py -->", "<!-- costs: end -->"
 
 

@@ -14,6 +14,7 @@ import yaml
 from ansible.errors import AnsibleFilterError
 from aws_cost import Estimate, aws_cost
 from cost_tables import PAGE, ROOT, estimate, settings, table, with_tables
+from rendering import ROLES, render
 
 USAGE = {"devices": 10_000, "messages": 50_000_000, "months": 12}
 GROUPS = ("prices", "instances", "databases", "discounts")
@@ -114,10 +115,25 @@ def test_class_without_a_price_is_said() -> None:
         ({"network_interface_endpoints": True}, {}, 12 * 730 * 0.011 + 20 * (0.01 - 0.048)),
         ({"rds_insights_mode": "advanced"}, {}, 4 * 730 * 0.0125),
         ({"eks_support_type": "EXTENDED"}, {}, 0.50 * 730),
+        ({"cloudwatch_exporter_enabled": True}, {}, 26 * 12 * 730 / 1000 * 0.01),
     ],
 )
 def test_what_a_choice_changes(changed: dict[str, Any], usage: dict[str, Any], usd: float) -> None:
     assert change(changed, **usage) == pytest.approx(usd)
+
+
+def test_exporter_asks_as_often_as_estimated() -> None:
+    config = render(
+        "cloudwatch_exporter/cloudwatch-exporter.yml.j2",
+        aws_base_name="iot-system",
+        aws_base_region="eu-west-1",
+        cloudwatch_exporter_replay_rules=1,
+    )
+    metrics = [metric for job in yaml.safe_load(config)["static"] for metric in job["metrics"]]
+    assert table()["assumptions"]["cloudwatch_metrics"] == len(metrics)
+    manifest = ROLES / "cloudwatch_exporter/templates/kubernetes-cloudwatch-exporter.yml.j2"
+    (seconds,) = re.findall(r"--scraping-interval=(\d+)", manifest.read_text())
+    assert table()["assumptions"]["cloudwatch_rounds_hour"] == 3600 / int(seconds)
 
 
 def test_one_zone_halves_instance_and_storage() -> None:

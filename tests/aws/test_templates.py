@@ -18,6 +18,7 @@ import pytest
 import yaml
 from ansible_runs import ROOT
 from checkov import checkov
+from rendering import render
 
 ROLES = ("network", "ecr", "rds", "eks", "iot_core")
 REGIONS = ("eu-west-1", "us-east-1")
@@ -58,6 +59,8 @@ CHECKOV_SKIPS = {
     # It knows keys of KMS only. The queue is encrypted by SQS, which needs no rights on a key.
     "CKV_AWS_27": {"iot_core.ReplayQueue"},
 }
+# Actions that AWS defines for no resource at all: of which roles.
+WITHOUT_RESOURCE = {"eks.CloudWatchExporterRole": "cloudwatch:GetMetricStatistics"}
 # The properties that name a resource.
 NAMES = {
     *("DBInstanceIdentifier", "LogGroupName", "Name", "PolicyName", "QueueName", "RepositoryName"),
@@ -278,11 +281,59 @@ def test_no_policy_names_every_resource() -> None:
     checked = 0
     for place, statement in statements("AWS::IAM::Role", "PolicyDocument"):
         for resource in as_list(statement["Resource"]):
-            assert resource != "*", place
+            assert resource != "*" or statement["Action"] == WITHOUT_RESOURCE.get(place), place
         for action in as_list(statement["Action"]):
             assert "*" not in action, place
         checked += 1
     assert checked > 6
+
+
+def test_exporter_reads_metrics_of_its_region_and_nothing_else() -> None:
+    resource = TEMPLATES["eks"]["Resources"]["CloudWatchExporterRole"]
+    assert resource["Condition"] == "WithCloudWatchExporter"
+    assert parameter("eks", "CloudWatchExporterServiceAccount")["Default"] == ""
+    (policy,) = resource["Properties"]["Policies"]
+    assert "ManagedPolicyArns" not in resource["Properties"]
+    assert policy["PolicyDocument"]["Statement"] == [
+        {
+            "Effect": "Allow",
+            "Action": "cloudwatch:GetMetricStatistics",
+            "Resource": "*",
+            "Condition": {"StringEquals": {"aws:RequestedRegion": {"Ref": "AWS::Region"}}},
+        }
+    ]
+
+
+def test_exporter_asks_for_the_resources_of_the_stacks() -> None:
+    config = yaml.safe_load(
+        render(
+            "cloudwatch_exporter/cloudwatch-exporter.yml.j2",
+            aws_base_name="plant-7",
+            aws_base_region="eu-west-1",
+            cloudwatch_exporter_replay_rules=3,
+        )
+    )
+    asked = {
+        (job["namespace"], dimension["name"], dimension["value"])
+        for job in config["static"]
+        for dimension in job["dimensions"]
+        if dimension["name"] != "Protocol"
+    }
+    database = resources("rds", "AWS::RDS::DBInstance")["Instance"]["DBInstanceIdentifier"]
+    assert database == {"Ref": "Prefix"}
+    queue = resources("iot_core", "AWS::SQS::Queue")["ReplayQueue"]["QueueName"]["Fn::Sub"]
+    group = resources("iot_core", "AWS::Logs::LogGroup")["ErrorLogGroup"]["LogGroupName"]["Fn::Sub"]
+    rules = resources("iot_core", "AWS::IoT::TopicRule").values()
+    assert asked == {
+        ("AWS/RDS", "DBInstanceIdentifier", "plant-7"),
+        ("AWS/SQS", "QueueName", queue.replace("${Prefix}", "plant-7")),
+        ("AWS/Logs", "LogGroupName", group.replace("${Prefix}", "plant-7")),
+        *(
+            ("AWS/IoT", "RuleName", rule["RuleName"]["Fn::Sub"][0].replace("${Name}", "plant_7"))
+            for rule in rules
+        ),
+    }
+    assert len(rules) == 3
 
 
 def test_no_wildcard_in_iot_policies() -> None:
@@ -382,6 +433,7 @@ def test_one_service_account_for_each_irsa_role() -> None:
         "eks.VpcCniRole": "kube-system:aws-node",
         "eks.EbsCsiRole": "kube-system:ebs-csi-controller-sa",
         "eks.CollectorRole": "${CollectorServiceAccount}",
+        "eks.CloudWatchExporterRole": "${CloudWatchExporterServiceAccount}",
     }
 
 

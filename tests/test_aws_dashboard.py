@@ -1,0 +1,121 @@
+"""The dashboard and the rules of AWS use what the exporter exports, and all of it is used.
+
+The queries run against a real Prometheus, which scrapes a stand-in for the exporter. What the
+stand-in exports follows from the role's own configuration file.
+"""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from rendering import ROLES, render
+from test_dashboards import DASHBOARDS
+
+from testing.aws.cloudwatch_exporter import StandIn, metric_name, series
+from testing.prometheus import Prometheus
+from testing.service import eventually
+
+RULES = (ROLES / "prometheus/files/rules/aws.yml").read_text()
+CONFIG = yaml.safe_load(
+    render(
+        "cloudwatch_exporter/cloudwatch-exporter.yml.j2",
+        aws_base_name="iot-system",
+        aws_base_region="us-east-1",
+        cloudwatch_exporter_replay_rules=2,
+    )
+)
+EXPORTED = {name for name, _ in series(CONFIG)}
+TARGETS = [
+    pytest.param(target, id=f"{panel['title']}-{target['refId']}")
+    for panel in DASHBOARDS["aws"]["panels"]
+    for target in panel.get("targets", [])
+]
+EXPRESSIONS = [
+    str(target["expr"])
+    for panel in DASHBOARDS["aws"]["panels"]
+    for target in panel.get("targets", [])
+]
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    with contextlib.ExitStack() as stack:
+        exporter = stack.enter_context(contextlib.closing(StandIn(CONFIG)))
+        prometheus = Prometheus(tmp_path_factory.mktemp("aws"), exporter.address, "cloudwatch")
+        stack.enter_context(contextlib.closing(prometheus)).start()
+        twice = "count_over_time(yace_cloudwatch_requests_total[1m]) > 1"  # what increase() needs
+        eventually(lambda: prometheus.get("query", query=twice)["result"], what="it is scraped")
+        yield prometheus
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_query_returns_data(target: dict[str, Any], prometheus: Prometheus) -> None:
+    assert prometheus.numbers(target["expr"], time.time() - 10, time.time()), target["expr"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_query_has_a_legend_and_needs_no_variable(target: dict[str, Any]) -> None:
+    assert target["legendFormat"]
+    assert "$" not in target["expr"]
+
+
+def test_stats_cover_what_their_names_say(prometheus: Prometheus) -> None:
+    """The regular expressions for names find each metric of its kind."""
+    selectors = re.findall(r"{__name__=~.*?}", " ".join(EXPRESSIONS))
+    found: list[set[str]] = []
+    for selector in selectors:
+        assert selector in RULES, "the alert looks at the same"
+        result = prometheus.get("query", query=selector)["result"]
+        found.append({one["metric"]["__name__"] for one in result})
+    assert found == [
+        {name for name in EXPORTED if "auth_error" in name},
+        {name for name in EXPORTED if "throttle" in name},
+    ]
+    assert [len(names) for names in found] == [4, 6]
+
+
+def test_each_metric_that_costs_is_shown() -> None:
+    text = " ".join(EXPRESSIONS)
+    assert {name for name in EXPORTED if not re.search(rf"\b{name}\b", text)} == set()
+
+
+def test_rules_name_metrics_that_are_exported() -> None:
+    named = set(re.findall(r"\baws_(?:iot|rds|sqs|logs)_\w+", RULES))
+    named -= {name for name in named if name.endswith("_")}  # parts of regular expressions
+    assert len(named) >= 6
+    assert named <= EXPORTED
+
+
+def test_page_names_each_alert() -> None:
+    page = (ROLES.parent / "docs/aws-metrics.md").read_text()
+    alerts = re.findall(r"- alert: (\w+)", RULES)
+    assert {name for name in alerts if f"`{name}`" not in page} == set()
+    links = re.findall(r"\]\((?!https:)([^)#]+)", page)
+    assert [link for link in links if not (ROLES.parent / "docs" / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("namespace", "metric", "statistic", "documented"),
+    [  # in the exporter's README and its examples of queries
+        ("AWS/EC2", "CPUUtilization", "Maximum", "aws_ec2_cpuutilization_maximum"),
+        ("AWS/ES", "FreeStorageSpace", "Sum", "aws_es_free_storage_space_sum"),
+        ("AWS/ELB", "HTTPCode_Backend_4XX", "Sum", "aws_elb_httpcode_backend_4_xx_sum"),
+        ("AWS/IoT", "Connect.ClientIDThrottle", "Sum", "aws_iot_connect_client_idthrottle_sum"),
+    ],
+)
+def test_stand_in_names_metrics_as_documented(
+    namespace: str, metric: str, statistic: str, documented: str
+) -> None:
+    assert metric_name(namespace, metric, statistic) == documented
+
+
+def test_one_request_for_each_metric_and_every_five_minutes_once() -> None:
+    for job in CONFIG["static"]:
+        assert job["regions"] == ["us-east-1"]
+        for metric in job["metrics"]:
+            assert len(metric["statistics"]) == 1
+            assert (metric["period"], metric["length"]) == (300, 300)

@@ -1,0 +1,224 @@
+"""The role cloudwatch_exporter against the stand-in for a cluster, with those that read from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from ansible_runs import ROOT, playbook
+from checkov import checkov
+from cluster import NAMESPACE, Cluster, Object, pod_spec
+from test_kubernetes import CHECKOV_SKIPS, VERSIONS, not_ready
+
+from testing.kubernetes_api.process import running
+
+NAME = "cloudwatch-exporter"
+ROLE = "arn:aws:iam::111122223333:role/iot-system-eks-CloudWatchExporterRole-1"
+ON: dict[str, object] = {"cloudwatch_exporter_enabled": True, "cloudwatch_exporter_role_arn": ROLE}
+
+
+@pytest.fixture(scope="module")
+def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Playbooks: of the exporter alone, and of the exporter and what reads from it."""
+    folder = tmp_path_factory.mktemp("plays")
+    roles = {"alone": [""], "all": ["", "prometheus", "grafana"]}
+    for name, others in roles.items():
+        content = {
+            "hosts": "local",
+            "gather_subset": ["!all", "min"],
+            "module_defaults": {
+                "group/kubernetes.core.k8s": {"kubeconfig": "{{ iot_kubeconfig }}"}
+            },
+            "roles": [
+                {"role": f"iot.platform.{other or 'cloudwatch_exporter'}"} for other in others
+            ],
+        }
+        (folder / name).write_text(yaml.safe_dump([content]))
+    return {name: folder / name for name in roles}
+
+
+def run(
+    play: Path, cluster: Cluster, *arguments: str, **variables: object
+) -> CompletedProcess[str]:
+    given = {
+        "kubeconfig": str(cluster.stand_in.kubeconfig),
+        "minikube_enabled": False,
+        "region": "us-east-1",
+        **variables,
+    }
+    return playbook(str(play), "-e", json.dumps(given), *arguments)
+
+
+@pytest.fixture(scope="module")
+def cluster(plays: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster with the exporter in it; the tests leave it so."""
+    with running(tmp_path_factory.mktemp("cluster") / "kubeconfig") as stand_in:
+        cluster = Cluster(stand_in)
+        done = run(plays["all"], cluster, **ON)
+        assert done.returncode == 0, done.stdout
+        yield cluster
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[Cluster]:
+    with running(tmp_path / "kubeconfig") as stand_in:
+        yield Cluster(stand_in)
+
+
+def of_exporter(cluster: Cluster) -> list[Object]:
+    return [
+        o
+        for o in cluster.objects()
+        if o["metadata"].get("labels", {}).get("app.kubernetes.io/name") == NAME
+    ]
+
+
+def test_manifests_are_what_kubernetes_expects(cluster: Cluster) -> None:
+    objects = of_exporter(cluster)
+    assert {o["kind"] for o in objects} == {
+        *("ConfigMap", "ServiceAccount", "StatefulSet", "Service"),
+        *("PodDisruptionBudget", "NetworkPolicy"),
+    }
+    for manifest in cluster.objects():
+        for version in VERSIONS:
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_checkov_finds_what_has_a_reason(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "manifests.yml").write_text(yaml.safe_dump_all(of_exporter(cluster)))
+    report = checkov("kubernetes", [tmp_path / "manifests.yml"])
+    failed = {check["check_id"] for check in report["results"]["failed_checks"]}
+    # As for the other components: pinned by version, and pulled only where it is missing.
+    assert failed == {"CKV_K8S_15", "CKV_K8S_43"}
+    assert failed <= CHECKOV_SKIPS.keys()
+    assert report["summary"]["passed"] > 50
+
+
+def test_pod_has_the_iam_role_and_nothing_of_the_cluster(cluster: Cluster) -> None:
+    account = cluster.object("ServiceAccount", NAME)
+    assert account["metadata"]["annotations"] == {"eks.amazonaws.com/role-arn": ROLE}
+    assert account["automountServiceAccountToken"] is False
+    spec = pod_spec(cluster.object("StatefulSet", NAME))
+    assert spec["serviceAccountName"] == NAME
+    assert spec["automountServiceAccountToken"] is False
+    (container,) = spec["containers"]
+    environment = {one["name"]: one["value"] for one in container["env"]}
+    assert environment == {"AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] == "/healthz"
+
+
+def test_everything_is_asked_of_the_region_of_the_run(cluster: Cluster) -> None:
+    config = yaml.safe_load(cluster.object("ConfigMap", NAME)["data"]["config.yml"])
+    assert config["sts-region"] == "us-east-1"
+    assert {region for job in config["static"] for region in job["regions"]} == {"us-east-1"}
+    assert config.keys() == {"apiVersion", "sts-region", "static"}, "nothing is discovered"
+
+
+def test_traffic_is_https_out_and_prometheus_in(cluster: Cluster) -> None:
+    policy = cluster.object("NetworkPolicy", NAME)["spec"]
+    assert policy["egress"] == [{"ports": [{"protocol": "TCP", "port": 443}]}]
+    prometheus = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}
+    assert policy["ingress"] == [
+        {"ports": [{"protocol": "TCP", "port": 5000}], "from": [prometheus]}
+    ]
+    exporter = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": NAME}}}
+    allowed = {"ports": [{"protocol": "TCP", "port": 5000}], "to": [exporter]}
+    assert allowed in cluster.object("NetworkPolicy", "prometheus")["spec"]["egress"]
+
+
+def jobs(cluster: Cluster) -> dict[str, Any]:
+    config = yaml.safe_load(cluster.object("ConfigMap", "prometheus")["data"]["prometheus.yml"])
+    return {job["job_name"]: job for job in config["scrape_configs"]}
+
+
+def dashboards(cluster: Cluster) -> list[str]:
+    names = [o["metadata"]["name"] for o in cluster.objects("ConfigMap")]
+    return sorted(name for name in names if name.startswith("grafana-dashboard-"))
+
+
+def test_prometheus_scrapes_it_and_grafana_has_its_dashboard(cluster: Cluster) -> None:
+    (service,) = (o for o in of_exporter(cluster) if o["kind"] == "Service")
+    address = f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    assert jobs(cluster)["cloudwatch"]["static_configs"] == [{"targets": [address]}]
+    assert dashboards(cluster) == ["grafana-dashboard-aws", "grafana-dashboard-pipeline"]
+    data = cluster.object("ConfigMap", "grafana-dashboard-aws")["data"]
+    file = ROOT / "roles/grafana/files/dashboards_aws/aws.json"
+    assert json.loads(data["aws.json"]) == json.loads(file.read_text())
+
+
+def test_second_run_changes_nothing_and_another_role_restarts_it(
+    plays: dict[str, Path], cluster: Cluster
+) -> None:
+    done = run(plays["all"], cluster, **ON)
+    assert "changed=0" in done.stdout, done.stdout
+    before = cluster.revisions()
+    done = run(plays["alone"], cluster, **{**ON, "cloudwatch_exporter_role_arn": f"{ROLE}2"})
+    assert done.returncode == 0, done.stdout
+    after = cluster.revisions()
+    assert {name for name in before if before[name] != after[name]} == {NAME}
+    assert run(plays["alone"], cluster, **ON).returncode == 0
+    assert cluster.revisions() == before
+
+
+@pytest.mark.timeout(400)
+def test_off_by_default_and_removed_when_it_is_switched_off(
+    plays: dict[str, Path], empty: Cluster
+) -> None:
+    done = run(plays["all"], empty)
+    assert done.returncode == 0, done.stdout
+    off = empty.objects()
+    assert of_exporter(empty) == []
+    assert set(jobs(empty)) == {"collector", "prometheus"}
+    assert dashboards(empty) == ["grafana-dashboard-pipeline"]
+    assert "5000" not in json.dumps(empty.object("NetworkPolicy", "prometheus"))
+
+    done = run(plays["alone"], empty, "--check", **{**ON, "cloudwatch_exporter_role_arn": ""})
+    assert done.returncode == 0, done.stdout
+    assert "changed=1" in done.stdout
+    assert empty.objects() == off
+    assert run(plays["alone"], empty, **ON).returncode == 0
+    assert of_exporter(empty)
+    assert run(plays["alone"], empty).returncode == 0
+    assert empty.objects() == off
+    assert "changed=0" in run(plays["alone"], empty).stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"cloudwatch_exporter_role_arn": ""}, 'cloudwatch_exporter_role_arn is "". Set it to'),
+        ({"iot_platform": "host"}, "the exporter runs on Kubernetes alone. Set"),
+    ],
+)
+def test_a_wrong_setting_stops_the_run(
+    plays: dict[str, Path], empty: Cluster, variables: dict[str, object], said: str
+) -> None:
+    done = run(plays["alone"], empty, **{**ON, **variables})
+    assert done.returncode != 0
+    assert said in " ".join(done.stdout.split())
+    assert of_exporter(empty) == []
+
+
+def test_the_next_step_names_the_variable_of_its_image() -> None:
+    waiting = {"reason": "ImagePullBackOff", "message": "no such image"}
+    container = {"name": NAME, "ready": False, "state": {"waiting": waiting}}
+    pod = {
+        "kind": "Pod",
+        "metadata": {"name": f"{NAME}-0", "uid": "1"},
+        "status": {"containerStatuses": [container]},
+    }
+    message = not_ready(NAME, "Timed out.", NAMESPACE, [pod])
+    assert "Next: set cloudwatch_exporter_image to" in message
+
+
+def test_namespace_is_the_one_of_the_whole_system(cluster: Cluster) -> None:
+    """So that teardown deletes it with the rest."""
+    assert {o["metadata"]["namespace"] for o in of_exporter(cluster)} == {NAMESPACE}
