@@ -65,7 +65,8 @@ class Namespace:
         return self.resource(kind).create(body, namespace=self.name, **options)
 
     def get(self, kind: str, name: str) -> Object:
-        return self.resource(kind).get(name=name, namespace=self.name).to_dict()
+        found: Object = self.resource(kind).get(name=name, namespace=self.name).to_dict()
+        return found
 
     def select(self, kind: str, **selectors: str) -> list[Object]:
         found = self.resource(kind).get(namespace=self.name, **selectors)
@@ -75,11 +76,12 @@ class Namespace:
         return [obj["metadata"]["name"] for obj in self.select(kind, **selectors)]
 
     def patch(self, kind: str, name: str, body: Object, content_type: str = MERGE) -> Object:
-        return (
+        patched: Object = (
             self.resource(kind)
             .patch(body, name=name, namespace=self.name, content_type=content_type)
             .to_dict()
         )
+        return patched
 
     def delete(self, kind: str, name: str) -> None:
         self.resource(kind).delete(name=name, namespace=self.name)
@@ -88,7 +90,8 @@ class Namespace:
         return [e["message"] for e in self.select("Event", field_selector=f"reason={reason}")]
 
     def status(self, name: str = "web", kind: str = "StatefulSet") -> Object:
-        return self.get(kind, name)["status"]
+        status: Object = self.get(kind, name)["status"]
+        return status
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +219,7 @@ def test_a_strategic_patch_merges_lists_by_name(namespace: Namespace) -> None:
 
 
 def test_server_side_apply_takes_back_what_it_gave(namespace: Namespace) -> None:
-    def apply(env: list[Object], manager: str = "me") -> Object:
+    def apply(env: list[Object], manager: str = "me") -> Any:
         whole = stateful_set(env=env) | {"apiVersion": "apps/v1", "kind": "StatefulSet"}
         call = namespace.resource("StatefulSet").server_side_apply
         applied = call(whole, name="web", namespace=namespace.name, field_manager=manager)
@@ -324,7 +327,7 @@ def test_a_rollout_stops_at_a_pod_that_is_not_ready(
     assert namespace.status()["updatedReplicas"] == 2
 
 
-VOLUME = {"volumeMounts": [{"name": "v", "mountPath": "/v"}]}
+VOLUME: dict[str, Any] = {"volumeMounts": [{"name": "v", "mountPath": "/v"}]}
 MOUNT = 'MountVolume.SetUp failed for volume "v" : '
 
 
@@ -471,7 +474,7 @@ def test_logs(namespace: Namespace, stand_in: StandIn) -> None:
     def log(**query: Any) -> str:
         options = {"name": "web-0", "namespace": namespace.name, "serialize": False}
         answer = namespace.resource("Pod").log.get(query_params=list(query.items()), **options)
-        return answer.data.decode()
+        return str(answer.data.decode())
 
     pod = {"initContainers": [container(name="first")]}
     namespace.create("StatefulSet", stateful_set(pod=pod))
@@ -527,7 +530,7 @@ def test_a_finalizer_keeps_a_namespace_terminating(client: DynamicClient) -> Non
 
 def test_it_runs_in_the_background_and_ends_on_sigterm(tmp_path: Path) -> None:
     kubeconfig, pidfile = tmp_path / "kubeconfig", tmp_path / "pid"
-    options = ["--detach", "--kubeconfig", kubeconfig, "--pidfile", pidfile]
+    options: list[str | Path] = ["--detach", "--kubeconfig", kubeconfig, "--pidfile", pidfile]
     done = subprocess.run(**command(*options), check=True, capture_output=True)
     pid = int(pidfile.read_text())
     waiting = os.pidfd_open(pid)
@@ -548,7 +551,7 @@ def test_ansible(stand_in: StandIn, tmp_path: Path) -> None:
     """The modules' own logic, on what the stand-in answers (kubernetes_api_test.yml)."""
     environment = os.environ | {"LC_ALL": "C.UTF-8", "TMPDIR": str(tmp_path)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling the client is most of the time
-    arguments = [
+    arguments: list[str | Path] = [
         Path(sys.executable).with_name("ansible-playbook"),
         HERE / "kubernetes_api_test.yml",
     ]
