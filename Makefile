@@ -70,7 +70,7 @@ verify: $(VENV)/.deploy ## Follow one message from the broker to the table and t
 	@$(PLAYBOOK) playbooks/verify.yml -e target=$(TARGET) $(EXTRA)
 
 .PHONY: test
-test: lint molecule pytest ## Run every check (installs what the checks need)
+test: lint pytest ## Run every check (installs what the checks need)
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style and types
@@ -86,13 +86,13 @@ lint: $(VENV)/.dev ## Check style and types
 	$(VENV)/bin/shellcheck .ci/*
 
 .PHONY: molecule
-molecule: $(VENV)/.dev $(VENV)/emulator/.stamp packages ## Deploy each platform to a place of its own, twice, verify, and take it down
+molecule: $(VENV)/.dev $(VENV)/emulator/.stamp packages ## Run Molecule's scenarios alone
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH molecule test --all
 
 .PHONY: pytest
-pytest: $(VENV)/.dev $(VENV)/checkov/.stamp $(VENV)/emulator/.stamp packages ## Run the tests in Python
-	$(VENV)/bin/python -m pytest collector/tests
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile tests
+pytest: $(VENV)/.dev $(VENV)/checkov/.stamp $(VENV)/emulator/.stamp packages ## Run the tests, Molecule's scenarios among them
+	# Three at a time keep two cores busy: many tests wait for something most of the time.
+	$(VENV)/bin/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: bench
 bench: $(VENV)/.dev packages ## Measure the collector against others, side by side (BENCH='--full' takes 25 minutes)
@@ -118,24 +118,28 @@ $(VENV)/.deploy: pyproject.toml | $(VENV)/bin/pip
 	@$(PIP) -e '.[deploy]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
-	@echo 'Installing the test tools into $(VENV) (once, about a minute)'
-	@$(PIP) -e '.[dev]'
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/uv
+	@echo 'Installing the test tools into $(VENV)'
+	@$(UV) $(VENV)/bin/python -e '.[dev]'
 	@touch $@ $(VENV)/.deploy
 
+# Installs the environments of the tests, in seconds where pip takes minutes. pip's settings are not uv's.
+$(VENV)/bin/uv: | $(VENV)/bin/pip
+	@$(PIP) uv
+UV = $(if $(PIP_INDEX_URL),UV_DEFAULT_INDEX=$(PIP_INDEX_URL)) $(VENV)/bin/uv pip install --quiet --python
+
 # In an environment of its own: it insists on old releases of what the others use.
-$(VENV)/checkov/.stamp: pyproject.toml | $(VENV)/bin/pip
-	@echo 'Installing checkov into $(VENV)/checkov (once, about a minute)'
-	@$(PYTHON) -m venv $(VENV)/checkov
-	@$(VENV)/checkov/bin/python -m pip install --quiet --no-compile --disable-pip-version-check 'checkov>=3.2,<4'
+$(VENV)/checkov/.stamp: pyproject.toml | $(VENV)/bin/uv
+	@echo 'Installing checkov into $(VENV)/checkov'
+	@$(PYTHON) -m venv --without-pip $(VENV)/checkov
+	@$(UV) $(VENV)/checkov/bin/python 'checkov>=3.2,<4'
 	@touch $@
 
 # The emulator of AWS, with the AWS CLI and what it signs certificates with; it insists on one release of botocore.
-$(VENV)/emulator/.stamp: pyproject.toml | $(VENV)/bin/pip
-	@echo 'Installing the emulator of AWS into $(VENV)/emulator (once, about a minute)'
-	@$(PYTHON) -m venv $(VENV)/emulator
-	@$(VENV)/emulator/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
-	  'ministack==1.5.33' boto3 cryptography 'awscli<2'
+$(VENV)/emulator/.stamp: pyproject.toml | $(VENV)/bin/uv
+	@echo 'Installing the emulator of AWS into $(VENV)/emulator'
+	@$(PYTHON) -m venv --without-pip $(VENV)/emulator
+	@$(UV) $(VENV)/emulator/bin/python 'ministack==1.5.33' boto3 cryptography 'awscli<2'
 	@touch $@
 
 # A fresh Debian has Python without what it takes to make an environment.

@@ -18,6 +18,32 @@ settings.register_profile("here", deadline=None, max_examples=50)
 settings.load_profile("here")
 
 
+# These fixtures take long to make: the tests that use one of them run in one worker of xdist.
+SHARED = ("deployed", "cluster", "image")
+# The tests of these files take longest and start first, so that no worker is left with one alone.
+LONGEST = ("test_molecule.py", "test_boot.py", "aws", "test_kubernetes.py", "test_pods.py")
+# The tests of these files run in any worker; those of another file share fixtures of their module.
+INDEPENDENT = ("collector", "test_molecule.py", "test_interruptions.py", "test_kubernetes.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say what runs first, and what runs together."""
+
+    def parts(item: pytest.Item) -> set[str]:
+        return {*item.path.relative_to(config.rootpath).parts}
+
+    def place(item: pytest.Item) -> int:
+        found = map(LONGEST.index, parts(item) & {*LONGEST})
+        return min(found, default=len(LONGEST))
+
+    items.sort(key=place)
+    for item in items:
+        shared = {*SHARED} & {*getattr(item, "fixturenames", ())}
+        if shared or not parts(item) & {*INDEPENDENT}:
+            item.add_marker(pytest.mark.xdist_group(min(shared, default=item.path.name)))
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:

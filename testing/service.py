@@ -1,6 +1,9 @@
 """A process that a test starts, waits for, signals and ends."""
 
+import contextlib
+import itertools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -37,12 +40,22 @@ def eventually(predicate: Callable[[], T | None], timeout: float = PATIENCE, wha
     return value
 
 
+# Each worker of pytest-xdist has a range of its own, below the ports that Linux gives to outgoing
+# connections and those that Molecule's scenarios listen on: nobody else takes a port between
+# `free_port` and the start of the service.
+_RANGE = 1000
+_FIRST = 20000 + _RANGE * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8)
+_offsets = itertools.count(random.randrange(_RANGE))
+
+
 def free_port() -> int:
-    """Return a TCP port that nothing listens on."""
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """Return a TCP port that nothing listens on, each time another one."""
+    for offset in itertools.islice(_offsets, _RANGE):
+        port = _FIRST + offset % _RANGE
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind((HOST, port))
+            return port
+    raise ServiceError(f"all ports from {_FIRST} to {_FIRST + _RANGE - 1} are in use")
 
 
 def binary(name: str, *folders: str) -> str:

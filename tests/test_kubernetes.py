@@ -254,22 +254,13 @@ def test_a_volume_keeps_its_class_and_size(cluster: Cluster, mode: list[str]) ->
         ("CrashLoopBackOff", "ended with Error, exit code 1", "kubectl -n iot-system logs web-0"),
         ("Unschedulable", "Insufficient memory", "lower web's resources"),
         ("NotReady", "it runs and is not ready", "kubectl -n iot-system logs web-0"),
-        ("quota", "exceeded quota: none", "raise the namespace's ResourceQuota"),
-        ("PodSecurity", 'violates PodSecurity "restricted', "the manifest violates it"),
         ("storage", "storageclass.storage.k8s.io", "set iot_storage_class"),
     ],
 )
 def test_reasons_and_next_steps(empty: Cluster, reason: str, named: str, step: str) -> None:
     """What the role's filter makes of pods and events that say why."""
-    empty.stand_in.ask(
-        "never-ready", {"web": reason} if reason[0].isupper() and reason != "PodSecurity" else {}
-    )
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"} if reason == "PodSecurity" else {}
-    create(empty, "Namespace", {"metadata": {"name": NAMESPACE, "labels": labels}})
-    if reason == "quota":
-        create(
-            empty, "ResourceQuota", {"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
-        )
+    empty.stand_in.ask("never-ready", {"web": reason} if reason != "storage" else {})
+    create(empty, "Namespace", {"metadata": {"name": NAMESPACE}})
     claim = {
         "accessModes": ["ReadWriteOnce"],
         "resources": {"requests": {"storage": "1Gi"}},
@@ -290,6 +281,30 @@ def test_reasons_and_next_steps(empty: Cluster, reason: str, named: str, step: s
     message = not_ready("web", "Timed out.", NAMESPACE, known(empty))
     assert message.startswith("web is not ready. Timed out.\n")
     assert named in message
+    assert step in message.rpartition("\nNext: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("why", "step"),
+    [
+        (
+            "exceeded quota: none, requested: pods=1, used: pods=0, limited: pods=0",
+            "raise the namespace's ResourceQuota",
+        ),
+        (
+            'violates PodSecurity "restricted:latest": runAsNonRoot != true (pod or container '
+            '"web" must set securityContext.runAsNonRoot=true)',
+            "the manifest violates it",
+        ),
+    ],
+    ids=["quota", "PodSecurity"],
+)
+def test_reasons_not_to_admit_a_pod(why: str, step: str) -> None:
+    """Events as the API makes them, which the stand-in does not."""
+    text = f'create Pod web-0 in StatefulSet web failed error: pods "web-0" is forbidden: {why}'
+    event = warning("StatefulSet", "web", 1, text, "FailedCreate")
+    message = not_ready("web", "", NAMESPACE, [WEB | {"status": {"replicas": 0}}, event])
+    assert f"web: FailedCreate: {text}" in message
     assert step in message.rpartition("\nNext: ")[2]
 
 
@@ -362,18 +377,17 @@ def known(cluster: Cluster) -> list[Object]:
 def test_faults_of_earlier_pods_are_not_named(empty: Cluster) -> None:
     """Each fault is mended by a change, which replaces the pods, and another one follows."""
     create(empty, "Namespace", {"metadata": {"name": NAMESPACE}})
-    create(empty, "ResourceQuota", {"metadata": {"name": "q"}, "spec": {"hard": {"pods": "0"}}})
     labels = {"app": "web"}
     pod = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "web", "image": "x"}]}}
-    spec = {"serviceName": "web", "selector": {"matchLabels": labels}, "template": pod}
-    spec["podManagementPolicy"] = "Parallel"
+    spec: Object = {"serviceName": "web", "selector": {"matchLabels": labels}, "template": pod}
+    spec["template"]["spec"]["serviceAccountName"] = "missing"
     create(empty, "StatefulSet", {"metadata": {"name": "web"}, "spec": spec})
-    assert "exceeded quota" in not_ready("web", "", NAMESPACE, known(empty))
+    assert "service account" in not_ready("web", "", NAMESPACE, known(empty))
     empty.stand_in.ask("never-ready", {"web": "ImagePullBackOff"})
-    patch(empty, "ResourceQuota", "q", {"spec": {"hard": {"pods": "9"}}})
+    create(empty, "ServiceAccount", {"metadata": {"name": "missing"}})
     message = not_ready("web", "", NAMESPACE, known(empty))
     assert "Failed to pull image" in message
-    assert "exceeded quota" not in message
+    assert "service account" not in message
     empty.stand_in.ask("never-ready", {"web": "CrashLoopBackOff"})
     changed = {"spec": {"template": {"metadata": {"annotations": {"checksum": "2"}}}}}
     patch(empty, "StatefulSet", "web", changed)

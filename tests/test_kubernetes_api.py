@@ -25,28 +25,22 @@ NUMBERS = itertools.count()
 MERGE = "application/merge-patch+json"
 HERE = Path(__file__).parent
 
-RESTRICTED_POD = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
-RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-
 
 def container(**fields: Any) -> Object:
-    return {"name": "main", "image": "example/main:1", "securityContext": RESTRICTED} | fields
+    return {"name": "main", "image": "example/main:1"} | fields
 
 
 def stateful_set(spec: Object | None = None, pod: Object | None = None, **fields: Any) -> Object:
     """A good StatefulSet, with `spec`, `pod` (spec) and the container's `fields` changed."""
     labels = {"app": "web"}
-    pod_spec = {"securityContext": RESTRICTED_POD, "containers": [container(**fields)]} | (
-        pod or {}
-    )
+    pod_spec = {"containers": [container(**fields)]} | (pod or {})
     template = {"metadata": {"labels": labels}, "spec": pod_spec}
     whole = {"serviceName": "web", "selector": {"matchLabels": labels}, "template": template}
     return {"metadata": {"name": "web"}, "spec": whole | (spec or {})}
 
 
 def job(**fields: Any) -> Object:
-    pod: Object = {"restartPolicy": "Never", "securityContext": RESTRICTED_POD}
-    pod["containers"] = [container(**fields)]
+    pod = {"restartPolicy": "Never", "containers": [container(**fields)]}
     return {"metadata": {"name": "once"}, "spec": {"template": {"spec": pod}}}
 
 
@@ -116,9 +110,8 @@ def client(stand_in: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Dynam
 @pytest.fixture
 def namespace(client: DynamicClient, stand_in: StandIn) -> Iterator[Namespace]:
     name = f"test-{next(NUMBERS)}"
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     namespaces = client.resources.get(kind="Namespace")
-    namespaces.create({"metadata": {"name": name, "labels": labels}})
+    namespaces.create({"metadata": {"name": name}})
     yield Namespace(client, name)
     stand_in.ask("never-ready", {})
     stand_in.ask("logs", {})
@@ -139,7 +132,7 @@ def refused(call: Callable[..., Any], *args: Any, **options: Any) -> tuple[int, 
 
 def test_discovery_names_what_is_served(client: DynamicClient) -> None:
     assert client.version["kubernetes"]["gitVersion"].startswith("v1.")
-    assert client.resources.get(api_version="apps/v1", kind="StatefulSet").short_names == ["sts"]
+    assert client.resources.get(api_version="apps/v1", kind="StatefulSet").name == "statefulsets"
     assert not client.resources.get(api_version="v1", kind="Namespace").namespaced
     with pytest.raises(ResourceNotFoundError):
         client.resources.get(api_version="apps/v1", kind="DaemonSet")
@@ -183,9 +176,9 @@ def test_a_dry_run_refuses_and_answers_but_stores_nothing(
 ) -> None:
     before = stand_in.ask("objects")
     answer = namespace.create("StatefulSet", stateful_set(), dry_run="All")
-    assert answer.spec.template.spec.containers[0].imagePullPolicy == "IfNotPresent"
-    bad = stateful_set(spec={"replica": 1})
-    assert refused(namespace.create, "StatefulSet", bad, dry_run="All")[0] == 400
+    assert answer.spec.replicas == 1
+    nameless: Object = {"metadata": {}}
+    assert refused(namespace.create, "StatefulSet", nameless, dry_run="All")[0] == 422
     namespace.create("ConfigMap", {"metadata": {"name": "kept"}, "data": {"a": "1"}})
     options = {"name": "kept", "namespace": namespace.name, "dry_run": "All"}
     patched = namespace.resource("ConfigMap").patch(
@@ -209,89 +202,20 @@ def test_a_patch_that_changes_nothing_leaves_the_version(namespace: Namespace) -
 
 
 def test_a_merge_patch_removes_and_defaults_come_back(namespace: Namespace) -> None:
-    namespace.create("StatefulSet", stateful_set(spec={"podManagementPolicy": "OrderedReady"}))
-    patch = {"spec": {"replicas": None, "template": {"spec": {"containers": [container()]}}}}
+    namespace.create("StatefulSet", stateful_set({"replicas": 2, "minReadySeconds": 1}))
+    patch = {"spec": {"replicas": None, "minReadySeconds": None}}
     spec = namespace.patch("StatefulSet", "web", patch)["spec"]
     assert spec["replicas"] == 1
-    assert spec["template"]["spec"]["containers"][0]["terminationMessagePolicy"] == "File"
-
-
-SEVERAL: list[tuple[str, Object]] = [
-    ("Secret", {"metadata": {"name": "x"}, "stringData": {"a": "1"}}),
-    ("Service", {"metadata": {"name": "x"}, "spec": {"ports": [{"port": 80}]}}),
-    (
-        "NetworkPolicy",
-        {
-            "metadata": {"name": "x"},
-            "spec": {"podSelector": {}, "egress": [{"ports": [{"port": 53}]}]},
-        },
-    ),
-    (
-        "RoleBinding",
-        {
-            "metadata": {"name": "x"},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "x"},
-            "subjects": [{"kind": "User", "name": "x"}],
-        },
-    ),
-    ("PersistentVolumeClaim", claim("x")),
-    (
-        "StatefulSet",
-        stateful_set(
-            {"volumeClaimTemplates": [claim()]},
-            {"volumes": [{"name": "v", "configMap": {"name": "kube-root-ca.crt"}}]},
-            ports=[{"containerPort": 80}],
-            startupProbe={"httpGet": {"port": 80}},
-            env=[{"name": "E", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}],
-        ),
-    ),
-    ("Job", job()),
-]
-
-
-FILLED_IN = {
-    "Secret": "type=Opaque",
-    "Service": "spec.ports.0.targetPort=80 spec.ports.0.protocol=TCP spec.type=ClusterIP",
-    "NetworkPolicy": "spec.egress.0.ports.0.protocol=TCP spec.policyTypes.1=Egress",
-    "RoleBinding": "subjects.0.apiGroup=rbac.authorization.k8s.io",
-    "PersistentVolumeClaim": "spec.volumeMode=Filesystem spec.storageClassName=standard",
-    "StatefulSet": (
-        "spec.volumeClaimTemplates.0.kind=PersistentVolumeClaim spec.replicas=1 "
-        "spec.volumeClaimTemplates.0.status.phase=Pending spec.updateStrategy.type=RollingUpdate "
-        "spec.template.spec.containers.0.ports.0.protocol=TCP "
-        "spec.template.spec.containers.0.startupProbe.httpGet.scheme=HTTP "
-        "spec.template.spec.containers.0.startupProbe.failureThreshold=3 "
-        "spec.template.spec.containers.0.env.0.valueFrom.fieldRef.apiVersion=v1 "
-        "spec.template.spec.volumes.0.configMap.defaultMode=420"
-    ),
-    "Job": "spec.backoffLimit=6 spec.template.spec.dnsPolicy=ClusterFirst",
-}
-
-
-@pytest.mark.parametrize(("kind", "body"), SEVERAL, ids=[kind for kind, _ in SEVERAL])
-def test_what_is_left_out_is_filled_in_each_time(
-    namespace: Namespace, kind: str, body: Object
-) -> None:
-    name = body["metadata"]["name"]
-    namespace.create(kind, body)
-    before = namespace.get(kind, name)
-    assert namespace.patch(kind, name, body) == before
-    for expected in FILLED_IN[kind].split():
-        path, value = expected.split("=")
-        found: Any = before
-        for part in path.split("."):
-            found = found[int(part) if part.isdigit() else part]
-        assert str(found) == value, path
+    assert "minReadySeconds" not in spec
 
 
 def test_a_strategic_patch_merges_lists_by_name(namespace: Namespace) -> None:
-    namespace.create("StatefulSet", stateful_set())
+    namespace.create("StatefulSet", stateful_set(args=["x"]))
     patch = {"spec": {"template": {"spec": {"containers": [{"name": "main", "image": "new:2"}]}}}}
     kind = "application/strategic-merge-patch+json"
     merged = namespace.patch("StatefulSet", "web", patch, kind)
     only = merged["spec"]["template"]["spec"]["containers"]
-    assert [c["image"] for c in only] == ["new:2"]
-    assert only[0]["securityContext"] == RESTRICTED
+    assert only == [{"name": "main", "image": "new:2", "args": ["x"]}]
 
 
 def test_server_side_apply_takes_back_what_it_gave(namespace: Namespace) -> None:
@@ -326,7 +250,7 @@ def test_selectors(namespace: Namespace) -> None:
         assert "".join(namespace.names("Secret", label_selector=selector)) == names, selector
     assert namespace.names("Secret", field_selector="type=t/b") == ["b"]
     assert namespace.names("Secret", field_selector="metadata.name!=b") == ["a", "c"]
-    assert refused(namespace.names, "Secret", field_selector="data.x=1")[0] == 400
+    assert refused(namespace.names, "Secret", label_selector="a b")[0] == 400
     namespace.resource("Secret").delete(namespace=namespace.name, label_selector="tier")
     assert namespace.names("Secret") == ["c"]
 
@@ -339,7 +263,7 @@ def test_an_object_with_a_finalizer_stays_until_it_is_taken_away(namespace: Name
     code, message = refused(namespace.create, "ConfigMap", held)
     assert (code, message) == (409, 'object is being deleted: configmaps "held" already exists')
     namespace.patch("ConfigMap", "held", {"metadata": {"finalizers": None}})
-    assert namespace.names("ConfigMap") == ["kube-root-ca.crt"]
+    assert namespace.names("ConfigMap") == []
 
 
 def test_plain_text_of_a_secret_is_encoded(namespace: Namespace) -> None:
@@ -349,184 +273,10 @@ def test_plain_text_of_a_secret_is_encoded(namespace: Namespace) -> None:
     assert "stringData" not in stored
 
 
-# --- refusals -------------------------------------------------------------------------------------
-
-PROBE = {"livenessProbe": {"httpGet": {"port": 80}, "successThreshold": 2}}
-BOTH = {"minAvailable": 1, "maxUnavailable": 1}
-VOLUME_V = {"name": "v", "emptyDir": {}}
-TWO_PORTS = [{"port": 1}, {"port": 2, "name": "b"}]
-
-
-@pytest.mark.parametrize(
-    ("kind", "body", "code", "message"),
-    [
-        ("StatefulSet", stateful_set(imagePullPolice="Never"), 400, 'unknown field "spec.template'),
-        ("StatefulSet", stateful_set({"replicas": "1"}), 400, "cannot unmarshal string into Go"),
-        ("StatefulSet", stateful_set({"selector": None}), 422, "spec.selector: Required value"),
-        (
-            "StatefulSet",
-            stateful_set({"selector": {"matchLabels": {"a": "b"}}}),
-            422,
-            "does not mat",
-        ),
-        ("StatefulSet", stateful_set(pod={"containers": []}), 422, "containers: Required value"),
-        ("StatefulSet", stateful_set(pod={"restartPolicy": "Never"}), 422, 'values: "Always"'),
-        (
-            "StatefulSet",
-            stateful_set(volumeMounts=[{"name": "v", "mountPath": "/v"}]),
-            422,
-            "[0].name:",
-        ),
-        ("StatefulSet", stateful_set(ports=[{"containerPort": 70000}]), 422, "between 1 and 65535"),
-        (
-            *(
-                "StatefulSet",
-                stateful_set(ports=[{"name": "much-too-long-a-name", "containerPort": 1}]),
-            ),
-            *(422, "must be no more than 15 characters"),
-        ),
-        (
-            "StatefulSet",
-            stateful_set(readinessProbe={"periodSeconds": 1}),
-            422,
-            "specify a handler",
-        ),
-        (
-            "StatefulSet",
-            stateful_set(**PROBE),
-            422,
-            "livenessProbe.successThreshold: Invalid value: 2",
-        ),
-        (
-            *(
-                "StatefulSet",
-                stateful_set(resources={"requests": {"cpu": "2"}, "limits": {"cpu": "500m"}}),
-            ),
-            *(422, "must be less than or equal to cpu limit of 500m"),
-        ),
-        (
-            "StatefulSet",
-            stateful_set(resources={"limits": {"memory": "1 GB"}}),
-            400,
-            "quantities must",
-        ),
-        (
-            "ConfigMap",
-            {"metadata": {"name": "c"}, "data": {"a/b": ""}},
-            422,
-            "data[a/b]: Invalid value",
-        ),
-        (
-            "ConfigMap",
-            {"metadata": {"name": "Big_Name"}},
-            422,
-            "a lowercase RFC 1123 subdomain must",
-        ),
-        (
-            "ConfigMap",
-            {"metadata": {"name": "c", "labels": {"a": "b c"}}},
-            422,
-            "a valid label must",
-        ),
-        (
-            *("ConfigMap", {"metadata": {"name": "c", "annotations": {"a": "x" * 262144}}}),
-            *(422, "metadata.annotations: Too long: may not be more than 262144 bytes"),
-        ),
-        (
-            "Secret",
-            {"metadata": {"name": "s"}, "data": {"a": "not base64"}},
-            400,
-            "illegal base64 data",
-        ),
-        (
-            "Service",
-            {"metadata": {"name": "s"}, "spec": {"ports": TWO_PORTS}},
-            422,
-            "ports[0].name: Req",
-        ),
-        (
-            *("PodDisruptionBudget", {"metadata": {"name": "p"}, "spec": BOTH}),
-            *(422, "minAvailable and maxUnavailable cannot be both set"),
-        ),
-        ("StatefulSet", {"metadata": {"name": "s"}}, 422, "spec: Required value"),
-        ("StatefulSet", stateful_set(pod={"volumes": [VOLUME_V] * 2}), 422, "Duplicate value: "),
-        (
-            *("StatefulSet", stateful_set(pod={"volumes": [VOLUME_V | {"secret": {}}]})),
-            *(422, "may not specify more than 1 volume type"),
-        ),
-        ("StatefulSet", stateful_set({"selector": {}}), 422, "empty selector is invalid"),
-    ],
-)
-def test_a_wrong_manifest_is_refused(
-    namespace: Namespace, kind: str, body: Object, code: int, message: str
-) -> None:
-    told = refused(namespace.create, kind, body)
-    assert told[0] == code
-    assert message in told[1]
-
-
-def test_a_patch_is_checked_as_strictly(namespace: Namespace) -> None:
-    namespace.create("StatefulSet", stateful_set())
-    code, message = refused(namespace.patch, "StatefulSet", "web", {"spec": {"replica": 2}})
-    assert code == 422
-    assert message.endswith('strict decoding error: unknown field "spec.replica"')
-
-
-def test_fields_that_never_change(namespace: Namespace) -> None:
-    namespace.create("StatefulSet", stateful_set())
-    assert refused(namespace.patch, "StatefulSet", "web", {"spec": {"serviceName": "other"}}) == (
-        422,
-        'StatefulSet.apps "web" is invalid: spec: Forbidden: updates to statefulset spec for '
-        "fields other than 'replicas', 'ordinals', 'template', 'updateStrategy', "
-        "'revisionHistoryLimit', "
-        "'persistentVolumeClaimRetentionPolicy' and 'minReadySeconds' are forbidden",
-    )
-    namespace.create("Job", job())
-    patch = {"spec": {"template": {"spec": {"hostname": "x"}}}}
-    code, message = refused(namespace.patch, "Job", "once", patch)
-    assert code == 422
-    assert 'Job.batch "once" is invalid: spec.template' in message
-    assert message.endswith("field is immutable")
-    namespace.create("ConfigMap", {"metadata": {"name": "c"}, "immutable": True})
-    assert refused(namespace.patch, "ConfigMap", "c", {"data": {"a": "1"}})[0] == 422
-
-
-CHANGES = {
-    "Secret": ({"type": "other"}, 'type: Invalid value: "other": field is immutable'),
-    "Service": ({"spec": {"clusterIP": "10.96.0.9"}}, "spec.clusterIP: Invalid value"),
-    "RoleBinding": ({"roleRef": {"name": "y"}}, "cannot change roleRef"),
-    "PersistentVolumeClaim": (
-        {"spec": {"accessModes": ["ReadOnlyMany"]}},
-        "spec: Forbidden: spec is immutable after creation",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", CHANGES)
-def test_other_fields_that_never_change(namespace: Namespace, kind: str) -> None:
-    namespace.create(kind, dict(SEVERAL)[kind])
-    patch, message = CHANGES[kind]
-    code, told = refused(namespace.patch, kind, "x", patch)
-    assert code == 422
-    assert message in told
-
-
-def test_of_a_pod_only_the_image_changes(namespace: Namespace) -> None:
-    namespace.create("StatefulSet", stateful_set())
-    image = {"spec": {"containers": [container(image="new:2")]}}
-    namespace.patch("Pod", "web-0", image, "application/strategic-merge-patch+json")
-    assert namespace.get("Pod", "web-0")["spec"]["containers"][0]["image"] == "new:2"
-    code, message = refused(namespace.patch, "Pod", "web-0", {"spec": {"hostname": "x"}})
-    assert code == 422
-    assert "pod updates may not change fields other than" in message
-
-
 # --- pods -----------------------------------------------------------------------------------------
 
 
-def test_a_stateful_set_gets_its_pods_and_claims(
-    namespace: Namespace, client: DynamicClient
-) -> None:
+def test_a_stateful_set_gets_its_pods_and_claims(namespace: Namespace) -> None:
     namespace.create(
         "StatefulSet", stateful_set({"replicas": 2, "volumeClaimTemplates": [claim()]})
     )
@@ -539,78 +289,15 @@ def test_a_stateful_set_gets_its_pods_and_claims(
     assert status["currentRevision"] == status["updateRevision"]
     assert namespace.names("Pod", label_selector="app=web") == ["web-0", "web-1"]
     pod = namespace.get("Pod", "web-1")
-    assert pod["metadata"]["labels"]["apps.kubernetes.io/pod-index"] == "1"
     assert pod["status"]["containerStatuses"][0]["ready"]
     bound = namespace.get("PersistentVolumeClaim", "data-web-1")
     assert (bound["status"]["phase"], bound["spec"]["storageClassName"]) == ("Bound", "standard")
-    volumes = client.resources.get(kind="PersistentVolume")
-    assert volumes.get(name=bound["spec"]["volumeName"]).spec.claimRef.name == "data-web-1"
 
     namespace.patch("StatefulSet", "web", {"spec": {"replicas": 1}})
     assert namespace.names("Pod") == ["web-0"]
     namespace.delete("StatefulSet", "web")
     assert namespace.names("Pod") == []
     assert namespace.names("PersistentVolumeClaim") == ["data-web-0", "data-web-1"]
-    namespace.delete("PersistentVolumeClaim", "data-web-1")
-    assert refused(volumes.get, name=bound["spec"]["volumeName"])[0] == 404
-
-
-def test_a_claim_grows_where_its_class_allows_it(
-    namespace: Namespace, client: DynamicClient
-) -> None:
-    def resize(name: str, size: str) -> Object:
-        body = {"spec": {"resources": {"requests": {"storage": size}}}}
-        return namespace.patch("PersistentVolumeClaim", name, body)
-
-    classes = client.resources.get(kind="StorageClass")
-    elastic = {"metadata": {"name": "elastic"}, "provisioner": "x", "allowVolumeExpansion": True}
-    classes.create(elastic)
-    for name, storage_class in ("fixed", "standard"), ("grows", "elastic"), ("pending", "nowhere"):
-        body = claim(name, storageClassName=storage_class)
-        namespace.create("PersistentVolumeClaim", body)
-    classes.delete(name="elastic")
-    assert refused(resize, "grows", "2Gi")[0] == 403
-    classes.create(elastic)
-    assert resize("grows", "2Gi")["spec"]["resources"]["requests"]["storage"] == "2Gi"
-    grown = namespace.get("PersistentVolumeClaim", "grows")
-    assert grown["status"]["capacity"] == {"storage": "2Gi"}
-    volumes = client.resources.get(kind="PersistentVolume")
-    assert volumes.get(name=grown["spec"]["volumeName"]).spec.capacity.storage == "2Gi"
-    assert refused(resize, "grows", "1Gi") == (
-        422,
-        'PersistentVolumeClaim "grows" is invalid: spec.resources.requests.storage: Forbidden: '
-        "field can not be less than status.capacity",
-    )
-    assert refused(resize, "fixed", "2Gi") == (
-        403,
-        'persistentvolumeclaims "fixed" is forbidden: only dynamically provisioned pvc can be '
-        "resized and the storageclass that provisions the pvc must support resize",
-    )
-    code, message = refused(resize, "pending", "2Gi")
-    assert code == 422
-    assert message.endswith("volumeAttributesClassName for bound claims")
-    classes.delete(name="elastic")
-
-
-def test_pods_that_outlive_their_stateful_set(namespace: Namespace) -> None:
-    """How the template of a claim is changed: nothing else of a StatefulSet can be."""
-    namespace.create("StatefulSet", stateful_set({"volumeClaimTemplates": [claim()]}))
-    pod = namespace.get("Pod", "web-0")
-    namespace.resource("StatefulSet").delete(
-        name="web", namespace=namespace.name, body={"propagationPolicy": "Orphan"}
-    )
-    left = namespace.get("Pod", "web-0")
-    assert left["metadata"]["uid"] == pod["metadata"]["uid"]
-    assert "ownerReferences" not in left["metadata"]
-    larger = claim(resources={"requests": {"storage": "2Gi"}})
-    namespace.create("StatefulSet", stateful_set({"volumeClaimTemplates": [larger]}))
-    assert namespace.status()["readyReplicas"] == 1
-    adopted = namespace.get("Pod", "web-0")
-    assert adopted["metadata"]["uid"] == pod["metadata"]["uid"]
-    owner = namespace.get("StatefulSet", "web")["metadata"]["uid"]
-    assert [ref["uid"] for ref in adopted["metadata"]["ownerReferences"]] == [owner]
-    namespace.delete("StatefulSet", "web")
-    assert namespace.names("Pod") == []
 
 
 def test_a_new_template_replaces_the_pods(namespace: Namespace) -> None:
@@ -623,24 +310,21 @@ def test_a_new_template_replaces_the_pods(namespace: Namespace) -> None:
     assert namespace.status()["observedGeneration"] == 2
 
 
-@pytest.mark.parametrize(("policy", "recovers"), [("OrderedReady", False), ("Parallel", True)])
-def test_a_broken_rollout(
-    namespace: Namespace, stand_in: StandIn, policy: str, recovers: bool
+def test_a_rollout_stops_at_a_pod_that_is_not_ready(
+    namespace: Namespace, stand_in: StandIn
 ) -> None:
-    """With OrderedReady a corrected template does not reach a broken pod until that is deleted."""
-    namespace.create("StatefulSet", stateful_set({"podManagementPolicy": policy, "replicas": 2}))
+    namespace.create("StatefulSet", stateful_set({"replicas": 2}))
+    first, second = (namespace.get("Pod", f"web-{n}")["metadata"]["uid"] for n in (0, 1))
     stand_in.ask("never-ready", {"web-1": "ImagePullBackOff"})
-    template = {"spec": {"template": {"metadata": {"annotations": {"v": "bad"}}}}}
+    template = {"spec": {"template": {"metadata": {"annotations": {"v": "2"}}}}}
     namespace.patch("StatefulSet", "web", template)
-    broken = namespace.status()
-    assert (broken["readyReplicas"], broken["replicas"]) == (1, 2)
-    uid = namespace.get("Pod", "web-1")["metadata"]["uid"]
-    assert namespace.status("web-1", "Pod")["phase"] == "Pending"
-    template["spec"]["template"]["metadata"]["annotations"]["v"] = "good"
-    namespace.patch("StatefulSet", "web", template)
-    assert (namespace.get("Pod", "web-1")["metadata"]["uid"] != uid) == recovers
+    status = namespace.status()
+    assert (status["readyReplicas"], status["updatedReplicas"], status["replicas"]) == (1, 1, 2)
+    assert status["currentRevision"] != status["updateRevision"]
+    assert namespace.get("Pod", "web-0")["metadata"]["uid"] == first
+    assert namespace.get("Pod", "web-1")["metadata"]["uid"] != second
     stand_in.ask("never-ready", {})
-    assert namespace.status()["readyReplicas"] == 2
+    assert namespace.status()["updatedReplicas"] == 2
 
 
 VOLUME: dict[str, Any] = {"volumeMounts": [{"name": "v", "mountPath": "/v"}]}
@@ -674,8 +358,7 @@ MOUNT = 'MountVolume.SetUp failed for volume "v" : '
             ("PersistentVolumeClaim", claim()),
             "",
             "FailedScheduling",
-            '0/1 nodes are available: persistentvolumeclaim "x" not found. preemption: 0/1 nodes '
-            "are available: 1 Preemption is not helpful for scheduling.",
+            '0/1 nodes are available: claim "x" not found. preemption: 0/1 nodes are available.',
         ),
     ],
     ids=["volume", "projected", "variable", "claim"],
@@ -707,30 +390,23 @@ def test_a_key_that_is_not_there(namespace: Namespace) -> None:
     source = {"name": "x", "items": [{"key": "b", "path": "b"}]}
     pod = {"volumes": [{"name": "v", "configMap": source}]}
     namespace.create("StatefulSet", stateful_set(pod=pod, **VOLUME))
-    expected = [MOUNT + "configmap references non-existent config key: b"]
-    assert namespace.events("FailedMount") == expected
+    assert namespace.events("FailedMount") == [MOUNT + "configmap x has no key b"]
 
 
 def test_a_service_account_that_is_not_there(namespace: Namespace) -> None:
     namespace.create("StatefulSet", stateful_set(pod={"serviceAccountName": "me"}))
-    assert namespace.events("FailedCreate") == [
-        'create Pod web-0 in StatefulSet web failed error: pods "web-0" is forbidden: error '
-        f'looking up service account {namespace.name}/me: serviceaccount "me" not found'
-    ]
+    (message,) = namespace.events("FailedCreate")
+    assert f"service account {namespace.name}/me: not found" in message
     namespace.create("ServiceAccount", {"metadata": {"name": "me"}})
     assert namespace.status()["readyReplicas"] == 1
 
 
-@pytest.mark.parametrize("name", ["fast", ""], ids=["unknown", "none"])
-def test_a_storage_class_that_is_not_there(namespace: Namespace, name: str) -> None:
-    template = claim(storageClassName=name)
+def test_a_storage_class_that_is_not_there(namespace: Namespace) -> None:
+    template = claim(storageClassName="fast")
     namespace.create("StatefulSet", stateful_set({"volumeClaimTemplates": [template]}))
     assert namespace.status("data-web-0", "PersistentVolumeClaim")["phase"] == "Pending"
-    reason, message = ("ProvisioningFailed", 'storageclass.storage.k8s.io "fast" not found')
-    if not name:
-        reason = "FailedBinding"
-        message = "no persistent volumes available for this claim and no storage class is set"
-    assert namespace.events(reason) == [message]
+    expected = ['storageclass.storage.k8s.io "fast" not found']
+    assert namespace.events("ProvisioningFailed") == expected
     assert "unbound immediate PersistentVolumeClaims" in namespace.events("FailedScheduling")[0]
 
 
@@ -738,14 +414,8 @@ def test_a_storage_class_that_is_not_there(namespace: Namespace, name: str) -> N
     ("reason", "phase", "event"),
     [
         ("ImagePullBackOff", "Pending", "Error: ImagePullBackOff"),
-        ("ErrImageNeverPull", "Pending", "Error: ErrImageNeverPull"),
         ("InvalidImageName", "Pending", 'Failed to apply default image tag "example/main:1"'),
-        ("CrashLoopBackOff", "Running", "Back-off restarting failed container main in pod web-0_"),
-        (
-            "CreateContainerConfigError",
-            "Pending",
-            "Error: container has runAsNonRoot and image will",
-        ),
+        ("CrashLoopBackOff", "Running", "Back-off restarting failed container main in pod web-0"),
         ("NotReady", "Running", "Readiness probe failed: HTTP probe failed with statuscode: 503"),
         ("Unschedulable", "Pending", "0/1 nodes are available: 1 Insufficient memory."),
     ],
@@ -785,144 +455,6 @@ def test_a_reason_that_is_none_is_refused(stand_in: StandIn) -> None:
         stand_in.ask("never-ready", {"web": "Tired"})
 
 
-HOST_PORTS = [{"containerPort": 80, "hostPort": 80}, {"containerPort": 81, "hostPort": 81}]
-TWO_VOLUMES = {
-    "volumes": [
-        {"name": "a", "hostPath": {"path": "/"}},
-        {"name": "b", "nfs": {"server": "n", "path": "/"}},
-    ]
-}
-HOST_VOLUME = {"volumes": [{"name": "v", "hostPath": {"path": "/"}}]}
-HOST_POD = HOST_VOLUME | {"containers": [container()], "restartPolicy": "Never"}
-ROOT = RESTRICTED | {"runAsUser": 0, "runAsNonRoot": True}
-ADDING = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"], "add": ["NET_RAW"]}}
-
-
-@pytest.mark.parametrize(
-    ("pod", "fields", "why"),
-    [
-        (
-            {},
-            {"securityContext": {"capabilities": {"drop": ["ALL"]}}},
-            'allowPrivilegeEscalation != false (container "main" must set '
-            "securityContext.allowPrivilegeEscalation=false)",
-        ),
-        (
-            {},
-            {"securityContext": {"allowPrivilegeEscalation": False}},
-            'unrestricted capabilities (container "main" must set '
-            'securityContext.capabilities.drop=["ALL"])',
-        ),
-        (
-            {},
-            {"securityContext": ADDING},
-            'unrestricted capabilities (container "main" must not include "NET_RAW" in '
-            "securityContext.capabilities.add)",
-        ),
-        (
-            {"securityContext": {"seccompProfile": {"type": "RuntimeDefault"}}},
-            {},
-            'runAsNonRoot != true (pod or container "main" must set '
-            "securityContext.runAsNonRoot=true)",
-        ),
-        (
-            {"securityContext": {"runAsNonRoot": True}},
-            {},
-            'seccompProfile (pod or container "main" must set securityContext.seccompProfile.type '
-            'to "RuntimeDefault" or "Localhost")',
-        ),
-        ({}, {"securityContext": ROOT}, 'runAsUser=0 (container "main" must not set runAsUser=0)'),
-        (
-            {"securityContext": RESTRICTED_POD | {"runAsUser": 0}},
-            {},
-            "runAsUser=0 (pod must not set runAsUser=0)",
-        ),
-        (
-            HOST_VOLUME,
-            {},
-            'restricted volume types (volume "v" uses restricted volume type "hostPath")',
-        ),
-        (
-            {"hostNetwork": True, "hostPID": True},
-            {},
-            "host namespaces (hostNetwork=true, hostPID=true)",
-        ),
-        (
-            {},
-            {"ports": HOST_PORTS[:1]},
-            'hostPort (container "main" uses hostPort 80)',
-        ),
-        (
-            {"initContainers": [container(name="init", ports=HOST_PORTS)]},
-            {"ports": HOST_PORTS},
-            'hostPort (containers "init", "main" use hostPorts 80, 81)',
-        ),
-        (
-            TWO_VOLUMES,
-            {},
-            'restricted volume types (volumes "a", "b" use restricted volume types "hostPath", '
-            '"nfs")',
-        ),
-        (
-            {},
-            {"securityContext": RESTRICTED | {"privileged": True}},
-            'privileged (container "main" must not set securityContext.privileged=true)',
-        ),
-        (
-            {},
-            {"securityContext": RESTRICTED | {"runAsNonRoot": False}},
-            'runAsNonRoot != true (container "main" must not set '
-            "securityContext.runAsNonRoot=false)",
-        ),
-        (
-            {"initContainers": [container(name="init", securityContext={})]},
-            {},
-            'allowPrivilegeEscalation != false (container "init" must set '
-            "securityContext.allowPrivilegeEscalation=false), unrestricted capabilities (container "
-            '"init" must set securityContext.capabilities.drop=["ALL"])',
-        ),
-    ],
-)
-def test_the_restricted_standard(
-    namespace: Namespace, pod: Object, fields: Object, why: str
-) -> None:
-    namespace.create("StatefulSet", stateful_set(pod=pod, **fields))
-    assert namespace.events("FailedCreate") == [
-        'create Pod web-0 in StatefulSet web failed error: pods "web-0" is forbidden: violates '
-        f'PodSecurity "restricted:latest": {why}'
-    ]
-    assert namespace.names("Pod") == []
-    assert namespace.status()["replicas"] == 0
-
-
-def test_the_baseline_standard_and_a_warning(namespace: Namespace) -> None:
-    levels = {"enforce": "baseline", "warn": "restricted"}
-    labels = {f"pod-security.kubernetes.io/{mode}": level for mode, level in levels.items()}
-    namespace.client.resources.get(kind="Namespace").patch(
-        {"metadata": {"labels": labels}}, name=namespace.name, content_type=MERGE
-    )
-    answer = namespace.create("StatefulSet", stateful_set(securityContext={}), serialize=False)
-    assert 'would violate PodSecurity \\"restricted:latest\\"' in answer.headers["Warning"]
-    assert namespace.status()["readyReplicas"] == 1
-    namespace.create("Job", job() | {"spec": {"template": {"spec": HOST_POD}}})
-    (refusal,) = namespace.events("FailedCreate")
-    assert refusal.endswith('violates PodSecurity "baseline:latest": hostPath volumes (volume "v")')
-
-
-def test_a_quota_of_pods(namespace: Namespace) -> None:
-    namespace.create(
-        "ResourceQuota", {"metadata": {"name": "few"}, "spec": {"hard": {"pods": "1"}}}
-    )
-    namespace.create("StatefulSet", stateful_set({"replicas": 2}))
-    assert namespace.status()["readyReplicas"] == 1
-    assert namespace.events("FailedCreate") == [
-        'create Pod web-1 in StatefulSet web failed error: pods "web-1" is forbidden: exceeded '
-        "quota: few, requested: pods=1, used: pods=1, limited: pods=1"
-    ]
-    namespace.patch("ResourceQuota", "few", {"spec": {"hard": {"pods": "2"}}})
-    assert namespace.status()["readyReplicas"] == 2
-
-
 def test_a_job_completes_or_fails(namespace: Namespace, stand_in: StandIn) -> None:
     namespace.create("Job", job())
     status = namespace.status("once", "Job")
@@ -933,31 +465,9 @@ def test_a_job_completes_or_fails(namespace: Namespace, stand_in: StandIn) -> No
 
     stand_in.ask("never-ready", {"twice": "Error"})
     namespace.create("Job", job() | {"metadata": {"name": "twice"}})
-    failed = namespace.status("twice", "Job")["conditions"][-1]
-    assert (failed["type"], failed["reason"]) == ("Failed", "BackoffLimitExceeded")
+    assert namespace.status("twice", "Job")["conditions"][-1]["type"] == "Failed"
     namespace.delete("Job", "once")
     assert len(namespace.names("Pod")) == 1
-
-
-def test_a_deployment_keeps_old_pods_until_new_ones_are_ready(
-    namespace: Namespace, stand_in: StandIn
-) -> None:
-    body = stateful_set()
-    del body["spec"]["serviceName"]
-    namespace.create("Deployment", body)
-    assert namespace.status(kind="Deployment")["availableReplicas"] == 1
-    (old,) = namespace.names("Pod")
-    stand_in.ask("never-ready", {"web": "ImagePullBackOff"})
-    stand_in.ask("never-ready", {})
-    namespace.patch(
-        "Deployment", "web", {"spec": {"template": {"spec": {"serviceAccountName": "x"}}}}
-    )
-    assert namespace.names("Pod") == [old]
-    assert "Error creating: pods" in namespace.events("FailedCreate")[0]
-    namespace.create("ServiceAccount", {"metadata": {"name": "x"}})
-    assert len(namespace.names("Pod")) == 1
-    assert namespace.names("Pod") != [old]
-    assert namespace.status(kind="Deployment")["observedGeneration"] == 2
 
 
 def test_logs(namespace: Namespace, stand_in: StandIn) -> None:
@@ -973,8 +483,6 @@ def test_logs(namespace: Namespace, stand_in: StandIn) -> None:
     assert log(tailLines=1) == "two\n"
     assert log(container="first") == "initial\n"
     assert refused(log, container="x") == (400, "container x is not valid for pod web-0")
-    stand_in.ask("never-ready", {"web": "ImagePullBackOff"})
-    assert refused(log)[1].endswith("is waiting to start: trying and failing to pull image")
 
 
 # --- namespaces -----------------------------------------------------------------------------------
@@ -995,7 +503,6 @@ def test_a_namespace_goes_with_what_is_in_it(client: DynamicClient, stand_in: St
     assert namespaces.get(name="brief").status.phase == "Terminating"
     assert refused(namespaces.get, name="brief") == (404, 'namespaces "brief" not found')
     assert stand_in.ask("objects") == before
-    assert client.resources.get(kind="PersistentVolume").get().items == []
     assert client.resources.get(kind="Pod").get().items == []
 
 
@@ -1018,37 +525,25 @@ def test_a_finalizer_keeps_a_namespace_terminating(client: DynamicClient) -> Non
     assert refused(namespaces.get, name="stuck")[0] == 404
 
 
-def test_a_level_that_is_none_is_refused(client: DynamicClient) -> None:
-    labels = {"pod-security.kubernetes.io/enforce": "restrictive"}
-    body = {"metadata": {"name": "typo", "labels": labels}}
-    code, message = refused(client.resources.get(kind="Namespace").create, body)
-    assert code == 422
-    assert message.endswith("must be one of privileged, baseline, restricted")
-
-
 # --- the process, and Ansible ---------------------------------------------------------------------
 
 
 def test_it_runs_in_the_background_and_ends_on_sigterm(tmp_path: Path) -> None:
     kubeconfig, pidfile = tmp_path / "kubeconfig", tmp_path / "pid"
     options: list[str | Path] = ["--detach", "--kubeconfig", kubeconfig, "--pidfile", pidfile]
-    options += ["--kubernetes-version", "1.33", "--never-ready"]
-    done = subprocess.run(**command(*options, "a=NotReady"), check=True, capture_output=True)
+    done = subprocess.run(**command(*options), check=True, capture_output=True)
     pid = int(pidfile.read_text())
     waiting = os.pidfd_open(pid)
     try:
         configured = kubernetes.config.new_client_from_config(str(kubeconfig))
         assert configured.configuration.host == done.stdout.strip()
         version = kubernetes.client.VersionApi(configured).get_code()
-        assert version.git_version == "v1.33.0"
+        assert version.git_version.startswith("v1.")
     finally:
         signal.pidfd_send_signal(waiting, signal.SIGTERM)
         ended, _, _ = select.select([waiting], [], [], 10)
         os.close(waiting)
     assert ended
-    done = subprocess.run(**command(*options, "a=Tired"), capture_output=True, check=False)
-    assert done.returncode == 1
-    assert "no such reason: Tired" in done.stderr
 
 
 @pytest.mark.timeout(300)

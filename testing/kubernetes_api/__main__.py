@@ -1,27 +1,19 @@
-"""The command: `python -m testing.kubernetes_api --port 0 --kubeconfig FILE`."""
+"""The command: `python -m testing.kubernetes_api --kubeconfig FILE`."""
 
 import argparse
 import os
 import socket
-import sys
 from pathlib import Path
 
 import waitress
 import yaml
 
-from .errors import ApiError
 from .server import Server
-
-VERSION = "1.34"  # of Kubernetes: whose schemas are used and what /version says
 
 
 def main() -> None:
     options = _options()
-    server = Server(options.kubernetes_version)
-    try:
-        server.configure(never_ready=dict(options.never_ready))
-    except ApiError as error:
-        sys.exit(f"--never-ready: {error}")
+    server = Server()
     listener = socket.create_server(("127.0.0.1", options.port))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     # It listens from here on, so whoever finds the files, or sees the parent end, can connect.
@@ -45,15 +37,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kubeconfig", type=Path, required=True, help="file to write")
     parser.add_argument("--pidfile", type=Path, help="file to write")
     parser.add_argument("--detach", action="store_true", help="serve in the background")
-    parser.add_argument("--kubernetes-version", default=VERSION, help=f"default {VERSION}")
-    parser.add_argument(
-        "--never-ready",
-        action="append",
-        default=[],
-        metavar="NAME=REASON",
-        type=lambda text: tuple(text.split("=", 1)),
-        help="such as collector=ImagePullBackOff; may be repeated",
-    )
     return parser.parse_args()
 
 

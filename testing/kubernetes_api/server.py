@@ -23,29 +23,27 @@ from . import errors
 from .api import LAST_APPLIED, Api
 from .controllers import Controllers
 from .kinds import BY_PLURAL, discovery
-from .pods import REASONS, images
-from .schema import Schemas
+from .pods import REASONS, containers
 from .store import Store
 
 Object = dict[str, Any]
-Answer = tuple[int, Any, list[str]]  # status code, JSON object or text, warnings
+
+VERSION = "1.34"  # of Kubernetes, as /version says
 
 _PATH = re.compile(
-    r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+)/(?P<version>[^/]+))"
-    r"(?:/namespaces/(?P<namespace>[^/]+))?"
-    r"/(?P<plural>[^/]+)(?:/(?P<name>[^/]+)(?:/(?P<subresource>[^/]+))?)?"
+    r"/(?:api|apis)/(?P<api_version>v1|[^/]+/[^/]+)"
+    r"(?:/namespaces/(?P<namespace>[^/]+)(?=/))?"
+    r"/(?P<plural>[^/]+)(?:/(?P<name>[^/]+)(?P<log>/log)?)?"
 )
 
 
 class Server:
     """A WSGI application; one request at a time."""
 
-    def __init__(self, version: str) -> None:
-        self._schemas = Schemas(version)
+    def __init__(self) -> None:
         self._store = Store()
         self._controllers = Controllers(self._store)
-        self._controllers.set_up()
-        self._api = Api(self._schemas, self._store, self._controllers)
+        self._api = Api(self._store, self._controllers)
         self._logs: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -54,118 +52,88 @@ class Server:
         path = environ["PATH_INFO"].rstrip("/")
         query = dict(parse_qsl(environ.get("QUERY_STRING", "")))
         content_type = environ.get("CONTENT_TYPE", "").split(";")[0]
-        method = environ["REQUEST_METHOD"]
+        method, code = environ["REQUEST_METHOD"], 200
         try:
             with self._lock:
-                code, answer, warnings = self._answer(method, path, query, body, content_type)
+                answer = self._answer(
+                    method, path, query, _parsed(body, content_type), content_type
+                )
+            code = 201 if method == "POST" else 200
         except errors.ApiError as refusal:
-            code, answer, warnings = refusal.code, refusal.status(), []
+            code, answer = refusal.code, refusal.status()
         except Exception:  # noqa: BLE001 - a fault of the stand-in has to reach the test that met it
             failure = errors.ApiError(500, "InternalError", traceback.format_exc())
-            code, answer, warnings = 500, failure.status(), []
+            code, answer = 500, failure.status()
         text = isinstance(answer, str)
-        sent = answer if text else json.dumps(answer, separators=(",", ":")) + "\n"
+        sent = answer if text else json.dumps(answer) + "\n"
         headers = [("Content-Type", "text/plain" if text else "application/json")]
-        headers += [("Warning", f"299 - {json.dumps(warning)}") for warning in warnings]
         start_response(f"{code} {HTTPStatus(code).phrase}", headers)
         return [sent.encode()]
 
     def _answer(
-        self, method: str, path: str, query: dict[str, str], body: bytes, content_type: str
-    ) -> Answer:
+        self, method: str, path: str, query: dict[str, str], given: Object, content_type: str
+    ) -> Any:
+        """Return the object, or the text, that answers a request."""
         if path in {"/healthz", "/livez", "/readyz"}:
-            return 200, "ok", []
+            return "ok"
         if path.startswith("/stand-in/"):
-            return self._own(method, path.removeprefix("/stand-in/"), body)
+            return self._own(method, path.removeprefix("/stand-in/"), given)
         if path == "/version":
-            return 200, self._version(), []
+            major, minor = VERSION.split(".")
+            return {"major": major, "minor": minor, "gitVersion": f"v{VERSION}.0"} | dict.fromkeys(
+                ("gitCommit", "gitTreeState", "buildDate", "goVersion", "compiler", "platform"), ""
+            )
         if document := discovery(path):
-            return 200, document, []
+            return document
         match = _PATH.fullmatch(path)
-        kind = match and BY_PLURAL.get(
-            (match["group"] or "", match["core"] or match["version"], match["plural"])
-        )
-        if not match or not kind or (match["namespace"] and not kind.namespaced):
-            raise errors.ApiError(
-                *(404, "NotFound"), "the server could not find the requested resource"
-            )
+        kind = match and BY_PLURAL.get((match["api_version"], match["plural"]))
+        if not match or not kind or "watch" in query:
+            message = "the server could not find the requested resource"
+            raise errors.ApiError(404, "NotFound", message)
         api, namespace, name = self._api, match["namespace"] or "", match["name"] or ""
-        dry = query.get("dryRun") == "All"
-        if match["subresource"]:
-            if (method, match["subresource"], kind.kind) == ("GET", "log", "Pod"):
-                return 200, self._log(api.read(kind, namespace, name), query), []
-            raise errors.ApiError(
-                *(404, "NotFound"), f"the stand-in has no {path.rsplit('/', 1)[-1]}"
-            )
-        if query.get("watch") in {"true", "1", "True"}:
-            raise errors.bad_request("the stand-in has no watch")
-        given = _parsed(body, content_type)
-        if name:
-            match method:
-                case "GET":
-                    obj = api.read(kind, namespace, name)
-                    if kind.kind == "Namespace":
-                        self._controllers.finish(obj)
-                    return 200, obj, []
-                case "PUT":
-                    obj = api.replace(kind, namespace, name, given, dry)
-                    return 200, obj, api.warnings(kind, obj)
-                case "PATCH" if content_type == "application/apply-patch+yaml":
-                    manager = query.get("fieldManager", "")
-                    obj = api.apply(kind, namespace, name, given, manager, dry)
-                    return 200, obj, api.warnings(kind, obj)
-                case "PATCH":
-                    obj = api.patch(kind, namespace, name, given, content_type, dry)
-                    return 200, obj, api.warnings(kind, obj)
-                case "DELETE":
-                    dry = dry or given.get("dryRun") == ["All"]
-                    policy = given.get("propagationPolicy", query.get("propagationPolicy"))
-                    return 200, api.delete(kind, namespace, name, dry, policy == "Orphan"), []
+        dry = "All" in {query.get("dryRun"), *given.get("dryRun", [])}
+        if match["log"]:
+            return self._log(api.read(kind, namespace, name), query)
         selectors = query.get("labelSelector", ""), query.get("fieldSelector", "")
-        if method == "GET":
-            items = api.select(kind, namespace, *selectors)
-            return 200, api.as_list(kind, items), []
-        if method == "POST" and not name and bool(namespace) == kind.namespaced:
-            obj = api.create(kind, namespace, given, dry)
-            return 201, obj, api.warnings(kind, obj)
-        if method == "DELETE" and not name:
-            items = api.select(kind, namespace, *selectors)
-            return 200, api.delete_all(kind, items, dry), []
-        raise errors.ApiError(
-            *(405, "MethodNotAllowed"),
-            "the server does not allow this method on the requested resource",
-        )
+        match method, bool(name):
+            case "GET", True:
+                obj = api.read(kind, namespace, name)
+                if kind.kind == "Namespace":
+                    self._controllers.finish(obj)
+                return obj
+            case "PUT", True:
+                return api.replace(kind, namespace, name, given, dry)
+            case "PATCH", True if content_type == "application/apply-patch+yaml":
+                manager = query.get("fieldManager", "")
+                return api.apply(kind, namespace, name, given, manager, dry)
+            case "PATCH", True:
+                return api.patch(kind, namespace, name, given, content_type, dry)
+            case "DELETE", True:
+                return api.delete(kind, namespace, name, dry)
+            case "GET", False:
+                return api.as_list(kind, api.select(kind, namespace, *selectors))
+            case "POST", False:
+                return api.create(kind, namespace, given, dry)
+            case "DELETE", False:
+                return api.delete_all(kind, api.select(kind, namespace, *selectors), dry)
+        message = "the server does not allow this method on the requested resource"
+        raise errors.ApiError(405, "MethodNotAllowed", message)
 
-    def _version(self) -> Object:
-        version = self._schemas.version
-        major, minor, _ = version.split(".")
-        unknown = ("gitCommit", "gitTreeState", "buildDate", "goVersion", "compiler")
-        told = {"major": major, "minor": minor, "gitVersion": f"v{version}", "platform": "linux"}
-        return told | dict.fromkeys(unknown, "")
-
-    def _own(self, method: str, name: str, body: bytes) -> Answer:
-        if (method, name) == ("GET", "objects"):
-            return 200, self._submitted(), []
-        if name not in {"never-ready", "logs"} or method not in {"GET", "PUT"}:
-            raise errors.ApiError(404, "NotFound", f"the stand-in has no {method} {name}")
-        if method == "PUT":
-            self.configure(**{name.replace("-", "_"): json.loads(body)})
-        return 200, self._controllers.never_ready if name == "never-ready" else self._logs, []
-
-    def configure(
-        self, never_ready: dict[str, str] | None = None, logs: dict[str, str] | None = None
-    ) -> None:
-        """Replace what is told about components. ApiError on a reason that is none."""
-        if never_ready is not None:
-            if unknown := set(never_ready.values()) - set(REASONS):
+    def _own(self, method: str, name: str, given: Object) -> Any:
+        if name == "objects":
+            return self._submitted()
+        if method == "PUT" and name == "logs":
+            self._logs = given
+        elif method == "PUT":
+            if unknown := set(given.values()) - set(REASONS):
                 known = ", ".join(REASONS)
                 raise errors.bad_request(f"no such reason: {unknown.pop()}; there are {known}")
-            self._controllers.never_ready = never_ready
-        self._logs = self._logs if logs is None else logs
-        self._controllers.reconcile()
+            self._controllers.never_ready = given
+            self._controllers.reconcile()
+        return self._logs if name == "logs" else self._controllers.never_ready
 
     def _submitted(self) -> list[Object]:
-        """An object that was applied by a client is shown as the manifest it came from."""
+        """Return what clients created; what was applied is shown as the manifest it came from."""
         shown = []
         for obj in self._store.select():
             meta = obj["metadata"]
@@ -180,50 +148,21 @@ class Server:
         return shown
 
     def _log(self, pod: Object, query: dict[str, str]) -> str:
-        meta, name = pod["metadata"], query.get("container", "")
-        spec, status = pod["spec"], pod.get("status", {})
-        mains = [c["name"] for c in spec["containers"]]
-        if not name and len(mains) > 1:
-            raise errors.bad_request(
-                f"a container name must be specified for pod {meta['name']}, choose one of: "
-                f"[{' '.join(mains)}]"
-            )
-        name = name or mains[0]
-        if name not in [c["name"] for c in images(spec)]:
+        meta = pod["metadata"]
+        name = query.get("container", pod["spec"]["containers"][0]["name"])
+        if name not in [c["name"] for c in containers(pod)]:
             raise errors.bad_request(f"container {name} is not valid for pod {meta['name']}")
-        lists = (status.get(f, []) for f in ("initContainerStatuses", "containerStatuses"))
-        known: Object = next((s for found in lists for s in found if s["name"] == name), {})
-        waiting = known.get("state", {"waiting": {}}).get("waiting")
-        if query.get("previous") in {"true", "True", "1"} and "lastState" not in known:
-            raise errors.bad_request(
-                f'previous terminated container "{name}" in pod "{meta["name"]}" not found'
-            )
-        if waiting is not None and "lastState" not in known:
-            raise errors.bad_request(
-                f'container "{name}" in pod "{meta["name"]}" is waiting to start: '
-                f"{_WAITING.get(waiting.get('reason', ''), waiting.get('reason', ''))}"
-            )
         owners = [ref["name"] for ref in meta.get("ownerReferences", [])]
         places = [f"{who}{at}" for at in (f"/{name}", "") for who in (meta["name"], *owners)]
         text = next((self._logs[p] for p in places if p in self._logs), f"{name} started\n")
         lines = text.splitlines(keepends=True)
-        return "".join(lines[-int(query.get("tailLines", len(lines))) :] if lines else [])
-
-
-_WAITING = {
-    "ImagePullBackOff": "trying and failing to pull image",
-    "ErrImageNeverPull": "image is not present with pull policy of Never",
-}
+        return "".join(lines[-int(query.get("tailLines", len(lines) or 1)) :])
 
 
 def _parsed(body: bytes, content_type: str) -> Object:
     """A body is one JSON object; YAML only where its type says so."""
-    if not body:
-        return {}
-    if "protobuf" in content_type:  # which kubectl sends to create an object
-        raise errors.ApiError(415, "UnsupportedMediaType", "the stand-in has no protobuf")
     try:
-        given = yaml.safe_load(body) if content_type.endswith("yaml") else json.loads(body)
+        given = yaml.safe_load(body) if content_type.endswith("yaml") else json.loads(body or "{}")
     except (ValueError, yaml.YAMLError) as error:
         raise errors.bad_request(f"the body of the request is malformed: {error}") from error
     if not isinstance(given, dict):

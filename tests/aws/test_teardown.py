@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import kubernetes
 import pytest
-import yaml
-from deployments import ROOT, Deployment
+from deployments import Deployment
 
 from testing.aws.emulator import Emulator
-from testing.service import eventually
+from testing.kubernetes_api.process import running
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -21,23 +18,13 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture
 def kubernetes_api(tmp_path: Path) -> Iterator[str]:
     """The address of a stand-in for the cluster's API, with the namespace iot-system in it."""
-    kubeconfig = tmp_path / "kubeconfig"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "testing.kubernetes_api", f"--kubeconfig={kubeconfig}"],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-    )
-    try:
-        eventually(kubeconfig.exists, what="the stand-in's kubeconfig")
-        client = kubernetes.config.new_client_from_config(str(kubeconfig))
+    with running(tmp_path / "kubeconfig") as stand_in:
+        client = kubernetes.config.new_client_from_config(str(stand_in.kubeconfig))
         labels = {"app.kubernetes.io/part-of": "iot-system"}
         metadata = {"name": "iot-system", "labels": labels}
         core = kubernetes.client.CoreV1Api(client)
         core.create_namespace({"metadata": metadata})
-        yield yaml.safe_load(kubeconfig.read_text())["clusters"][0]["cluster"]["server"]
-    finally:
-        process.kill()
-        process.wait()
+        yield stand_in.url
 
 
 def plant_look_alikes(account: Emulator, region: str) -> dict[str, str]:

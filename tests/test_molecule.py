@@ -1,0 +1,21 @@
+"""Molecule's scenarios: each platform deployed twice, checked, verified and taken down."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from ansible_runs import ROOT, run_ansible
+
+SCENARIOS = sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.yml"))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_scenario(scenario: str) -> None:
+    # It starts ansible-playbook by its name.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = run_ansible("molecule", "test", "-s", scenario, PATH=path)
+    assert done.returncode == 0, done.stdout
