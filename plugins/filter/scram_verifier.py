@@ -16,8 +16,8 @@ ITERATIONS = 4096  # PostgreSQL's default (scram_iterations)
 def scram_verifier(password: str, salt: bytes = b"") -> str:
     """Return the SCRAM-SHA-256 verifier of a password, for ``ALTER ROLE … PASSWORD``.
 
-    ``SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>``, as in RFC 5803 and in PostgreSQL's
-    catalog pg_authid; StoredKey and ServerKey as in RFC 5802 section 3.
+    ``SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>``, as in RFC 5803 and in
+    PostgreSQL's catalog pg_authid; StoredKey and ServerKey as in RFC 5802 section 3.
 
     :param salt: 16 random bytes if none is given.
     :raises AnsibleFilterError: the password is empty, or has other characters than ASCII's, which

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import urllib.error
 import urllib.request
@@ -32,7 +33,7 @@ class Call(NamedTuple):
 
 
 class Emulator(Service):
-    """An empty account. ``folder`` gets its files: log, calls, scenario."""
+    """An empty account. ``folder`` gets its files: log, calls, scenario, certificates of RDS."""
 
     name = "emulator"
 
@@ -41,6 +42,9 @@ class Emulator(Service):
         self.port = port or free_port()
         self.url = f"http://{HOST}:{self.port}"
         (folder / "calls").touch()
+        self.rds_certificates.write_text(
+            "-----BEGIN CERTIFICATE-----\nof RDS in this account\n-----END CERTIFICATE-----\n"
+        )
 
     def command(self) -> list[str]:
         return [str(PYTHON), str(HERE / "shims.py")]
@@ -57,6 +61,9 @@ class Emulator(Service):
             "AWS_EC2_METADATA_DISABLED": "true",
             "CALLS": str(self.folder / "calls"),
             "SCENARIO": str(self.folder / "scenario.json"),
+            # Of the clusters, as processes of its own group.
+            "KUBERNETES_API": str(HERE.parent.parent),
+            "KUBERNETES_API_PYTHON": sys.executable,
             **KEYS,
         }
         return {"cwd": self.folder, "env": environment, "start_new_session": True}
@@ -67,6 +74,17 @@ class Emulator(Service):
                 return bool(answer.status == 200)
         except (urllib.error.URLError, ConnectionError):
             return False
+
+    @property
+    def rds_certificates(self) -> Path:
+        """What AWS serves at truststore.pki.rds.amazonaws.com."""
+        return self.folder / "rds-bundle.pem"
+
+    def close(self) -> None:
+        # With the APIs of its clusters, which are processes of its group.
+        if self.process and self.running:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.wait()
 
     @property
     def environment(self) -> dict[str, str]:

@@ -60,6 +60,8 @@ class Deployment:
             ROOT / "playbooks" / playbook,
             f"--extra-vars=region={self.region}",
             "--extra-vars=aws_base_poll_seconds=1",
+            f"--extra-vars=rds_ca_bundle_url=file://{self.account.rds_certificates}",
+            "--extra-vars=eks_deployer_access=false",
             *options,
         ]
 
