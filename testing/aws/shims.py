@@ -257,7 +257,7 @@ APIS: dict[tuple[str, str], subprocess.Popen] = {}  # of clusters, by region and
 
 
 def start_api(identifier: str) -> str:
-    """The cluster's API is testing/kubernetes_api: no node, no pod, and nobody is asked for a token."""
+    """The cluster's API is testing/kubernetes_api: no node runs, and any token is taken."""
     kubeconfig = Path(os.environ["HOME"]) / f"api-{get_region()}-{identifier}"
     kubeconfig.unlink(missing_ok=True)
     command = [os.environ["KUBERNETES_API_PYTHON"], "-m", "testing.kubernetes_api"]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from deployments import Deployment
 
-from testing.aws.emulator import Emulator
+from testing.aws.emulator import PYTHON, Emulator
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -37,20 +37,20 @@ def test_second_run_changes_nothing(deployed: Deployment) -> None:
 
 
 def test_check_names_the_property_that_would_change(deployed: Deployment) -> None:
-    run = deployed.deploy("--check", "-e", "rds_instance_class=db.m8g.large")
+    run = deployed.deploy_stacks("--check", "-e", "rds_instance_class=db.m8g.large")
     assert run.returncode == 0, run.output
     assert run.planned == ["Modify AWS::RDS::DBInstance Instance (DBInstanceClass)"]
     assert run.changed == 1
 
 
 def test_one_changed_value_changes_that_alone(deployed: Deployment) -> None:
-    run = deployed.deploy("-e", "ecr_untagged_days=3")
+    run = deployed.deploy_stacks("-e", "ecr_untagged_days=3")
     assert (run.returncode, run.changed) == (0, 1), run.output
     # The emulator updates the stack's key as well, which has not changed.
     assert set(run.events) - {"UPDATE_COMPLETE AWS::KMS::Key Key"} == {
         "UPDATE_COMPLETE AWS::ECR::Repository Repository"
     }
-    assert deployed.deploy().changed == 1  # and back
+    assert deployed.deploy_stacks().changed == 1  # and back
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,9 @@ def test_kubeconfig_is_private_and_makes_tokens(deployed: Deployment) -> None:
     assert "token" not in path.read_text().replace("get-token", "")
     (user,) = config["users"]
     command = user["user"]["exec"]
+    assert command["command"] == "aws"
     made = subprocess.run(
-        [command["command"], *command["args"]],
+        [PYTHON.with_name("aws"), *command["args"]],
         env=deployed.environment,
         capture_output=True,
         text=True,

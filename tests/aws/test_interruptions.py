@@ -42,10 +42,10 @@ def test_killed_in_each_stack(account: Emulator) -> None:
             f"--tags={tag(last)},{tag(stack)}",
         )
     account.scenario()
-    run = deployment.deploy()
+    run = deployment.deploy_stacks()
     assert run.returncode == 0, run.output
     assert account.stacks() == complete(deployment)
-    assert deployment.deploy().changed == 0
+    assert deployment.deploy_stacks().changed == 0
 
     # The same for teardown, which goes the other way round.
     for stack in ("iot-core", "rds", "eks", "ecr", "network"):
@@ -76,7 +76,7 @@ def test_failure_in_each_stack_is_named_and_the_next_run_goes_on(account: Emulat
             done, "CREATE_COMPLETE"
         )
     account.scenario()
-    run = deployment.deploy()
+    run = deployment.deploy_stacks()
     assert run.returncode == 0, run.output
     assert account.stacks() == complete(deployment)
 
@@ -131,7 +131,7 @@ def test_stacks_in_every_dead_state_are_replaced(account: Emulator) -> None:
     deployment = Deployment(account)
     check = deployment.deploy("--check")
     assert check.returncode == 0, check.output
-    run = deployment.deploy()
+    run = deployment.deploy_stacks()
     assert run.returncode == 0, run.output
     assert account.stacks() == complete(deployment)
 
