@@ -31,6 +31,25 @@ def test_first_run_creates_all_of_it_and_shows_how(deployed: Deployment) -> None
     assert "registry.invalid/collector:1 is used, as ecr_image says" in run.output
 
 
+def test_the_database_s_stack_is_protected(deployed: Deployment) -> None:
+    described = deployed.account.client("cloudformation").describe_stacks()["Stacks"]
+    protected = [one["StackName"] for one in described if one["EnableTerminationProtection"]]
+    assert protected == ["iot-system-rds"]
+
+
+def test_this_machine_s_address_is_let_in(deployed: Deployment, tmp_path: Path) -> None:
+    (tmp_path / "address").write_text("198.51.100.7\n")
+    options = (
+        "-e",
+        "eks_deployer_access=true",
+        "-e",
+        f"eks_deployer_address_url=file://{tmp_path}/address",
+    )
+    run = deployed.deploy_stacks("--check", *options)
+    assert run.returncode == 0, run.output
+    assert run.planned == ["Modify AWS::EKS::Cluster Cluster (ResourcesVpcConfig)"]
+
+
 def test_second_run_changes_nothing(deployed: Deployment) -> None:
     run = deployed.deploy()
     assert (run.returncode, run.changed, run.events) == (0, 0, []), run.output

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -207,62 +208,49 @@ def test_summary_says_how_to_reach_it(deployed: Deployment) -> None:
     assert "playbooks/verify.yml -e target=aws -e region=eu-west-1" in text
 
 
-ROLES = "postgres_configure,postgres_run"
-
-
-def test_changed_password_is_applied_by_the_next_run(deployed: Deployment) -> None:
+def test_changed_passwords_are_applied_by_the_next_run(deployed: Deployment) -> None:
     """It makes a Job anew; with nothing changed, none is made (test_deployment.py)."""
+    tags = ("--tags", "postgres_configure,postgres_run")
     secrets = deployed.account.client("secretsmanager")
-    arn = outputs(deployed, "rds")["ReaderSecretArn"]
+    words = {"Collector": "another-word", "Reader": "yet-another-word"}
+    for name, word in words.items():
+        value = {"username": f"iot_{name.lower()}", "password": word}
+        arn = outputs(deployed, "rds")[f"{name}SecretArn"]
+        secrets.put_secret_value(SecretId=arn, SecretString=json.dumps(value))
     before = secret(deployed, "postgres-roles-made")
-    value = {"username": "iot_reader", "password": "another-word"}
-    secrets.put_secret_value(SecretId=arn, SecretString=json.dumps(value))
-    check = deployed.deploy("--check", "--tags", ROLES)
+    check = deployed.deploy("--check", *tags)
+    # The reader's password in the cluster, and what the roles are made of.
     assert (check.returncode, check.changed) == (0, 2), check.output
-    assert secret(deployed, "postgres-roles-made") == before
-    run = deployed.deploy("--tags", ROLES)
-    assert (run.returncode, run.changed) == (0, 2), run.output
-    assert "Run the script" in run.output
-    assert "another-word" not in run.output
-    assert secret(deployed, "iot-passwords")["reader_db_password"] == "another-word"
-    assert secret(deployed, "postgres-roles-made") != before
-    assert "postgres-roles" not in {one["metadata"]["name"] for one in objects(deployed, "Secret")}
 
-
-def test_job_that_fails_leaves_no_password_and_is_run_again(deployed: Deployment) -> None:
-    cluster = deployed.cluster
-    secrets = deployed.account.client("secretsmanager")
-    arn = outputs(deployed, "rds")["CollectorSecretArn"]
-    value = {"username": "iot_collector", "password": "yet-another-word"}
-    secrets.put_secret_value(SecretId=arn, SecretString=json.dumps(value))
-    cluster.ask("never-ready", {"postgres-roles": "Error"})
+    deployed.cluster.ask("never-ready", {"postgres-roles": "Error"})
     try:
-        run = deployed.deploy("--tags", ROLES)
+        failed = deployed.deploy(*tags)
     finally:
-        cluster.ask("never-ready", {})
-    assert run.returncode == 2, run.output
-    assert "yet-another-word" not in run.output
-    assert "postgres-roles" not in {one["metadata"]["name"] for one in objects(deployed, "Secret")}
-    run = deployed.deploy("--tags", ROLES)
-    assert (run.returncode, run.changed) == (0, 1), run.output
+        deployed.cluster.ask("never-ready", {})
+    assert failed.returncode == 2, failed.output
+    assert secret(deployed, "postgres-roles-made") == before
+    names = {one["metadata"]["name"] for one in objects(deployed)}
+    assert "postgres-roles" not in names  # neither Job nor Secret
+
+    run = deployed.deploy(*tags)
+    assert run.returncode == 0, run.output
+    assert secret(deployed, "postgres-roles-made") != before
+    assert secret(deployed, "iot-passwords")["reader_db_password"] == words["Reader"]
+    for word in words.values():
+        assert word not in check.output + failed.output + run.output
+    # Grafana reads its password at its start.
+    assert deployed.deploy("--tags", "grafana_configure,grafana_run").changed == 1
 
 
 def test_rate_of_messages_decides_how_many_collectors(deployed: Deployment) -> None:
-    run = deployed.deploy("-e", "iot_core_messages_per_second=250", "--tags", "collector_run")
+    rate = ("-e", "iot_core_messages_per_second=250")
+    run = deployed.deploy("--check", "-v", *rate, "--tags", "collector_run")
     assert run.returncode == 0, run.output
-    assert named(deployed, "StatefulSet", "collector")["spec"]["replicas"] == 4
-    settings = named(deployed, "ConfigMap", "collector")["data"]
-    assert settings["IOT_MQTT_TOPICS"] == "$share/collectors/iot/data"
+    assert re.search(r"^ +replicas: 4$", run.output, re.MULTILINE)
+    assert "IOT_MQTT_TOPICS: $share/collectors/iot/data\n" in run.output
     # What the pods may subscribe to has the shared filter as well.
     name = outputs(deployed, "eks")["CollectorRoleArn"].rpartition("/")[2]
     policy = deployed.account.client("iam").get_role_policy(
         RoleName=name, PolicyName="read-from-iot-core"
     )
     assert "topicfilter/$share/collectors/iot/data" in json.dumps(policy["PolicyDocument"])
-    assert deployed.deploy("--tags", "collector_run").returncode == 0  # and back
-
-
-def test_rate_that_is_none(deployed: Deployment) -> None:
-    run = deployed.deploy("-e", "iot_core_messages_per_second=0", "--tags", "collector_run")
-    assert run.returncode == 2
-    assert "iot_core_messages_per_second is" in run.output
