@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import boto3
+import kubernetes
 import pytest
 import yaml
 from deployments import Deployment
@@ -98,13 +99,23 @@ def test_database_and_cluster_are_not_replaced(
     assert deployed.account.stacks() == before
 
 
-def test_database_is_replaced_when_asked_for_by_name(account: Emulator) -> None:
+def test_database_and_cluster_are_replaced_when_asked_for_by_name(account: Emulator) -> None:
     deployment = Deployment(account)
-    assert deployment.deploy("--tags", "network_run,rds_run").returncode == 0
-    options = ["-e", "rds_database=other", "-e", "aws_base_allow_replacement=rds"]
-    run = deployment.deploy(*options, "--tags", "rds_run")
+    assert deployment.deploy("--tags", "network_run,rds_run,eks_run").returncode == 0
+    api = kubernetes.client.ApiClient(kubernetes.client.Configuration(host=deployment.cluster.url))
+    kubernetes.client.CoreV1Api(api).create_namespace({"metadata": {"name": "iot-system"}})
+    changes = {
+        "rds_database": "other",
+        "eks_creator_is_admin": False,
+        "eks_admin_arns": ["arn:aws:iam::000000000000:role/x"],
+        "aws_base_allow_replacement": ["rds", "eks"],
+    }
+    run = deployment.deploy("-e", json.dumps(changes), "--tags", "rds_run,eks_run")
     assert run.returncode == 0, run.output
     assert "DELETE_COMPLETE AWS::RDS::DBInstance Instance" in run.events
+    assert "DELETE_COMPLETE AWS::EKS::Cluster Cluster" in run.events
+    # Its volumes would otherwise stay behind.
+    assert "changed: [aws-account] => (item=iot-system)" in run.output
     (database,) = account.client("rds").describe_db_instances()["DBInstances"]
     assert database["DBName"] == "other"
     assert [line for line in deployment.left() if line.startswith("rds: snapshot")]

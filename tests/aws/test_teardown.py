@@ -112,9 +112,10 @@ def test_what_is_left_is_a_failure_and_named(account: Emulator) -> None:
     instance = ec2.run_instances(ImageId="ami-1", MinCount=1, MaxCount=1)["Instances"][0]
     ec2.attach_volume(VolumeId=volume, InstanceId=instance["InstanceId"], Device="/dev/sdf")
     # Of a Service whose namespace could not be deleted; the controller tags it, not we.
-    balancer = account.client("elbv2").create_load_balancer(
-        Name="k8s-of-a-service", Tags=[{"Key": "kubernetes.io/cluster/iot-system", "Value": "owned"}]
-    )["LoadBalancers"][0]["LoadBalancerArn"]
+    owned = [{"Key": "kubernetes.io/cluster/iot-system", "Value": "owned"}]
+    balancer = account.client("elbv2").create_load_balancer(Name="k8s-service", Tags=owned)[
+        "LoadBalancers"
+    ][0]["LoadBalancerArn"]
     run = deployment.teardown()
     assert run.returncode == 2, run.output
     assert f"Volumes {volume}" in run.output
