@@ -39,12 +39,12 @@ class Roles:
         """The file with the password of a role."""
         return self.server.folder / f"{role} password"  # a path that has to be quoted
 
-    def apply(self) -> subprocess.CompletedProcess[str]:
-        """Write the password files and run the script, as superuser."""
-        for role, password in self.passwords.items():
-            self.file(role).write_text(f"{password}\n")
-        script = self.server.folder / "roles.sql"
-        script.write_text(
+    @property
+    def script(self) -> Path:
+        return self.server.folder / "roles.sql"
+
+    def render_script(self) -> None:
+        self.script.write_text(
             render(
                 "postgres/roles.sql.j2",
                 postgres_database=DATABASE,
@@ -54,9 +54,15 @@ class Roles:
                 __postgres_reader_password_file=str(self.file(READER)),
             )
         )
+
+    def apply(self) -> subprocess.CompletedProcess[str]:
+        """Write the password files and run the script, as superuser."""
+        for role, password in self.passwords.items():
+            self.file(role).write_text(f"{password}\n")
+        self.render_script()
         return subprocess.run(
             [
-                *(postgres_binary("psql"), "-X", "-v", "ON_ERROR_STOP=1", "-f", str(script)),
+                *(postgres_binary("psql"), "-X", "-v", "ON_ERROR_STOP=1", "-f", str(self.script)),
                 *("-h", HOST, "-p", str(self.server.port), "-U", "postgres", "-d", "postgres"),
             ],
             env=clean_environment() | {"PGPASSWORD": "postgres"},

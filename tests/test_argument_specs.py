@@ -32,12 +32,16 @@ SHARED = {"platform", "aws_base"}
 FACTS = {
     "aws_base_identity": "preflight.yml",
     "aws_base_outputs": "stack.yml",
+    "ecr_outputs": "main.yml",
+    "eks_access": "access.yml",
     "eks_outputs": "main.yml",
     "iot_core_arns": "preflight.yml",
+    "iot_core_outputs": "main.yml",
     "kubernetes_base_job_log": "job.yml",
     "kubernetes_base_namespace_exists": "main.yml",
     "kubernetes_base_secrets": "secrets.yml",
     "network_outputs": "main.yml",
+    "rds_ca_certificates": "preflight.yml",
     "rds_outputs": "main.yml",
 }
 

@@ -108,7 +108,12 @@ def check() -> None:
     help="Where its /metrics are; by default those of this machine, on the port of the settings.",
 )
 @click.option("--prometheus", metavar="HOST:PORT", default="127.0.0.1:9090", show_default=True)
-def verify(collector: str | None, prometheus: str) -> None:
+@click.option(
+    "--published",
+    metavar="PAYLOAD",
+    help="Publish nothing: follow a message that has been published with this payload.",
+)
+def verify(collector: str | None, prometheus: str, published: str | None) -> None:
     """Follow one message from the broker to the table and to Prometheus.
 
     Publishes it to the first topic of the settings. Their accounts have to be allowed to publish
@@ -121,7 +126,7 @@ def verify(collector: str | None, prometheus: str) -> None:
     settings = load_settings()
     try:
         for line in run_verify(
-            settings, collector or f"127.0.0.1:{settings.http_port}", prometheus
+            settings, collector or f"127.0.0.1:{settings.http_port}", prometheus, published
         ):
             click.echo(line)
     except psycopg2.Error as error:

@@ -39,21 +39,28 @@ class VerificationError(Exception):
     """A step did not happen; the text says which, and where to look."""
 
 
-def verify(settings: Settings, collector: str, prometheus: str) -> Iterator[str]:
+def verify(
+    settings: Settings, collector: str, prometheus: str, published: str | None = None
+) -> Iterator[str]:
     """Yield a line for each step that succeeded.
 
     :param collector: ``host:port`` of the collector; a name may stand for several pods.
     :param prometheus: ``host:port`` of Prometheus.
+    :param published: payload of a message that somebody else has published; None: publish one.
     :raises VerificationError: a step failed, or did not succeed within a minute.
     """
-    payload = f"verify:{secrets.token_hex(10)}".encode()
     try:
         before, _ = _message_counts(collector)
     except OSError as error:
         raise VerificationError(f"the collector at {collector} is not reached: {error}") from error
 
-    topic = _publish(settings, payload)
-    yield f"published {payload.decode()} to {topic}"
+    if published is None:
+        payload = f"verify:{secrets.token_hex(10)}".encode()
+        topic = _publish(settings, payload)
+        yield f"published {payload.decode()} to {topic}"
+    else:
+        # It may have been counted before we looked.
+        payload, before = published.encode(), 0.0
 
     _wait_until(
         lambda: _count_rows(settings, payload) > 0,
@@ -74,6 +81,8 @@ def verify(settings: Settings, collector: str, prometheus: str) -> Iterator[str]
     )
     yield "the collector has counted it and accounts for every message"
 
+    if published is not None:  # whatever is in the table has been counted
+        before = _message_counts(collector)[0] - 1
     _wait_until(
         lambda: _scraped_count(prometheus) > before,
         "Prometheus has not seen it; see its page /targets",

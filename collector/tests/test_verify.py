@@ -14,7 +14,8 @@ from iot_collector.verify import VerificationError, verify
 from testing.collector import Collector, run_command
 from testing.mosquitto import Mosquitto
 from testing.postgres import Database
-from testing.service import HOST, free_port
+from testing.publisher import publish
+from testing.service import HOST, eventually, free_port
 
 RULE = {"name": "CollectorDown", "health": "ok"}
 
@@ -82,6 +83,35 @@ def test_message_is_followed(settings: Settings, database: Database) -> None:
         "2 alert rules are loaded and none fails",
     ]
     assert database.count() == 1
+
+
+def test_message_of_somebody_else_is_followed(
+    settings: Settings, broker: Mosquitto, database: Database
+) -> None:
+    """Where the account may read and not publish; the message may be stored before we look."""
+    publish(broker, [("iot/data", b"of somebody else")])
+    eventually(lambda: database.count() == 1)
+    with prometheus(RULE, scraped=1) as where:
+        done = run_command(
+            "verify",
+            f"--prometheus={where}",
+            "--published=of somebody else",
+            IOT_MQTT_URL="mqtt://127.0.0.1:1",  # nobody is there
+            IOT_HTTP_PORT=str(settings.http_port),
+            **database.environment(),
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == "it is in the table, once"
+    assert len(done.stdout.splitlines()) == 4
+    assert database.count() == 1
+
+
+def test_message_of_somebody_else_that_did_not_come(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_module, "_TIMEOUT", 1.0)
+    with prometheus(RULE) as where, pytest.raises(VerificationError, match="not in the table"):
+        list(verify(settings, address(settings), where, "never published"))
 
 
 def test_message_that_is_not_stored(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

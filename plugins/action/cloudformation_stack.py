@@ -4,6 +4,8 @@ It takes the options of amazon.aws.cloudformation (``region`` is required here) 
 
 ``state: settled``
     Change nothing. Wait until no operation is in progress and return what the stack is then.
+``protected``
+    Protect the stack from being deleted, once it is complete. ``state: absent`` takes it off first.
 ``poll_seconds``
     Seconds between two looks at the stack's events, 5 by default.
 
@@ -13,6 +15,8 @@ It returns what amazon.aws.cloudformation returns, and
     The stack's status, for example ``UPDATE_COMPLETE``; ``null`` where there is no stack.
 ``alive``
     Whether it can be updated. Any other stack has to be deleted before its name is free again.
+``is_protected``
+    Whether it is protected from being deleted.
 ``outputs``, ``parameters``
     The stack's outputs and parameters, mappings.
 ``changes``
@@ -34,6 +38,7 @@ from collections.abc import Callable
 from typing import Any
 
 import yaml
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
@@ -146,6 +151,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
         super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         poll = float(arguments.pop("poll_seconds", 5))
+        protected = boolean(arguments.pop("protected", False))
         for name in ("stack_name", "region"):
             if not arguments.get(name):
                 return {
@@ -161,7 +167,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
         try:
             client = boto3.client("cloudformation", region_name=arguments["region"])
             progress = Progress(client, stack, Display().display)
+            if arguments.get("state") == "absent" and not self._task.check_mode:
+                protect(client, stack, wanted=False)
             result = self._run(client, progress, arguments, poll, task_vars)
+            done = arguments.get("state") == "present" and not result.get("failed")
+            if done and not self._task.check_mode and protect(client, stack, wanted=protected):
+                result |= {"changed": True, "is_protected": protected}
         except (BotoCoreError, ClientError) as error:
             result = {"failed": True, "msg": f"{stack}: {error}"}
         if result.get("failed") and CREDENTIALS.search(
@@ -251,6 +262,14 @@ def settle(client: Any, stack: str, progress: Progress, poll: float) -> Json:
     return described
 
 
+def protect(client: Any, stack: str, *, wanted: bool) -> bool:
+    """Turn the protection of a stack on or off; return whether it was otherwise."""
+    if describe(client, stack)["is_protected"] == wanted:
+        return False
+    client.update_termination_protection(StackName=stack, EnableTerminationProtection=wanted)
+    return True
+
+
 def describe(client: Any, stack: str) -> Json:
     """What the stack is, in the words of this module's documentation."""
     try:
@@ -258,7 +277,8 @@ def describe(client: Any, stack: str) -> Json:
     except ClientError as error:
         if "does not exist" not in str(error):
             raise
-        return {"status": None, "alive": False, "outputs": {}, "parameters": {}, "reason": ""}
+        nothing: Json = {"status": None, "alive": False, "outputs": {}, "parameters": {}}
+        return nothing | {"reason": "", "is_protected": False}
     status = found["StackStatus"]
     return {
         "status": status,
@@ -268,6 +288,7 @@ def describe(client: Any, stack: str) -> Json:
             one["ParameterKey"]: one["ParameterValue"] for one in found.get("Parameters", [])
         },
         "reason": found.get("StackStatusReason", ""),
+        "is_protected": bool(found.get("EnableTerminationProtection")),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import urllib.error
 import urllib.request
@@ -46,6 +47,9 @@ class Emulator(Service):
         self.port = port or free_port()
         self.url = f"http://{HOST}:{self.port}"
         (folder / "calls").touch()
+        self.rds_certificates.write_text(
+            "-----BEGIN CERTIFICATE-----\nof RDS in this account\n-----END CERTIFICATE-----\n"
+        )
 
     def command(self) -> list[str]:
         return [str(PYTHON), str(HERE / "shims.py")]
@@ -62,9 +66,10 @@ class Emulator(Service):
             "AWS_EC2_METADATA_DISABLED": "true",
             "CALLS": str(self.folder / "calls"),
             "SCENARIO": str(self.folder / "scenario.json"),
-            # Two keys of the root user, so that the test's calls can be told from the playbook's,
-            # which have the emulator's other one.
-            "AWS_ACCESS_KEY_ID": OBSERVER,
+            # Of the clusters, as processes of its own group.
+            "KUBERNETES_API": str(HERE.parent.parent),
+            "KUBERNETES_API_PYTHON": sys.executable,
+            **KEYS,
             **self.settings,
         }
         return {"cwd": self.folder, "env": environment, "start_new_session": True}
@@ -75,6 +80,17 @@ class Emulator(Service):
                 return bool(answer.status == 200)
         except (urllib.error.URLError, ConnectionError):
             return False
+
+    @property
+    def rds_certificates(self) -> Path:
+        """What AWS serves at truststore.pki.rds.amazonaws.com."""
+        return self.folder / "rds-bundle.pem"
+
+    def close(self) -> None:
+        # With the APIs of its clusters, which are processes of its group.
+        if self.process and self.running:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.wait()
 
     @property
     def environment(self) -> dict[str, str]:

@@ -8,17 +8,18 @@ here depends on its insides. Beside that, this program
 * reads ``SCENARIO`` (JSON) before each call and each resource, for bad days:
   ``slow`` (seconds by type), ``fail`` (reason by logical id), ``fail_deletion`` (reason by type),
   ``log_groups_that_come_back`` (names), ``status`` (of stacks, forged), ``expired``,
-  ``expired_after`` (an action), ``quotas`` (by code), ``classes_not_offered``, ``cluster``
-  (``endpoint`` and ``ca``: where the test's Kubernetes API is).
+  ``expired_after`` (an action), ``quotas`` (by code), ``classes_not_offered``.
 
 What AWS does otherwise is said at each shim.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
+import subprocess
 import time
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -243,9 +244,33 @@ def create_cluster(name, properties, stack):
         client("eks").associate_encryption_config(
             clusterName=identifier, encryptionConfig=configuration
         )
-    if where := scenario().get("cluster"):  # the test's API server
-        attributes |= {"Endpoint": where["endpoint"], "CertificateAuthorityData": where["ca"]}
+    attributes |= {"Endpoint": start_api(identifier), "CertificateAuthorityData": ""}
     return identifier, attributes
+
+
+def delete_cluster(identifier, properties):
+    HAVE_CLUSTER["delete"](identifier, properties)
+    if api := APIS.pop((get_region(), identifier), None):
+        api.kill()
+        api.wait()
+
+
+APIS: dict[tuple[str, str], subprocess.Popen] = {}  # of clusters, by region and name
+
+
+def start_api(identifier: str) -> str:
+    """The cluster's API is testing/kubernetes_api: no node runs, and any token is taken."""
+    kubeconfig = Path(os.environ["HOME"]) / f"api-{get_region()}-{identifier}"
+    kubeconfig.unlink(missing_ok=True)
+    command = [os.environ["KUBERNETES_API_PYTHON"], "-m", "testing.kubernetes_api"]
+    APIS[get_region(), identifier] = subprocess.Popen(
+        [*command, f"--kubeconfig={kubeconfig}"],
+        cwd=os.environ["KUBERNETES_API"],
+        stdin=subprocess.DEVNULL,
+    )
+    while not kubeconfig.exists():
+        time.sleep(0.05)
+    return re.search(r"server: (\S+)", kubeconfig.read_text())[1]
 
 
 EXPORTS: dict[str, list[str]] = {}  # of logs, by instance: MiniStack forgets them
@@ -279,7 +304,7 @@ HANDLERS = {
         "update": update_instance,
         "delete": delete_instance,
     },
-    "AWS::EKS::Cluster": {**HAVE_CLUSTER, "create": create_cluster},
+    "AWS::EKS::Cluster": {**HAVE_CLUSTER, "create": create_cluster, "delete": delete_cluster},
 }
 # One per account and region; the emulator has no API for either.
 for kind in ("AWS::IoT::Logging", "AWS::Budgets::Budget"):
@@ -373,6 +398,19 @@ def expired(action: str, headers: dict) -> tuple:
     return 403, {"Content-Type": "text/xml"}, text.encode()
 
 
+def with_load_balancers(asked: dict, body: bytes) -> bytes:
+    """MiniStack's tagging API does not know load balancers."""
+    elb, found = client("elbv2"), json.loads(body)
+    arns = [one["LoadBalancerArn"] for one in elb.describe_load_balancers()["LoadBalancers"]]
+    for about in elb.describe_tags(ResourceArns=arns)["TagDescriptions"] if arns else []:
+        tags = {tag["Key"]: tag["Value"] for tag in about["Tags"]}
+        filters = asked.get("TagFilters", [])
+        if all(tags.get(one["Key"]) in one["Values"] for one in filters):
+            entry = {"ResourceARN": about["ResourceArn"], "Tags": about["Tags"]}
+            found["ResourceTagMappingList"].append(entry)
+    return json.dumps(found).encode()
+
+
 seen: set[str | None] = set()  # what was asked, for "expired_after"
 
 
@@ -415,6 +453,9 @@ async def dispatch_with_shims(method, path, headers, body, query_params, request
                 answer_body = re.sub(
                     rb"<StackStatus>\w+<", f"<StackStatus>{state}<".encode(), answer_body
                 )
+    if action == "tag:GetResources":
+        # A call to oneself from the event loop would wait for ever.
+        answer_body = await asyncio.to_thread(with_load_balancers, json.loads(body), answer_body)
     if action == "rds:DescribeDBInstances":
         answer_body = with_exports(answer_body)
     return status, answer_headers, answer_body

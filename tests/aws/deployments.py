@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from testing.aws.emulator import Call, Emulator
+from testing.kubernetes_api.process import StandIn
 from testing.service import eventually
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300.0  # seconds a playbook may take on a busy machine
+PATIENCE = 600.0  # seconds a playbook may take on a busy machine
 
 
 class Run(NamedTuple):
@@ -60,6 +61,8 @@ class Deployment:
             ROOT / "playbooks" / playbook,
             f"--extra-vars=region={self.region}",
             "--extra-vars=aws_base_poll_seconds=1",
+            f"--extra-vars=rds_ca_bundle_url=file://{self.account.rds_certificates}",
+            "--extra-vars=eks_deployer_access=false",
             *options,
         ]
 
@@ -94,6 +97,20 @@ class Deployment:
             *options,
             **environment,
         )
+
+    def deploy_stacks(self, *options: str, **environment: str) -> Run:
+        """The stacks alone: nothing on the cluster, which takes as long again."""
+        tags = ",".join(f"{role}_run" for role in ("network", "ecr", "rds", "eks", "iot_core"))
+        return self.deploy("--tags", tags, *options, **environment)
+
+    @property
+    def cluster(self) -> StandIn:
+        """The API of the deployed cluster."""
+        described = self.account.client("cloudformation", self.region).describe_stacks(
+            StackName="iot-system-eks"
+        )["Stacks"][0]
+        outputs = {one["OutputKey"]: one["OutputValue"] for one in described["Outputs"]}
+        return StandIn(outputs["Endpoint"], self.home / f".kube/iot-system-{self.region}")
 
     def teardown(self, *options: str, **environment: str) -> Run:
         confirm = "--extra-vars=confirm=true"

@@ -31,6 +31,7 @@ STATEMENTS: list[dict[str, Any]] = [
 PREFIXES = {"servicequotas": "service-quotas", "tag": "resourcegroupstaggingapi"}
 # Actions without an operation of the same name.
 PERMISSIONS_ONLY = {
+    "iot:Publish",  # an operation of the service iot-data
     *("iam:PassRole", "budgets:ModifyBudget", "budgets:ViewBudget"),
     *("logs:CreateLogDelivery", "logs:DeleteLogDelivery"),
     *("cloudformation:TagResource", "cloudformation:UntagResource"),

@@ -9,11 +9,12 @@ import subprocess
 from pathlib import Path
 
 import boto3
+import kubernetes
 import pytest
 import yaml
 from deployments import Deployment
 
-from testing.aws.emulator import Emulator
+from testing.aws.emulator import PYTHON, Emulator
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -31,26 +32,45 @@ def test_first_run_creates_all_of_it_and_shows_how(deployed: Deployment) -> None
     assert "registry.invalid/collector:1 is used, as ecr_image says" in run.output
 
 
+def test_the_database_s_stack_is_protected(deployed: Deployment) -> None:
+    described = deployed.account.client("cloudformation").describe_stacks()["Stacks"]
+    protected = [one["StackName"] for one in described if one["EnableTerminationProtection"]]
+    assert protected == ["iot-system-rds"]
+
+
+def test_this_machine_s_address_is_let_in(deployed: Deployment, tmp_path: Path) -> None:
+    (tmp_path / "address").write_text("198.51.100.7\n")
+    options = (
+        "-e",
+        "eks_deployer_access=true",
+        "-e",
+        f"eks_deployer_address_url=file://{tmp_path}/address",
+    )
+    run = deployed.deploy_stacks("--check", *options)
+    assert run.returncode == 0, run.output
+    assert run.planned == ["Modify AWS::EKS::Cluster Cluster (ResourcesVpcConfig)"]
+
+
 def test_second_run_changes_nothing(deployed: Deployment) -> None:
     run = deployed.deploy()
     assert (run.returncode, run.changed, run.events) == (0, 0, []), run.output
 
 
 def test_check_names_the_property_that_would_change(deployed: Deployment) -> None:
-    run = deployed.deploy("--check", "-e", "rds_instance_class=db.m8g.large")
+    run = deployed.deploy_stacks("--check", "-e", "rds_instance_class=db.m8g.large")
     assert run.returncode == 0, run.output
     assert run.planned == ["Modify AWS::RDS::DBInstance Instance (DBInstanceClass)"]
     assert run.changed == 1
 
 
 def test_one_changed_value_changes_that_alone(deployed: Deployment) -> None:
-    run = deployed.deploy("-e", "ecr_untagged_days=3")
+    run = deployed.deploy_stacks("-e", "ecr_untagged_days=3")
     assert (run.returncode, run.changed) == (0, 1), run.output
     # The emulator updates the stack's key as well, which has not changed.
     assert set(run.events) - {"UPDATE_COMPLETE AWS::KMS::Key Key"} == {
         "UPDATE_COMPLETE AWS::ECR::Repository Repository"
     }
-    assert deployed.deploy().changed == 1  # and back
+    assert deployed.deploy_stacks().changed == 1  # and back
 
 
 @pytest.mark.parametrize(
@@ -79,13 +99,23 @@ def test_database_and_cluster_are_not_replaced(
     assert deployed.account.stacks() == before
 
 
-def test_database_is_replaced_when_asked_for_by_name(account: Emulator) -> None:
+def test_database_and_cluster_are_replaced_when_asked_for_by_name(account: Emulator) -> None:
     deployment = Deployment(account)
-    assert deployment.deploy("--tags", "network_run,rds_run").returncode == 0
-    options = ["-e", "rds_database=other", "-e", "aws_base_allow_replacement=rds"]
-    run = deployment.deploy(*options, "--tags", "rds_run")
+    assert deployment.deploy("--tags", "network_run,rds_run,eks_run").returncode == 0
+    api = kubernetes.client.ApiClient(kubernetes.client.Configuration(host=deployment.cluster.url))
+    kubernetes.client.CoreV1Api(api).create_namespace({"metadata": {"name": "iot-system"}})
+    changes = {
+        "rds_database": "other",
+        "eks_creator_is_admin": False,
+        "eks_admin_arns": ["arn:aws:iam::000000000000:role/x"],
+        "aws_base_allow_replacement": ["rds", "eks"],
+    }
+    run = deployment.deploy("-e", json.dumps(changes), "--tags", "rds_run,eks_run")
     assert run.returncode == 0, run.output
     assert "DELETE_COMPLETE AWS::RDS::DBInstance Instance" in run.events
+    assert "DELETE_COMPLETE AWS::EKS::Cluster Cluster" in run.events
+    # Its volumes would otherwise stay behind.
+    assert "changed: [aws-account] => (item=iot-system)" in run.output
     (database,) = account.client("rds").describe_db_instances()["DBInstances"]
     assert database["DBName"] == "other"
     assert [line for line in deployment.left() if line.startswith("rds: snapshot")]
@@ -124,8 +154,9 @@ def test_kubeconfig_is_private_and_makes_tokens(deployed: Deployment) -> None:
     assert "token" not in path.read_text().replace("get-token", "")
     (user,) = config["users"]
     command = user["user"]["exec"]
+    assert command["command"] == "aws"
     made = subprocess.run(
-        [command["command"], *command["args"]],
+        [PYTHON.with_name("aws"), *command["args"]],
         env=deployed.environment,
         capture_output=True,
         text=True,

@@ -53,10 +53,10 @@ def test_killed_while_a_stack_is_made_or_deleted(account: Emulator) -> None:
             f"--tags={tags(stack)}",
         )
     account.scenario()
-    run = deployment.deploy()
+    run = deployment.deploy_stacks()
     assert run.returncode == 0, run.output
     assert account.stacks() == complete(deployment)
-    assert deployment.deploy().changed == 0
+    assert deployment.deploy_stacks().changed == 0
 
     # The same for teardown, which goes the other way round.
     for stack in reversed(INTERRUPTED):
@@ -86,7 +86,7 @@ def test_a_failure_is_named_and_the_next_run_goes_on(account: Emulator) -> None:
             done, "CREATE_COMPLETE"
         )
     account.scenario()
-    run = deployment.deploy()
+    run = deployment.deploy_stacks()
     assert run.returncode == 0, run.output
     assert account.stacks() == complete(deployment)
 
@@ -141,7 +141,7 @@ def test_stacks_in_every_dead_state_are_replaced(account: Emulator) -> None:
     deployment = Deployment(account)
     check = deployment.deploy("--check")
     assert check.returncode == 0, check.output
-    run = deployment.deploy()
+    run = deployment.deploy_stacks()
     assert run.returncode == 0, run.output
     assert account.stacks() == complete(deployment)
 

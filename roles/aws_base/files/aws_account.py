@@ -590,13 +590,28 @@ def left_in_kms(account: Account) -> Iterator[Left]:
 ASKED_ELSEWHERE = ("cloudformation", "ec2", "iam", "kms")
 
 
+def tagged(account: Account, key: str, value: str) -> set[str]:
+    """The ARNs of all resources with a tag."""
+    found = account.all(
+        "resourcegroupstaggingapi",
+        "get_resources",
+        "ResourceTagMappingList",
+        TagFilters=[{"Key": key, "Values": [value]}],
+    )
+    return {str(one["ResourceARN"]) for one in found}
+
+
 def left_by_tag(account: Account) -> Iterator[Left]:
     """What the tagging API knows, which names for a while what is gone."""
-    tag = [{"Key": "Project", "Values": [account.name]}]
-    for one in account.all(
-        "resourcegroupstaggingapi", "get_resources", "ResourceTagMappingList", TagFilters=tag
+    arns = tagged(account, "Project", account.name)
+    # What controllers in the cluster make has tags of theirs.
+    for key, value in (
+        (f"kubernetes.io/cluster/{account.name}", "owned"),
+        ("elbv2.k8s.aws/cluster", account.name),
     ):
-        arn = one["ResourceARN"]
+        made = tagged(account, key, value)
+        arns |= {arn for arn in made if arn.split(":")[2] == "elasticloadbalancing"}
+    for arn in sorted(arns):
         service, rest = arn.split(":")[2], arn.split(":", 5)[5]
         if service in ASKED_ELSEWHERE or (service == "rds" and rest.startswith("snapshot:")):
             continue
