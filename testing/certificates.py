@@ -18,14 +18,14 @@ class Certificates(NamedTuple):
     client_key: Path
 
 
-def make_certificates(folder: Path) -> Certificates:
-    """Make a CA, a server's certificate for 127.0.0.1 and a client's."""
+def make_certificates(folder: Path, *names: str) -> Certificates:
+    """Make a CA, a server's certificate for 127.0.0.1 and for names, and a client's."""
     authority = trustme.CA()
     files = Certificates(
         *(folder / f for f in ("ca.crt", "server.crt", "server.key", "client.crt", "client.key"))
     )
     authority.cert_pem.write_to_path(files.ca)
-    server, client = authority.issue_cert(HOST), authority.issue_cert(common_name="client")
+    server, client = authority.issue_cert(HOST, *names), authority.issue_cert(common_name="client")
     for made, certificate, key in (
         (server, files.server, files.server_key),
         (client, files.client, files.client_key),

@@ -105,9 +105,15 @@ def publish(
 class Stream:
     """A device that publishes numbered messages in the background until the block ends."""
 
-    def __init__(self, broker: Broker, topic: str = "iot/data", every: float = 0.002) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        topic: str = "iot/data",
+        every: float = 0.002,
+        message: bytes = b"n:%d",
+    ) -> None:
         self._publisher = Publisher(broker)
-        self._topic = topic
+        self._topic, self._message = topic, message
         self._every = every
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -135,5 +141,5 @@ class Stream:
 
     def _run(self) -> None:
         while not self._stop.wait(self._every):
-            self._publisher.publish(self._topic, b"n:%d" % self.sent)
+            self._publisher.publish(self._topic, self._message % self.sent)
             self.sent += 1

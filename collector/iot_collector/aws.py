@@ -41,8 +41,9 @@ def session() -> Any:
         raise SettingsError(
             "a setting names AWS, and botocore is not installed; pip install 'iot-collector[aws]'"
         ) from None
-    # At the level debug it logs whole answers, which may hold a password.
-    logging.getLogger("botocore").setLevel(logging.WARNING)
+    # At the level debug they log signatures and whole answers, which may hold a password.
+    for name in ("botocore", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     return botocore.session.get_session()
 
 

@@ -9,6 +9,7 @@ import psycopg2
 from .aws import AwsError
 from .connection import Connection
 from .database import HINTS, connect, explain
+from .iot_core import MESSAGE_ID_ADVICE
 from .migrate import missing_migrations
 from .replay_queue import Queue
 from .settings import Settings
@@ -31,7 +32,8 @@ _BROKER_HINTS = {
 
 def check(settings: Settings) -> Iterator[tuple[int, str]]:
     """Yield (bit of the exit status, text) of each check; the bit is 0 if the check succeeded."""
-    yield 0, "settings: all valid"
+    advice = f"; {MESSAGE_ID_ADVICE}" if settings.iot_core and not settings.message_id_key else ""
+    yield 0, f"settings: all valid{advice}"
     yield _check_broker(settings)
     yield _check_database(settings)
     if settings.replay_queue is not None:
@@ -57,6 +59,7 @@ def _check_broker(settings: Settings) -> tuple[int, str]:
     if probe.accepted:
         return 0, f"{where}: connected as {client_id}"
     hint = next((f"; {hint}" for sign, hint in _BROKER_HINTS.items() if sign in fault), "")
+    hint = "" if "check " in fault else hint  # it says already what to look at
     return BROKER_FAILED, f"{where}: {fault}{hint}"
 
 

@@ -6,22 +6,26 @@ on no other, where their packet ids may belong to other messages.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
-from paho.mqtt.client import Client, ConnectFlags
+from paho.mqtt.client import Client, ConnectFlags, WebsocketConnectionError
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from .buffer import QOS, SessionStart
 from .client import make_client
+from .iot_core import ALPN, ALPN_PORT, POLICY_HINT
 from .settings import Settings
 from .subscriptions import Subscriptions
 
+if TYPE_CHECKING:
+    from .signing import Handshake
+
 log = structlog.get_logger(__name__)
 
-_SESSION_TAKEN_OVER = 0x8E  # MQTT 5 §3.14.2.1
+_SESSION_TAKEN_OVER, _NOT_AUTHORIZED = 0x8E, 0x87  # MQTT 5 §3.14.2.1
 # If this many reads in a row end with the same number of un-acknowledged messages, that number is
 # taken for the broker's window.
 _SAME_COUNT = 8
@@ -54,7 +58,7 @@ class Connection:
         self.subscriptions = subscriptions or Subscriptions(settings)
         self._keep_session = keep_session
         self.client = make_client(settings, keep_session=keep_session)
-        self.client.on_connect = lambda _c, _u, flags, why, _p: self._on_connect(flags, why)
+        self.client.on_connect = lambda _c, _u, flags, why, prop: self._on_connect(flags, why, prop)
         self.client.on_subscribe = lambda _c, _u, mid, why, _p: self._on_subscribe(mid, why)
         self.client.on_unsubscribe = lambda _c, _u, mid, _w, _p: self._on_unsubscribe(mid)
         self.client.on_disconnect = lambda _c, _u, _f, why, _p: self._on_disconnect(why)
@@ -76,7 +80,7 @@ class Connection:
         """
         settings = self._settings
         broker = settings.broker
-        set_up_transport(self.client, settings)
+        handshake = set_up_transport(self.client, settings)
         options: dict[str, Any] = {}
         if settings.mqtt_version == "5":
             properties = Properties(PacketTypes.CONNECT)
@@ -84,7 +88,14 @@ class Connection:
                 properties.SessionExpiryInterval = settings.mqtt_session_expiry_seconds
             properties.ReceiveMaximum = settings.mqtt_max_inflight
             options = {"clean_start": not self._keep_session, "properties": properties}
-        self.client.connect(broker.host, broker.port, settings.mqtt_keepalive_seconds, **options)
+        try:
+            self.client.connect(
+                broker.host, broker.port, settings.mqtt_keepalive_seconds, **options
+            )
+        except WebsocketConnectionError as error:
+            if handshake is None:
+                raise
+            raise handshake.explain(error) from None
 
     def count_received(self, tags: list[int]) -> None:
         """Count messages that wait for their acknowledgement."""
@@ -130,10 +141,21 @@ class Connection:
         self._unacked -= len(tags)
 
     @_callback
-    def _on_connect(self, flags: ConnectFlags, reason: ReasonCode) -> None:
+    def _on_connect(
+        self, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
+    ) -> None:
         if reason.is_failure:
-            self.end_reason = f"broker refused the connection: {reason}"
+            self.end_reason = f"broker refused the connection: {reason}{self._hint(reason)}"
             return
+        asked = self._settings.mqtt_session_expiry_seconds
+        # The property is only there if the broker chose another value (MQTT 5 §3.2.2.3.2).
+        granted = getattr(properties, "SessionExpiryInterval", asked)
+        if self._keep_session and granted < asked:
+            log.warning(
+                "the broker ends the session earlier than IOT_MQTT_SESSION_EXPIRY_SECONDS asks for",
+                asked=asked,
+                granted=granted,
+            )
         self.accepted = True
         self.session_present = flags.session_present
         self.session_start = SessionStart(self, flags.session_present)
@@ -152,7 +174,17 @@ class Connection:
     def _on_disconnect(self, reason: ReasonCode) -> None:
         if reason.value == _SESSION_TAKEN_OVER:
             self.end_reason = duplicate_client_id(self._settings)
-        self.end_reason = self.end_reason or self.client.read_error or f"connection ended: {reason}"
+        fault = self.client.read_error or f"connection ended: {reason}"
+        self.end_reason = self.end_reason or f"{fault}{self._hint(reason)}"
+
+    def _hint(self, reason: ReasonCode) -> str:
+        """Return what to change, where the reason does not say it."""
+        if self._settings.iot_core and reason.value == _NOT_AUTHORIZED:
+            return f"; {POLICY_HINT.format(client_id=self._settings.mqtt_client_id)}"
+        if self._settings.mqtt_cert_file and not self.accepted:
+            # With TLS 1.3 the broker checks it after our side of the handshake is done.
+            return "; perhaps it does not accept the client certificate: check IOT_MQTT_CERT_FILE"
+        return ""
 
 
 def duplicate_client_id(settings: Settings) -> str:
@@ -163,12 +195,17 @@ def duplicate_client_id(settings: Settings) -> str:
     )
 
 
-def set_up_transport(client: Client, settings: Settings) -> None:
+def set_up_transport(client: Client, settings: Settings) -> "Handshake | None":
     """Set a client's credentials, TLS and WebSocket path from the settings.
 
-    :raises OSError: a secret or TLS file cannot be read.
+    :return: for a signed WebSocket, what can explain why the handshake failed.
+    :raises OSError: a secret or TLS file cannot be read, or there are no AWS credentials.
     """
     broker = settings.broker
+    if settings.signed:
+        from .signing import set_up
+
+        return set_up(client, settings)
     if broker.username is not None:
         client.username_pw_set(broker.username, settings.mqtt_secret)
     if broker.transport == "websockets":
@@ -176,4 +213,7 @@ def set_up_transport(client: Client, settings: Settings) -> None:
     if broker.tls:
         files = (settings.mqtt_ca_file, settings.mqtt_cert_file, settings.mqtt_key_file)
         ca, cert, key = (str(file) if file else None for file in files)
-        client.tls_set(ca, cert, key)
+        # On this port, AWS IoT Core takes MQTT only from a client that asks for it.
+        alpn = [ALPN] if settings.iot_core and broker.port == ALPN_PORT else None
+        client.tls_set(ca, cert, key, alpn_protocols=alpn)
+    return None

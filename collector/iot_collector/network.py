@@ -128,6 +128,7 @@ class NetworkThread(threading.Thread):
                 # With MQTT 3.1.1, and older brokers, nothing tells why a connection was closed.
                 self.error = f"{self.error}; perhaps {duplicate_client_id(self._settings)}"
             wait = random.uniform(0, min(_MAX_BACKOFF, 0.25 * 2**failures))  # noqa: S311
+            wait += self._settings.connect_interval
             log.warning(
                 "no connection to broker, will retry",
                 broker=str(self._settings.broker),

@@ -21,6 +21,8 @@ import pydantic
 from pydantic import AfterValidator, BeforeValidator, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from . import iot_core
+
 PREFIX = "IOT_"
 
 Transport = Literal["tcp", "websockets"]
@@ -32,6 +34,7 @@ SCHEMES: dict[str, tuple[Transport, bool, int]] = {
     "mqtts": ("tcp", True, 8883),
     "ws": ("websockets", False, 80),
     "wss": ("websockets", True, 443),
+    iot_core.SCHEME: ("websockets", True, 443),
 }
 _QUOTING = "in user name and password, / ? # [ ] @ are written as %2F %3F %23 %5B %5D %40"
 
@@ -143,7 +146,8 @@ class Settings(BaseSettings):
 
     # fmt: off
     mqtt_url: Annotated[str, AfterValidator(_valid_url)] = _setting(
-        "mqtt://127.0.0.1:1883", "Broker: mqtt://, mqtts://, ws:// or wss://", repr=False)
+        "mqtt://127.0.0.1:1883", "Broker: mqtt://, mqtts://, ws://, wss://, or awsiot:// for AWS "
+        "IoT Core with AWS credentials", repr=False)
     mqtt_username: str | None = _setting(None, "User name for the broker", "collector")
     mqtt_password: Secret = _setting(None, "Its password", "(better: IOT_MQTT_PASSWORD_FILE)")
     mqtt_password_file: File = _setting(
@@ -166,15 +170,17 @@ class Settings(BaseSettings):
     mqtt_keepalive_seconds: int = _setting(30, "Keepalive of the connection", ge=5, le=65535)
     # Far below 65 535, so that no packet id is reused while the ledger still needs it.
     mqtt_max_inflight: int = _setting(
-        10_000, "Most un-acknowledged messages the broker may send", ge=1, le=20_000)
+        10_000, "Most un-acknowledged messages the broker may send (AWS IoT Core: 100)", ge=1,
+        le=20_000)
     mqtt_session_expiry_seconds: int = _setting(
         7 * 86400, "How long the broker keeps the session and queues messages while the collector "
         "is away (with MQTT 3.1.1 the broker decides: set the same here); ids of messages are kept "
-        "a day longer, at least 8 days; 4294967295: for ever, both", ge=60, le=0xFFFFFFFF)
+        "a day longer, at least 8 days; 4294967295: for ever, both (AWS IoT Core: 3600)", ge=60,
+        le=0xFFFFFFFF)
 
     packet_ledger: bool = _setting(
         True, "Store a message once that the broker sends again; needs a broker that sends it with "
-        "the same packet id (MQTT 5 §4.4; AWS IoT Core does not)")
+        "the same packet id (MQTT 5 §4.4; AWS IoT Core does not: there it is off)")
     message_id_key: str | None = _setting(
         None, "JSON key or MQTT 5 user property with an id that devices give each message; "
         "messages with the same id are stored once", "message_id", min_length=1)
@@ -223,6 +229,17 @@ class Settings(BaseSettings):
         "info", "debug, info, warning or error")
     # fmt: on
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _defaults_of_iot_core(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Use the defaults that suit AWS IoT Core, where that is the broker."""
+        try:
+            url = urlsplit(str(values.get("mqtt_url")))
+            known = iot_core.is_iot_core(url.scheme, url.hostname or "")
+        except ValueError:  # which the URL's own check reports
+            known = False
+        return iot_core.DEFAULTS | values if known else values
+
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
         for name in ("mqtt_password", "database_password"):
@@ -244,7 +261,47 @@ class Settings(BaseSettings):
                 f"IOT_MQTT_CLIENT_ID: {self.mqtt_client_id!r} does not end in an ordinal, which "
                 "IOT_SESSION_ON_STOP=ordinal needs; for example collector-0"
             )
+        faults = iot_core.faults(self) if self.iot_core else []
+        if faults := faults + (self._faults_of_signing() if self.signed else []):
+            raise ValueError("\n".join(faults))
         return self
+
+    def _faults_of_signing(self) -> list[str]:
+        found = []
+        if self.broker.username or self.mqtt_cert_file or urlsplit(self.mqtt_url).path.strip("/"):
+            found.append(
+                "IOT_MQTT_URL: with awsiot:// there is no path, user name, password or client "
+                "certificate, but AWS credentials; to use a certificate, set mqtts://<endpoint>"
+            )
+        if not self.aws_region:
+            found.append(
+                "IOT_MQTT_URL: the endpoint's name has no region, as that of "
+                "abc-ats.iot.eu-west-1.amazonaws.com; set AWS_REGION, for example eu-west-1"
+            )
+        if importlib.util.find_spec("botocore") is None:
+            found.append("IOT_MQTT_URL: awsiot:// needs pip install 'iot-collector[aws]'")
+        return found
+
+    @property
+    def iot_core(self) -> bool:
+        """Whether the broker is AWS IoT Core, as far as the URL says."""
+        return iot_core.is_iot_core(urlsplit(self.mqtt_url).scheme, self.broker.host)
+
+    @property
+    def signed(self) -> bool:
+        """Whether to connect with AWS credentials."""
+        return urlsplit(self.mqtt_url).scheme == iot_core.SCHEME
+
+    @property
+    def connect_interval(self) -> float:
+        """Seconds that the broker wants between two attempts to connect."""
+        return iot_core.CONNECT_INTERVAL if self.iot_core else 0.0
+
+    @property
+    def aws_region(self) -> str:
+        """The broker's region; empty if nothing says it."""
+        named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
+        return iot_core.region_of(self.broker.host) or named
 
     @property
     def leave_on_stop(self) -> bool:

@@ -6,6 +6,10 @@ there is one with both, in which the broker sends each message twice. One SUBSCR
 broker carries out as a whole, adds the new filter and lowers the old one to QoS 0. From then on the
 copy for the old filter has QoS 0 and is dropped; the one for the new filter has its QoS and packet
 id. docs/adr/0002-changing-subscriptions.md has the reasons and the limits.
+
+On AWS IoT Core a new subscription may take effect some time after the SUBACK. There, nothing is
+lowered and nothing is dropped: both filters keep their QoS for a while, and what comes twice
+meanwhile is recognised by its message id (IOT_MESSAGE_ID_KEY), or stored twice.
 """
 
 import math
@@ -20,6 +24,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from .buffer import QOS, Event, ReadBatch, SessionStart, SubscriptionsChanged
 from .client import StockClient
 from .copy_format import decode_tuple, tuple_start
+from .iot_core import FILTERS_PER_SUBSCRIBE, OVERLAP
 from .sessions import Claim, without_share
 from .settings import Settings
 
@@ -55,6 +60,7 @@ class Subscriptions:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._v5 = settings.mqtt_version == "5"
+        self._lowers = self._v5 and not settings.iot_core
         self._another_pod = bool(settings.session_on_stop == "ordinal" and settings.leave_on_stop)
         self._client: StockClient
         self._connection: object = None
@@ -78,6 +84,8 @@ class Subscriptions:
         self._held: list[str] = []
         self._stale: list[str] = []
         self._removed: list[str] = []  # stale filters of the UNSUBSCRIBE, without their group
+        self._overlapping: list[str] = []  # stale filters that stay until `_overlap_ends`
+        self._overlap_ends = math.inf
         self._claim_at = math.inf
         # In the messages that the client holds now, where the copies start and end: `drop_copies`.
         self._copies_start: int | None = None
@@ -114,6 +122,9 @@ class Subscriptions:
             self.events.append(SessionStart(self._connection, session_present=True, force=force))
         if self._due and now >= self._due_at:
             self._subscribe_to_settings()
+        if now >= self._overlap_ends:
+            self._overlap_ends = math.inf
+            self._remove(self._overlapping)
 
     def handle_claim(self, claim: Claim) -> None:
         """Go on with the answer of the database."""
@@ -163,6 +174,15 @@ class Subscriptions:
         self._subscribe(due, self._stale)
 
     def _subscribe(self, filters: list[str], stale: list[str]) -> None:
+        step = FILTERS_PER_SUBSCRIBE if self._settings.iot_core else len(filters)
+        parts = [filters[at : at + step] for at in range(0, len(filters), step)]
+        for part in parts:
+            packet_id = self._send_subscribe(part, stale)
+            # The stale filters are removed after the last part is granted.
+            self._requests[packet_id] = _Request(part, stale if part is parts[-1] else [])
+
+    def _send_subscribe(self, filters: list[str], stale: list[str]) -> int | None:
+        """Send a SUBSCRIBE and return its packet id."""
         qos = min(self._settings.mqtt_qos, self._client.max_qos)
         if self._v5:
             # Retained messages are wanted for a new subscription only: not at each reconnect, and
@@ -173,7 +193,8 @@ class Subscriptions:
                 SubscribeOptions.RETAIN_DO_NOT_SEND,
             )
             options = [(f, never if without_share(f) in replaced else if_new, qos) for f in filters]
-            options += [(f, never, 0) for f in stale]
+            if self._lowers:
+                options += [(f, never, 0) for f in stale]
             _, packet_id = self._client.subscribe(
                 [(f, SubscribeOptions(qos=q, retainHandling=retain)) for f, retain, q in options]
             )
@@ -181,14 +202,14 @@ class Subscriptions:
             # With MQTT 3.1.1, Mosquitto sends a message once, whatever matches it. If the old
             # filter were lowered to QoS 0, that one message might have it.
             _, packet_id = self._client.subscribe([(f, qos) for f in filters])
-        self._requests[packet_id] = _Request(filters, stale)
+        return packet_id
 
     def handle_suback(self, packet_id: int, reasons: list[ReasonCode]) -> None:
         """Handle the broker's answer to a SUBSCRIBE."""
         request = self._requests.pop(packet_id)
         if self._requested and not set(request.filters) <= set(self._settings.mqtt_topics):
             return  # the answer for old filters
-        refused = {}
+        refused = {f: why for f, why in self.refused.items() if f not in request.filters}
         for topic_filter, reason in zip(request.filters, reasons, strict=False):
             if reason.is_failure:
                 refused[topic_filter] = str(reason)
@@ -197,11 +218,14 @@ class Subscriptions:
             elif reason.value == 0:
                 log.warning("broker granted QoS 0 only: it may lose messages", filter=topic_filter)
         self.refused = refused  # replaced as a whole, because other threads read it
-        self.active = not self.refused
+        self.active = not self.refused and not self._requests
         if self._left or not self._requested:
             return
         self._due, self._due_at = list(self.refused), time.monotonic() + _RETRY_REFUSED
-        if request.stale:
+        if request.stale and self._settings.iot_core:
+            self._overlapping = request.stale
+            self._overlap_ends = time.monotonic() + OVERLAP
+        elif request.stale:
             self._remove(request.stale)
 
     def _remove(self, stale: list[str]) -> None:
@@ -213,7 +237,7 @@ class Subscriptions:
         if removed := [f for f in stale if f not in self._stale]:
             log.info("unsubscribing from topics that are no longer set", filters=removed)
             self._removed = [without_share(f) for f in removed]
-            self._copies_start = self._client.message_count if self._v5 else None
+            self._copies_start = self._client.message_count if self._lowers else None
             _, self._removal = self._client.unsubscribe(removed)
 
     def handle_unsuback(self, packet_id: int) -> None:

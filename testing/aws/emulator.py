@@ -20,6 +20,7 @@ from testing.service import HOST, Service, free_port
 HERE = Path(__file__).parent
 # Made by `make .venv/emulator/.stamp`: MiniStack insists on a release of botocore of its own.
 PYTHON = Path(sys.prefix) / "emulator/bin/python"
+OBSERVER = "observer"  # the test's own access key
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
 
@@ -32,12 +33,16 @@ class Call(NamedTuple):
 
 
 class Emulator(Service):
-    """An empty account. ``folder`` gets its files: log, calls, scenario."""
+    """An empty account. ``folder`` gets its files: log, calls, scenario.
+
+    :param settings: variables of MiniStack's; ``AUTH="true"`` lets it authorise calls.
+    """
 
     name = "emulator"
 
-    def __init__(self, folder: Path, port: int | None = None) -> None:
+    def __init__(self, folder: Path, port: int | None = None, **settings: str) -> None:
         super().__init__(folder)
+        self.settings = settings
         self.port = port or free_port()
         self.url = f"http://{HOST}:{self.port}"
         (folder / "calls").touch()
@@ -57,7 +62,10 @@ class Emulator(Service):
             "AWS_EC2_METADATA_DISABLED": "true",
             "CALLS": str(self.folder / "calls"),
             "SCENARIO": str(self.folder / "scenario.json"),
-            **KEYS,
+            # Two keys of the root user, so that the test's calls can be told from the playbook's,
+            # which have the emulator's other one.
+            "AWS_ACCESS_KEY_ID": OBSERVER,
+            **self.settings,
         }
         return {"cwd": self.folder, "env": environment, "start_new_session": True}
 
@@ -81,13 +89,12 @@ class Emulator(Service):
         }
 
     def client(self, service: str, region: str = "eu-west-1") -> Any:
-        # A key of its own, so that the test's calls are not taken for those of the playbook.
         return boto3.client(
             service,
             region_name=region,
             endpoint_url=self.url,
-            aws_access_key_id="observer",
-            aws_secret_access_key="observer",
+            aws_access_key_id=OBSERVER,
+            aws_secret_access_key=OBSERVER,
             config=Config(retries={"max_attempts": 2}),
         )
 
@@ -101,7 +108,7 @@ class Emulator(Service):
         """What the playbooks have asked for."""
         lines = (self.folder / "calls").read_text().splitlines()
         found = [Call(*line.split()) for line in lines]
-        return [call for call in found if call.access_key != "observer"]
+        return [call for call in found if call.access_key != OBSERVER]
 
     def stacks(self, region: str = "eu-west-1") -> dict[str, str]:
         """Status of each stack, by name, without those that are deleted."""

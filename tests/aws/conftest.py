@@ -12,14 +12,14 @@ from testing.aws.emulator import PYTHON, Emulator
 
 
 @pytest.fixture(scope="session")
-def make_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Emulator]]:
+def make_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Emulator]]:
     """Make accounts with nothing in them; they end with the tests."""
     if not PYTHON.exists():
         pytest.fail("the emulator is not installed: make .venv/emulator/.stamp")
     made: list[Emulator] = []
 
-    def make() -> Emulator:
-        made.append(Emulator(tmp_path_factory.mktemp("account")).start())
+    def make(**settings: str) -> Emulator:
+        made.append(Emulator(tmp_path_factory.mktemp("account"), **settings).start())
         return made[-1]
 
     yield make
@@ -28,15 +28,18 @@ def make_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
 
 @pytest.fixture
-def account(make_account: Callable[[], Emulator]) -> Emulator:
+def account(make_account: Callable[..., Emulator]) -> Emulator:
     """An account of the test's own."""
     return make_account()
 
 
 @pytest.fixture(scope="session")
-def deployed(make_account: Callable[[], Emulator]) -> Deployment:
-    """The system in eu-west-1, after its first run. Tests that change it set it back."""
-    deployment = Deployment(make_account())
+def deployed(make_account: Callable[..., Emulator]) -> Deployment:
+    """The system in eu-west-1, after its first run. Tests that change it set it back.
+
+    The account authorises calls, for those that are not the root user's.
+    """
+    deployment = Deployment(make_account(AUTH="true"))
     deployment.first_run = deployment.deploy()
     deployment.first_calls = deployment.account.calls()
     return deployment

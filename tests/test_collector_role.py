@@ -1,0 +1,63 @@
+"""The role ``collector`` where the broker is AWS IoT Core: what is installed and what is set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_runs import playbook
+
+PLAY = """
+- hosts: host
+  gather_facts: true
+  gather_subset: ["!all", min]
+  roles: # for their variables
+    - {role: iot.platform.mosquitto, tags: never}
+    - {role: iot.platform.postgres, tags: never}
+    - {role: iot.platform.collector, tags: never}
+  tasks:
+    - ansible.builtin.copy:
+        content: >-
+          {{ {'extras': __collector_extras, 'settings': __collector_settings,
+              'marker': __collector_wanted | replace(__collector_checksum, 'checksum')} | to_json }}
+        dest: "{{ to }}"
+        mode: "0644"
+      vars:
+        __collector_checksum: abc
+"""
+ENDPOINT = "awsiot://abc-ats.iot.eu-west-1.amazonaws.com"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"collector_mqtt_url": ENDPOINT, "mosquitto_allow_anonymous": False},
+        {"collector_environment": {"IOT_MQTT_URL": ENDPOINT, "IOT_MQTT_MAX_INFLIGHT": 100}},
+    ],
+)
+def test_iot_core(tmp_path: Path, variables: dict[str, object]) -> None:
+    found = settings(tmp_path, variables)
+    assert (found["extras"], found["marker"]) == ("[aws]", "checksum[aws]")
+    assert found["settings"]["IOT_MQTT_URL"] == ENDPOINT
+    assert int(found["settings"]["IOT_MQTT_MAX_INFLIGHT"]) == 100
+    assert "IOT_MQTT_USERNAME" not in found["settings"]
+
+
+def test_mosquitto(tmp_path: Path) -> None:
+    found = settings(tmp_path, {"mosquitto_allow_anonymous": False})
+    assert (found["extras"], found["marker"]) == ("", "checksum")
+    assert int(found["settings"]["IOT_MQTT_MAX_INFLIGHT"]) == 10_000
+    assert found["settings"]["IOT_MQTT_USERNAME"] == "iot-collector"
+
+
+def settings(folder: Path, variables: dict[str, object]) -> dict[str, Any]:
+    play, found = folder / "play.yml", folder / "found"
+    play.write_text(PLAY)
+    done = playbook(
+        str(play), f"-e{json.dumps({**variables, 'to': str(found)})}", "--skip-tags=never"
+    )
+    assert done.returncode == 0, done.stdout
+    read: dict[str, Any] = json.loads(found.read_text())
+    return read
