@@ -1,20 +1,21 @@
 """HTTP: /metrics, /health, /livez, /readyz and the live page."""
 
+import socket
 import threading
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import orjson
 import waitress.server
 from prometheus_client import make_wsgi_app
+from waitress.adjustments import Adjustments
 
+from . import explorer
 from .health import Health
 from .settings import Settings, SettingsError
 
 _JSON = "application/json"
-_HTML = "text/html; charset=utf-8"
 
 
 def serve(settings: Settings, health: Health) -> None:
@@ -23,10 +24,25 @@ def serve(settings: Settings, health: Health) -> None:
     :raises SettingsError: the port cannot be bound.
     """
     host, port = settings.http_host, settings.http_port
-    options: dict[str, Any] = {"threads": 2, "channel_timeout": 10, "ident": "iot-collector"}
+    options: dict[str, Any] = {
+        "threads": 2 + explorer.THREADS,  # so that the page's never keep a probe waiting
+        "channel_timeout": 10,
+        "ident": "iot-collector",
+        "max_request_body_size": 1 << 18,
+        "log_socket_errors": False,  # that somebody closed the page is none
+        # Notice at once that a viewer has left, and let one that reads too slowly wait early.
+        "channel_request_lookahead": 1,
+        "outbuf_high_watermark": 1 << 19,
+    }
+    # A viewer that vanished is noticed after so many milliseconds (tcp(7)). There is no option for
+    # it but this attribute.
+    Adjustments.socket_options = [
+        *Adjustments.socket_options,
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000),
+    ]
     try:
         server = waitress.server.create_server(
-            _application(health), host=host, port=port, **options
+            _application(settings, health), host=host, port=port, **options
         )
     except OSError as error:
         raise SettingsError(
@@ -36,8 +52,8 @@ def serve(settings: Settings, health: Health) -> None:
     threading.Thread(target=server.run, name="http", daemon=True).start()
 
 
-def _application(health: Health) -> WSGIApplication:
-    page = Path(__file__).with_name("live.html").read_bytes()
+def _application(settings: Settings, health: Health) -> WSGIApplication:
+    page = explorer.Explorer(settings, health.report)
     metrics: WSGIApplication = make_wsgi_app()
     reports = {"/health": health.report, "/livez": health.live, "/readyz": health.ready}
 
@@ -45,9 +61,9 @@ def _application(health: Health) -> WSGIApplication:
         path = environ.get("PATH_INFO", "")
         if path == "/metrics":
             return metrics(environ, start_response)
-        if path == "/":
-            status, kind, body = "200 OK", _HTML, page
-        elif path in reports:
+        if path == "/" or path.startswith("/explorer/"):
+            return page(environ, start_response)
+        if path in reports:
             report = reports[path]()
             status = "200 OK" if report["status"] == "ok" else "503 Service Unavailable"
             kind, body = _JSON, orjson.dumps(report)

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 from collections.abc import Iterable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
@@ -114,6 +115,7 @@ def _split(value: object) -> object:
 
 
 Topic = Annotated[str, AfterValidator(_valid_filter)]
+Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 Topics = Annotated[list[Topic], NoDecode, BeforeValidator(_split)]
 File = Annotated[Path, AfterValidator(_readable)] | None
 Secret = SecretStr | None
@@ -219,6 +221,22 @@ class Settings(BaseSettings):
 
     http_host: str = _setting("127.0.0.1", "Address to serve HTTP on", "0.0.0.0")  # noqa: S104
     http_port: int = _setting(3000, "Its port", ge=1, le=65535)
+    live_page: Literal["off", "metrics", "full"] | None = _setting(
+        None, "Page at /: off; metrics, which are counters only; full, which shows topics and "
+        "messages to whoever reaches the port. Default: full if IOT_HTTP_HOST is a loopback "
+        "address, else metrics", "full")
+    live_page_hosts: Names = _setting(
+        [], "Names under which browsers reach the page, besides those of loopback, separated by "
+        "commas: those of a reverse proxy. Empty: any name, unless IOT_HTTP_HOST is a loopback "
+        "address", "iot.example")
+    live_page_database_url: Annotated[str, AfterValidator(_valid_conninfo)] = _setting(
+        "", "Database of the full page, with a role that can only read; empty: IOT_DATABASE_URL "
+        "with its password, in a session that is read-only",
+        "postgresql://iot_reader@db.example:5432/iot", repr=False)
+    live_page_database_password: Secret = _setting(
+        None, "Password of that role", "(better: IOT_LIVE_PAGE_DATABASE_PASSWORD_FILE)")
+    live_page_database_password_file: File = _setting(
+        None, "File with it, read at every connection", "/run/secrets/reader_db_password")
     unhealthy_after_seconds: float = _setting(
         30, "/health is 503 when a message has waited longer than this for its COMMIT", gt=0)
     drain_seconds: float = _setting(
@@ -242,7 +260,7 @@ class Settings(BaseSettings):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
-        for name in ("mqtt_password", "database_password"):
+        for name in ("mqtt_password", "database_password", "live_page_database_password"):
             if getattr(self, name) and getattr(self, f"{name}_file"):
                 variable = PREFIX + name.upper()
                 raise ValueError(f"{variable}: set it or {variable}_FILE, not both")
@@ -343,6 +361,30 @@ class Settings(BaseSettings):
         Without what IOT_DATABASE_PASSWORD_SECRET names, which `database.connect` reads.
         """
         return _secret(self.database_password, self.database_password_file)
+
+    @property
+    def http_on_loopback(self) -> bool:
+        """Whether HTTP is served to this machine only."""
+        if self.http_host == "localhost":
+            return True
+        try:
+            return ip_address(self.http_host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def live_page_mode(self) -> Literal["off", "metrics", "full"]:
+        """What the page at / shows."""
+        return self.live_page or ("full" if self.http_on_loopback else "metrics")
+
+    @property
+    def live_page_database(self) -> tuple[str, str | None]:
+        """Connection string and password for the page, the password read anew at each call."""
+        if not self.live_page_database_url:
+            return self.database_url, self.database_secret
+        password = self.live_page_database_password
+        secret = _secret(password, self.live_page_database_password_file)
+        return self.live_page_database_url, secret
 
 
 def _secret(value: SecretStr | None, path: Path | None) -> str | None:

@@ -1,0 +1,85 @@
+// The state of the pipeline in words.
+
+import { sparkline } from "./chart.js";
+import { age, duration, number, plural, visible } from "./text.js";
+
+const $ = id => document.getElementById(id);
+const SAMPLES = 180; // of the last 15 minutes
+
+export class Pipeline {
+  constructor() {
+    Object.assign(this, { health: null, rates: [], at: 0, reason: undefined, readError: null, offset: 0 });
+  }
+
+  update({ now, health, rates }) {
+    Object.assign(this, { health, at: Date.now(), reason: undefined, offset: now - Date.now() / 1000 });
+    if (rates) this.rates = rates;
+    this.draw();
+    if (rates) sparkline($("rate-spark"), rates.map(sample => sample[2]), SAMPLES);
+  }
+
+  // The stream is cut; reason is why, if the collector said it.
+  lost(reason) {
+    this.reason = reason;
+    this.draw();
+  }
+
+  // The pages's own reading of the database failed (or works: null).
+  read(error) {
+    this.readError = error;
+    this.draw();
+  }
+
+  draw() {
+    const { health } = this;
+    this.notice();
+    if (!health) return;
+    const { broker, database, accounting } = health;
+    const failing = this.reason !== undefined || health.status !== "ok";
+    $("status").className = `pill ${failing ? "bad" : "good"}`;
+    $("status").textContent = this.reason !== undefined ? "No connection to the collector"
+      : !failing ? "Every message is being stored"
+        : !database.connected ? "The database is not reached: messages wait"
+          : !broker.connected ? "The broker is not reached" : "Something is wrong";
+    state("broker", broker.connected, "Connected", "Not connected");
+    $("broker-note").textContent = broker.connected ? broker.address : `${broker.address}: ${short(broker.error ?? "not subscribed yet")}`;
+    state("database", database.connected, "Connected", "Not connected");
+    $("database-note").textContent = database.connected ? "messages are acknowledged after COMMIT" : short(database.error ?? "");
+    const last = this.rates.at(-1);
+    $("rate").textContent = last ? number(+last[2].toPrecision(3)) : "–";
+    $("rate-note").textContent = last ? `received ${number(+last[1].toPrecision(3))}, last 15 minutes` : "measuring …";
+    const delays = this.rates.filter(sample => sample[4] !== null);
+    $("delay").textContent = delays.length ? duration(delays.at(-1)[4]) : "–";
+    $("delay-note").textContent = "from receipt to COMMIT, on average";
+    $("in-flight").textContent = number(accounting.in_flight);
+    $("in-flight-note").textContent = accounting.in_flight ? `the oldest has waited ${duration(health.oldest_unacked_seconds)}` : "nothing waits for its COMMIT";
+    $("stored").textContent = accounting.inserted.toLocaleString("en");
+    const more = [`of ${accounting.received.toLocaleString("en")} received`];
+    if (accounting.duplicates) more.push(`${accounting.duplicates.toLocaleString("en")} sent again`);
+    if (accounting.dead_letters) more.push(plural(accounting.dead_letters, "dead letter"));
+    $("stored-note").textContent = more.join(", ");
+    $("footer").textContent = `Counters, delay and connections are those of this collector (${visible(broker.client_id)}, version ${health.version}) since its start. Topics, messages and dead letters are those of the whole database, whichever collector stored them.`;
+  }
+
+  notice() {
+    const { health } = this, texts = [];
+    const ago = this.at ? `What you see is ${age((Date.now() - this.at) / 1000)} old. ` : "";
+    if (this.reason !== undefined) texts.push(this.reason ? `The collector refuses: ${this.reason}.` : `The collector does not answer. ${ago}Trying again.`);
+    else if (health && health.status !== "ok") texts.push(...health.problems.map(short));
+    if (this.reason === undefined && this.readError) texts.push(`Topics and messages are as last read from the database, which cannot be read now: ${short(this.readError)}`);
+    texts.push(...health?.warnings ?? []);
+    const text = texts.map(part => visible(part)).join(" · ");
+    if ($("notice").textContent !== text) $("notice").textContent = text;
+    $("notice").hidden = !text;
+    document.body.classList.toggle("stale", this.reason !== undefined || Boolean(this.readError));
+  }
+}
+
+function state(id, good, yes, no) {
+  $(id).textContent = good ? yes : no;
+  $(id).className = `value state ${good ? "good" : "bad"}`;
+}
+
+function short(text) {
+  return text.length > 220 ? text.slice(0, 220) + "…" : text;
+}

@@ -1,0 +1,147 @@
+"""What the explorer asks PostgreSQL. Each question is bounded by an index and a LIMIT.
+
+Answers are JSON made by PostgreSQL, which is handed to the browser as it is: reading it here would
+cost the collector more than all the rest. Times are in Unix seconds. Payloads are in base64.
+"""
+
+# Topics in the order of the index (topic, received_at DESC): jump from each to the next one, so
+# that the work is proportional to topics and not to messages. `oldest` is the start of a
+# partition: later inside one, topics that are silent since would be walked through.
+TOPICS = """
+WITH RECURSIVE topics AS (
+    (SELECT topic, received_at FROM messages
+     WHERE topic > %(after)s AND received_at >= %(oldest)s
+     ORDER BY topic, received_at DESC LIMIT 1)
+    UNION ALL
+    SELECT next.* FROM topics t CROSS JOIN LATERAL (
+        SELECT topic, received_at FROM messages
+        WHERE topic > t.topic AND received_at >= %(oldest)s
+        ORDER BY topic, received_at DESC LIMIT 1) next
+)
+SELECT max(topic), json_object_agg(topic, round(extract(epoch FROM received_at), 3))::text
+FROM (SELECT * FROM topics LIMIT %(limit)s) found
+"""
+
+# Messages of a recent window by topic: of all nodes that are shown, and the busiest topics.
+ACTIVITY = """
+WITH recent AS MATERIALIZED (
+    SELECT topic, count(*) AS n FROM messages
+    WHERE received_at > now() - make_interval(secs => %(window)s)
+      AND received_at <= now() + interval '1 minute'
+    GROUP BY topic
+), nodes AS (
+    SELECT o.prefix || split_part(substr(r.topic, length(o.prefix) + 1), '/', 1) AS path,
+           sum(r.n)::bigint AS n
+    FROM unnest(%(open)s::text[]) o(prefix) JOIN recent r ON starts_with(r.topic, o.prefix)
+    GROUP BY 1
+), total AS (SELECT coalesce(sum(n), 0)::bigint AS n, count(*) AS topics FROM recent)
+SELECT total.n, json_build_object(
+    'window', %(window)s, 'messages', total.n, 'topics', total.topics,
+    'nodes', (SELECT coalesce(json_object_agg(path, n), '{}') FROM nodes
+              WHERE path = ANY(%(shown)s)),
+    'busiest', (SELECT coalesce(json_agg(json_build_array(topic, n) ORDER BY n DESC, topic), '[]')
+                FROM (SELECT topic, n FROM recent ORDER BY n DESC, topic LIMIT 10) top)
+)::text FROM total
+"""
+
+_PREVIEW = """
+    CASE WHEN m.fields IS NOT NULL AND octet_length(m.payload) <= 1000 THEN m.fields END,
+    translate(encode(substr(m.payload, 1, 90), 'base64'), E'\\n', ''),
+    octet_length(m.payload)
+"""
+
+# The last message of each topic that is shown.
+LATEST = f"""
+SELECT coalesce(json_agg(json_build_array(
+    t.topic, round(extract(epoch FROM m.received_at), 3), {_PREVIEW})), '[]')::text
+FROM unnest(%(topics)s::text[]) t(topic) CROSS JOIN LATERAL (
+    SELECT received_at, fields, payload FROM messages
+    WHERE topic = t.topic AND received_at > %(since)s
+    ORDER BY received_at DESC LIMIT 1) m
+"""  # noqa: S608 - no value in it
+
+_MESSAGE = """
+json_build_object(
+    'id', m.id::text, 'at', round(extract(epoch FROM m.received_at), 6),
+    'qos', m.qos, 'retained', m.retained, 'size', octet_length(m.payload),
+    'payload', translate(encode(substr(m.payload, 1, 4096), 'base64'), E'\\n', ''),
+    'fields', CASE WHEN octet_length(m.payload) <= 4096 THEN m.fields END,
+    'properties', CASE WHEN length(m.properties::text) <= 4096 THEN m.properties::text
+                       ELSE left(m.properties::text, 4096) || ' …' END)::text
+"""
+
+# Messages of a topic, the newest first.
+MESSAGES = f"""
+SELECT m.id, {_MESSAGE} FROM (
+    SELECT * FROM messages
+    WHERE topic = %(topic)s AND received_at > %(since)s AND received_at < %(before)s
+    ORDER BY received_at DESC LIMIT %(limit)s) m
+"""  # noqa: S608 - no value in it
+
+_NUMBERS = """
+    (SELECT key AS name, value FROM jsonb_each(m.fields)
+     WHERE jsonb_typeof(value) = 'number' LIMIT 50)
+"""
+_SERIES = """
+names AS (
+    SELECT name FROM readings GROUP BY name ORDER BY count(*) DESC, name LIMIT %(names)s
+)
+SELECT json_build_object('sampled', %(step)s > 0, 'step', %(step)s,
+    'messages', (SELECT count(*) FROM found),
+    'names', (SELECT count(DISTINCT name) FROM readings),
+    'series', coalesce((SELECT json_object_agg(name, points) FROM (
+        SELECT name, json_agg(point ORDER BY at) AS points
+        FROM readings JOIN names USING (name) GROUP BY name) s), '{}'))::text
+FROM (SELECT) nothing
+"""
+
+# All readings of the newest messages in a span. It also answers whether these are all.
+READINGS = f"""
+WITH found AS MATERIALIZED (
+    SELECT received_at, fields FROM messages
+    WHERE topic = %(topic)s AND received_at > to_timestamp(%(start)s)
+    ORDER BY received_at DESC LIMIT %(limit)s
+), readings AS (
+    SELECT f.name, extract(epoch FROM m.received_at) AS at,
+           json_build_array(round(extract(epoch FROM m.received_at), 3), f.value) AS point
+    FROM found m CROSS JOIN LATERAL {_NUMBERS} f
+), {_SERIES}
+"""  # noqa: S608 - no value in it
+
+# A span in steps: of each step the newest few messages, which bounds the work however many there
+# are. A point is [time, mean, least, most].
+SAMPLED_READINGS = f"""
+WITH found AS MATERIALIZED (
+    SELECT b.at, m.fields
+    FROM generate_series(0, %(steps)s - 1) i
+    CROSS JOIN LATERAL (SELECT (%(start)s + i * %(step)s)::float8 AS at) b
+    CROSS JOIN LATERAL (
+        SELECT fields FROM messages
+        WHERE topic = %(topic)s AND received_at >= to_timestamp(b.at)
+          AND received_at < to_timestamp(b.at + %(step)s)
+        ORDER BY received_at DESC LIMIT %(each)s) m
+), readings AS (
+    SELECT f.name, m.at, json_build_array(
+        m.at + %(step)s / 2, round(avg(f.value::numeric), 9), min(f.value::numeric),
+        max(f.value::numeric)) AS point
+    FROM found m CROSS JOIN LATERAL {_NUMBERS} f GROUP BY f.name, m.at
+), {_SERIES}
+"""  # noqa: S608 - no value in it
+
+# The newest dead letters of both tables. The second has no index: it is empty, or somebody is busy
+# emptying it.
+DEAD_LETTERS = """
+SELECT coalesce(json_agg(json_build_object(
+    'at', round(extract(epoch FROM received_at), 3), 'reason', left(reason, 500),
+    'sqlstate', sqlstate, 'size', octet_length(payload), 'table', origin,
+    'topic', translate(encode(substr(topic, 1, 512), 'base64'), E'\\n', ''),
+    'payload', translate(encode(substr(payload, 1, 512), 'base64'), E'\\n', '')
+    ) ORDER BY received_at DESC), '[]')::text
+FROM (
+    (SELECT received_at, topic, payload, reason, sqlstate, 'dead_letters' AS origin
+     FROM dead_letters ORDER BY id DESC LIMIT %(limit)s)
+    UNION ALL
+    (SELECT received_at, topic, payload, reason, sqlstate, 'dead_letters_fallback'
+     FROM dead_letters_fallback LIMIT %(limit)s)
+) letters
+"""
