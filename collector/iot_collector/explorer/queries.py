@@ -2,6 +2,7 @@
 
 Answers are JSON made by PostgreSQL, which is handed to the browser as it is: reading it here would
 cost the collector more than all the rest. Times are in Unix seconds. Payloads are in base64.
+Messages of one read from the broker have the same time, and are in the order of their ids.
 """
 
 # Topics in the order of the index (topic, received_at DESC): jump from each to the next one, so
@@ -57,7 +58,7 @@ SELECT coalesce(json_agg(json_build_array(
 FROM unnest(%(topics)s::text[]) t(topic) CROSS JOIN LATERAL (
     SELECT received_at, fields, payload FROM messages
     WHERE topic = t.topic AND received_at > %(since)s
-    ORDER BY received_at DESC LIMIT 1) m
+    ORDER BY received_at DESC, id DESC LIMIT 1) m
 """  # noqa: S608 - no value in it
 
 _MESSAGE = """
@@ -75,7 +76,8 @@ MESSAGES = f"""
 SELECT m.id, {_MESSAGE} FROM (
     SELECT * FROM messages
     WHERE topic = %(topic)s AND received_at > %(since)s AND received_at < %(before)s
-    ORDER BY received_at DESC LIMIT %(limit)s) m
+    ORDER BY received_at DESC, id DESC LIMIT %(limit)s) m
+ORDER BY m.received_at DESC, m.id DESC
 """  # noqa: S608 - no value in it
 
 _NUMBERS = """

@@ -156,7 +156,7 @@ class Stream:
             nodes, left_out = self._topics.children(prefix, _MOST_NODES)
             branches[prefix] = {"nodes": nodes, "left_out": left_out}
             self._shown += [node["path"] for node in nodes]
-            self._leaves += [node["path"] for node in nodes if node["topic"]]
+            self._leaves += [node["topic"] for node in nodes if node["topic"]]
         self._leaves = self._leaves[:_MOST_LATEST]
         content = {
             "branches": branches,

@@ -66,8 +66,9 @@ class Topics:
     def children(self, prefix: str, limit: int) -> tuple[list[dict[str, Any]], int]:
         """Return the nodes below a prefix (empty, or ending in a slash), and how many are left out.
 
-        A node is ``path``, ``topic`` (whether messages come under exactly this name), ``below``
-        (topics under it), and ``last``, the time of its last message.
+        A node is its ``path`` to the end of the level, ``topic``, ``below`` (how many topics are
+        under it) and ``last``, the time of its last message. ``topic`` is the name that messages
+        come under, if it is one: the path, or the only topic below it.
         """
         names, last = self.names, self.last
         at, end = bisect_left(names, prefix), _end(names, prefix)
@@ -87,10 +88,14 @@ class Topics:
             if path not in nodes and len(nodes) >= limit:
                 left_out += 1
                 continue
-            node = nodes.setdefault(path, {"path": path, "topic": False, "below": 0, "last": 0})
-            node["topic"] |= slash < 0
+            node = nodes.setdefault(path, {"path": path, "topic": None, "below": 0, "last": 0})
+            if slash < 0 or (below == 1 and node["topic"] is None):
+                node["topic"] = found[0]
             node["below"] += below
             node["last"] = max(node["last"], max(last[topic] for topic in found))
+        for node in nodes.values():
+            if node["topic"] not in (None, node["path"]):
+                node["below"] = 0
         return list(nodes.values()), left_out
 
     def search(self, text: str, limit: int) -> tuple[list[dict[str, Any]], int]:
@@ -99,7 +104,7 @@ class Topics:
         found = [name for name in self.names if text in name.casefold()]
         last = self.last
         nodes = [
-            {"path": name, "topic": True, "below": 0, "last": last.get(name, 0)}
+            {"path": name, "topic": name, "below": 0, "last": last.get(name, 0)}
             for name in found[:limit]
         ]
         return nodes, len(found) - len(nodes)

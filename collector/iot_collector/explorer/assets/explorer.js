@@ -51,7 +51,7 @@ function showFirstSteps() {
   if (!broker) return;
   const [, host, port] = broker.address.match(/^(.*):(\d+)$/) ?? [null, broker.address, "1883"];
   const filter = (broker.topics[0] ?? "iot/data").replace(/^\$share\/[^/]+\//, "");
-  const example = filter.replace(/[+#]/g, "test");
+  const example = filter === "#" ? "iot/data" : filter.replace(/[+#]/g, "test");
   $("empty-one").textContent = `mosquitto_pub -h ${host} -p ${port} -q 1 -t '${visible(example)}' -m temperature:23`;
   $("empty-many").textContent = `iot-collector simulate --topic '${visible(example)}' --count 100`;
   $("empty-filters").textContent = `The collector stores what is published under ${broker.topics.map(t => visible(t)).join(", ")}.`;
@@ -75,6 +75,10 @@ function showActivity(content) {
 function showSilent(silent) {
   latestSilent = silent;
   const after = age(silent.after);
+  if (document.body.classList.contains("no-topics")) {
+    $("silent-note").textContent = "No topic is known yet.";
+    return;
+  }
   $("silent-note").textContent = silent.count
     ? `${plural(silent.count, "topic")} without a message for ${after}${silent.count > silent.latest.length ? "; those that fell silent last" : ""}.`
     : `Every topic had a message in the last ${after}.`;

@@ -20,12 +20,12 @@ export class Messages {
 
   // Returns those that were not known, old ones first.
   add(messages, older = false) {
-    const fresh = messages.filter(message => !this.known.has(message.id)).sort((a, b) => a.at - b.at);
+    const fresh = messages.filter(message => !this.known.has(message.id)).sort((a, b) => a.at - b.at || a.id - b.id);
     for (const message of fresh) {
       const row = show(message);
       this.known.set(message.id, { at: message.at, row });
       let before = this.list.firstElementChild;
-      while (before && Number(before.dataset.at) > message.at) before = before.nextElementSibling;
+      while (before && (before.dataset.at - message.at || before.dataset.id - message.id) > 0) before = before.nextElementSibling;
       this.list.insertBefore(row, before);
     }
     while (!older && this.known.size > MOST) {

@@ -9,7 +9,7 @@ export class Tree {
   constructor(list, changed, choose) {
     Object.assign(this, {
       list, changed, choose, branches: {}, open: new Set([""]), found: null,
-      rows: new Map(), latest: new Map(), counts: {}, window: 10, focused: null, chosen: null, offset: 0,
+      rows: new Map(), topics: new Map(), latest: new Map(), counts: {}, window: 10, focused: null, chosen: null, offset: 0,
     });
     list.addEventListener("keydown", event => this.key(event));
     list.addEventListener("click", event => this.click(event));
@@ -54,10 +54,11 @@ export class Tree {
   setLatest(latest) {
     for (const [topic, at, fields, payload, size] of latest) {
       const before = this.latest.get(topic);
-      if (before && before.at >= at) continue;
+      const text = valueText(fields, payload, size);
+      if (before && (before.at > at || (before.at === at && before.text === text))) continue;
       if (this.latest.size > 2000) this.latest.clear();
-      this.latest.set(topic, { at, text: valueText(fields, payload, size) });
-      const row = this.rows.get(topic);
+      this.latest.set(topic, { at, text });
+      const row = this.topics.get(topic);
       if (!row) continue;
       this.fill(row);
       if (before) this.flash(row);
@@ -89,7 +90,7 @@ export class Tree {
     const branch = this.branches[prefix];
     if (!branch || depth > 30) return;
     for (const node of branch.nodes) {
-      yield { node, level, parent, name: node.path.slice(prefix.length), of: branch.nodes.length };
+      yield { node, level, parent, name: (node.below ? node.path : node.topic).slice(prefix.length), of: branch.nodes.length };
       if (node.below && this.open.has(node.path + "/")) yield* this.below(node.path + "/", level + 1, node.path, depth + 1);
     }
     if (branch.left_out) yield { more: branch.left_out, level, key: "more:" + prefix };
@@ -98,6 +99,7 @@ export class Tree {
   draw() {
     const before = this.rows, inOrder = [];
     this.rows = new Map();
+    this.topics = new Map();
     for (const item of this.nodes()) {
       if (item.more) {
         const more = element("li", "more note", `and ${plural(item.more, "more node")}: search finds them`);
@@ -108,8 +110,10 @@ export class Tree {
       const row = before.get(item.node.path) ?? this.make(item);
       Object.assign(row, { node: item.node, level: item.level, parent: item.parent });
       this.rows.set(item.node.path, row);
+      if (item.node.topic) this.topics.set(item.node.topic, row);
       this.fill(row);
       const { line } = row;
+      line.title = cut(visible(item.node.topic ?? item.node.path), 300);
       line.setAttribute("aria-level", item.level);
       line.setAttribute("aria-setsize", item.of);
       const indent = `level-${Math.min(item.level, 9)}`;
@@ -139,12 +143,11 @@ export class Tree {
     line.setAttribute("role", "treeitem");
     line.tabIndex = -1;
     line.dataset.path = node.path;
-    line.title = cut(visible(node.path), 300);
     return { line, label, value, count, speed, time, below, node };
   }
 
   fill(row) {
-    const { node } = row, latest = this.latest.get(node.path), count = this.counts[node.path];
+    const { node } = row, latest = this.latest.get(node.topic), count = this.counts[node.path];
     set(row.below, node.below ? plural(node.below, "topic") : "");
     set(row.value, node.topic && latest ? cut(visible(latest.text), 60) : "");
     set(row.count, count ? count.toLocaleString("en") : "");
@@ -153,19 +156,19 @@ export class Tree {
   }
 
   fillAge(row) {
-    const at = Math.max(row.node.last, this.latest.get(row.node.path)?.at ?? 0);
+    const at = Math.max(row.node.last, this.latest.get(row.node.topic)?.at ?? 0);
     const seconds = Date.now() / 1000 + this.offset - at;
     set(row.time, at ? age(seconds) : "");
     row.time.classList.toggle("old", seconds > 600);
   }
 
-  flash({ line }) {
-    if (line.getAnimations().length || matchMedia("(prefers-reduced-motion: reduce)").matches) return;
-    line.animate([{ backgroundColor: "color-mix(in srgb, var(--accent) 22%, transparent)" }, { backgroundColor: "transparent" }], 700);
+  flash({ value }) {
+    if (value.getAnimations().length || matchMedia("(prefers-reduced-motion: reduce)").matches) return;
+    value.animate([{ color: "var(--accent)" }, { color: "var(--text)" }], 900);
   }
 
   mark() {
-    for (const [path, { line }] of this.rows) line.setAttribute("aria-selected", path === this.chosen);
+    for (const { line, node } of this.rows.values()) line.setAttribute("aria-selected", node.topic !== null && node.topic === this.chosen);
   }
 
   setChosen(topic) {
@@ -195,7 +198,7 @@ export class Tree {
     if (!row) return;
     this.focus(row.node.path);
     if (row.node.below && (event.target.closest(".twisty") || !row.node.topic)) this.toggle(row);
-    else this.choose(row.node.path);
+    else this.choose(row.node.topic);
   }
 
   key(event) {
@@ -211,8 +214,8 @@ export class Tree {
       End: () => this.focus(paths.at(-1)),
       ArrowRight: () => open ? this.focus(paths[at + 1]) : this.toggle(row, true),
       ArrowLeft: () => open ? this.toggle(row, false) : this.focus(row.parent),
-      Enter: () => row.node.topic ? this.choose(row.node.path) : this.toggle(row),
-      " ": () => row.node.topic ? this.choose(row.node.path) : this.toggle(row),
+      Enter: () => row.node.topic ? this.choose(row.node.topic) : this.toggle(row),
+      " ": () => row.node.topic ? this.choose(row.node.topic) : this.toggle(row),
     }[event.key];
     if (go) go();
     else if (event.key.length === 1 && event.key !== "/") this.type(event.key, paths, at);
