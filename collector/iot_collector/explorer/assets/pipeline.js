@@ -4,18 +4,19 @@ import { sparkline } from "./chart.js";
 import { age, duration, number, plural, visible } from "./text.js";
 
 const $ = id => document.getElementById(id);
-const SAMPLES = 180; // of the last 15 minutes
+const FEWEST = 12; // samples that the line of the rate has room for; later there are 180 of them
 
 export class Pipeline {
   constructor() {
     Object.assign(this, { health: null, rates: [], at: 0, reason: undefined, readError: null, offset: 0 });
   }
 
-  update({ now, health, rates }) {
+  update({ now, health, rates, every }) {
+    if (every) this.every = every;
     Object.assign(this, { health, at: Date.now(), reason: undefined, offset: now - Date.now() / 1000 });
     if (rates) this.rates = rates;
     this.draw();
-    if (rates) sparkline($("rate-spark"), rates.map(sample => sample[2]), SAMPLES);
+    if (rates) sparkline($("rate-spark"), rates.map(sample => sample[2]), Math.max(FEWEST, rates.length));
   }
 
   // The stream is cut; reason is why, if the collector said it.
@@ -36,9 +37,9 @@ export class Pipeline {
     if (!health) return;
     const { broker, database, accounting } = health;
     const failing = this.reason !== undefined || health.status !== "ok";
-    $("status").className = `pill ${failing ? "bad" : "good"}`;
+    $("status").className = `pill ${failing ? "bad" : this.readError ? "" : "good"}`;
     $("status").textContent = this.reason !== undefined ? "No connection to the collector"
-      : !failing ? "Every message is being stored"
+      : !failing ? this.readError ? "The database cannot be read" : "Every message is being stored"
         : !database.connected ? "The database is not reached: messages wait"
           : !broker.connected ? "The broker is not reached" : "Something is wrong";
     state("broker", broker.connected, "Connected", "Not connected");
@@ -47,7 +48,7 @@ export class Pipeline {
     $("database-note").textContent = database.connected ? "messages are acknowledged after COMMIT" : short(database.error ?? "");
     const last = this.rates.at(-1);
     $("rate").textContent = last ? number(+last[2].toPrecision(3)) : "–";
-    $("rate-note").textContent = last ? `received ${number(+last[1].toPrecision(3))}, last 15 minutes` : "measuring …";
+    $("rate-note").textContent = last ? `received ${number(+last[1].toPrecision(3))}; the last ${Math.max(1, Math.round(this.rates.length * this.every / 60))} min` : "measuring …";
     const delays = this.rates.filter(sample => sample[4] !== null);
     $("delay").textContent = delays.length ? duration(delays.at(-1)[4]) : "–";
     $("delay-note").textContent = "from receipt to COMMIT, on average";
