@@ -26,6 +26,8 @@ from iot_collector.migrate import migrate
 from iot_collector.settings import Settings
 from prometheus_client.parser import text_string_to_metric_families
 
+from testing.service import eventually
+
 from . import processes, services, wire
 
 _PORT = 31_970
@@ -105,6 +107,7 @@ class _Segment:
     broker: float
     delay: float  # mean, milliseconds
     memory: float  # MB
+    others: float  # ms of CPU time per second of what is not ours
     events: float = 0.0  # per second
     kilobytes: float = 0.0
 
@@ -125,9 +128,12 @@ def _measure(seconds: float, viewer: bool, pids: dict[str, int]) -> _Segment:
         watcher.start()
     time.sleep(2)  # the first events are larger
     before, cpu, began = _metrics(), _cpu(pids), time.monotonic()
+    machine = processes.machine_busy() - processes.cpu_of_tree(os.getpid())
     events, size = (watcher.events, watcher.size) if watcher else (0, 0)
     time.sleep(seconds)
     after, spent, lasted = _metrics(), _cpu(pids), time.monotonic() - began
+
+    machine = processes.machine_busy() - processes.cpu_of_tree(os.getpid()) - machine
 
     def change(name: str) -> float:
         return after[name] - before[name]
@@ -137,6 +143,7 @@ def _measure(seconds: float, viewer: bool, pids: dict[str, int]) -> _Segment:
         rate=change("db_inserts_total") / lasted,
         delay=1000 * change("message_delay_seconds_sum") / change("message_delay_seconds_count"),
         memory=processes.memory_of(pids["collector"]),
+        others=1000 * machine / lasted,
         **{name: 1000 * (spent[name] - cpu[name]) / lasted for name in pids},
     )
     if watcher:
@@ -184,12 +191,12 @@ def main() -> None:
         )
         pids = {
             "collector": collector.pid,
-            "database": database.process.pid,
+            "database": database.server.pid,
             "broker": broker.pid,
         }
         segments = []
         try:
-            processes.wait_until(_ready, 20, "the collector is not ready")
+            eventually(_ready, 20, "the collector is ready")
             load.start()
             time.sleep(5)
             for number in range(2 * options.repetitions):
@@ -241,6 +248,7 @@ def _page(segments: list[_Segment], options: argparse.Namespace) -> str:
         ("Mosquitto, ms of CPU time per second", *cells("broker")),
         ("mean delay from receipt to COMMIT, ms", *cells("delay", 2)),
         ("collector's memory, MB", *cells("memory")),
+        ("other programs of the machine, ms of CPU time per second", *cells("others", 0)),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     events = statistics.median(segment.events for segment in sides[True])

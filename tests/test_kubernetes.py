@@ -202,6 +202,7 @@ def test_a_change_restarts_what_reads_it_and_nothing_else(cluster: Cluster) -> N
     changes: dict[str, object] = {
         "collector_log_level": "debug",
         "collector_max_replicas": 3,
+        "collector_live_page": "full",
         "mosquitto_max_queued_messages": 2000,
     }
     done = cluster.run("local", **changes)
@@ -213,7 +214,17 @@ def test_a_change_restarts_what_reads_it_and_nothing_else(cluster: Cluster) -> N
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (1, 3)
     shared = cluster.object("ConfigMap", "collector")["data"]["IOT_MQTT_TOPICS"]
     assert shared == "$share/collectors/iot/data"
-    assert "replicas" not in cluster.object("StatefulSet", "collector")["spec"]
+    workload = cluster.object("StatefulSet", "collector")
+    assert "replicas" not in workload["spec"]
+    # Only a page that shows messages needs to read the database, as the role that can do no more.
+    environment = cluster.object("ConfigMap", "collector")["data"]
+    assert environment["IOT_LIVE_PAGE"] == "full"
+    url = "postgresql://iot_reader@postgres-service:5432/iot"
+    assert environment["IOT_LIVE_PAGE_DATABASE_URL"] == url
+    (passwords,) = (v["secret"]["items"] for v in pod_spec(workload)["volumes"])
+    file = environment["IOT_LIVE_PAGE_DATABASE_PASSWORD_FILE"]
+    assert file == "/run/secrets/iot/reader_db_password"
+    assert file.rpartition("/")[2] in {item["path"] for item in passwords}
 
     done = cluster.run("local")
     assert done.returncode == 0, done.stdout

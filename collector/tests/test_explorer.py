@@ -24,7 +24,12 @@ from iot_collector.explorer.reader import Reader, UnavailableError
 from iot_collector.explorer.topics import Topics, oldest
 from iot_collector.explorer.web import VIEWERS
 from iot_collector.settings import Settings
-from services import HOST, Collector, Database, Mosquitto, Postgres, eventually, publish
+
+from testing.collector import Collector
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database, Postgres
+from testing.publisher import publish
+from testing.service import HOST, eventually
 
 ROOT = Path(__file__).parent.parent.parent
 ASSETS = Path(iot_collector.explorer.__file__).parent / "assets"

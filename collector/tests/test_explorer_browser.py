@@ -18,7 +18,12 @@ from axe_playwright_python.sync_playwright import Axe
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
-from services import IS_ROOT, PATIENCE, Collector, Database, Mosquitto, Postgres, Stream, publish
+
+from testing.collector import Collector
+from testing.mosquitto import Mosquitto
+from testing.postgres import Database, Postgres
+from testing.publisher import Stream, publish
+from testing.service import IS_ROOT, PATIENCE
 
 CHROMIUM = shutil.which("chromium")
 SCREENSHOT = Path(__file__).parents[2] / "docs/explorer.png"
