@@ -443,13 +443,18 @@ def answer(settings: Settings, path: str, body: bytes | None = None, **headers: 
     environ["wsgi.input"] = io.BytesIO(body or b"")
     setup_testing_defaults(environ)
     environ |= {f"HTTP_{name.upper()}": value for name, value in headers.items()}
-    begun: list[Any] = []
-    content = Explorer(settings, dict)(environ, lambda *start: begun.append(start))
+    begun: list[tuple[int, dict[str, str]]] = []
+
+    def start(status: str, found: list[tuple[str, str]], _: Any = None) -> Callable[..., object]:
+        begun.append((int(status[:3]), {name.lower(): value for name, value in found}))
+        return begun.append
+
+    content: Any = Explorer(settings, dict)(environ, start)
     [[status, found]] = begun
     if isinstance(content, list):
-        return int(status[:3]), {k.lower(): v for k, v in found}, b"".join(content)
-    content.close()
-    return int(status[:3]), dict(found), b""
+        return status, found, b"".join(content)
+    content.close()  # a stream
+    return status, found, b""
 
 
 VIEW = json.dumps({"viewer": "x", "open": [""]}).encode()

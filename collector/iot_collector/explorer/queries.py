@@ -105,7 +105,7 @@ WITH found AS MATERIALIZED (
     ORDER BY received_at DESC LIMIT %(limit)s
 ), readings AS (
     SELECT f.name, extract(epoch FROM m.received_at) AS at,
-           json_build_array(round(extract(epoch FROM m.received_at), 3), f.value) AS point
+           json_build_array(round(extract(epoch FROM m.received_at), 6), f.value) AS point
     FROM found m CROSS JOIN LATERAL {_NUMBERS} f
 ), {_SERIES}
 """  # noqa: S608 - no value in it

@@ -144,7 +144,7 @@ class Explorer:
             return
         with contextlib.suppress(ValueError):
             name = urlsplit("//" + environ.get("HTTP_HOST", "")).hostname or ""
-            if name in hosts or name == "localhost" or _is_loopback(name):
+            if name in map(str.lower, hosts) or name == "localhost" or _is_loopback(name):
                 return
         raise _RefusedError(
             HTTPStatus.FORBIDDEN,

@@ -16,7 +16,14 @@ const tree = new Tree($("tree"), () => stream.restart(), choose);
 const stream = new Stream(view, handle, reason => pipeline.lost(reason));
 
 function view() {
-  return { open: tree.prefixes(), watch: tree.found ? tree.found.nodes.map(node => node.path).slice(0, 50) : [], topic };
+  const found = tree.found ? tree.found.nodes.map(node => node.path).slice(0, 50) : [];
+  return { open: fitting(tree.prefixes()), watch: fitting(found), topic };
+}
+
+// A topic may have 65 535 bytes; a request must not have megabytes.
+function fitting(topics) {
+  let room = 60_000;
+  return topics.filter(name => (room -= name.length) > 0);
 }
 
 function handle(name, content) {
@@ -167,6 +174,9 @@ async function readings() {
     const found = await ask("readings", { topic: asked, seconds: span }, abort.signal);
     if (abort.signal.aborted || asked !== topic) return;
     charts.show(found.series, span);
+    // What has come since the database was asked.
+    const last = Math.max(0, ...Object.values(found.series).map(points => points.at(-1)[0]));
+    charts.append(Array.from(messages.known.values(), m => [m.at, m.fields]).filter(([at]) => at > last));
     const shown = Object.keys(found.series).length;
     const parts = [];
     if (!found.names) parts.push(found.messages ? "No numbers in these messages, so there is no chart." : "No message in this time.");

@@ -23,7 +23,7 @@ export class Messages {
     const fresh = messages.filter(message => !this.known.has(message.id)).sort((a, b) => a.at - b.at || a.id - b.id);
     for (const message of fresh) {
       const row = show(message);
-      this.known.set(message.id, { at: message.at, row });
+      this.known.set(message.id, { at: message.at, fields: message.fields });
       let before = this.list.firstElementChild;
       while (before && (before.dataset.at - message.at || before.dataset.id - message.id) > 0) before = before.nextElementSibling;
       this.list.insertBefore(row, before);
