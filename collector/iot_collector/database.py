@@ -213,19 +213,24 @@ def connect(settings: Settings) -> WatchedConnection:
     :raises psycopg2.OperationalError: the database cannot be reached or refuses the login.
     :raises PasswordError: the password cannot be read.
     """
-    password = _password(settings)
+    password = read_password(settings)
     try:
         return _connect(settings, password)
     except psycopg2.OperationalError as refusal:
         if kind_of(refusal) != "authentication":
             raise
-        newer = _password(settings, refused=password)
+        newer = read_password(settings, refused=password)
         if newer == password:
             raise
     return _connect(settings, newer)
 
 
-def _password(settings: Settings, refused: str | None = None) -> str | None:
+def read_password(settings: Settings, refused: str | None = None) -> str | None:
+    """Return the password for the database; None leaves it to libpq.
+
+    :param refused: the password that the database has refused, so that it is read again.
+    :raises PasswordError: it cannot be read.
+    """
     secret = settings.database_password_secret
     try:
         return password_secret.password(secret, refused) if secret else settings.database_secret

@@ -25,17 +25,17 @@ def serve(settings: Settings, health: Health) -> None:
     """
     host, port = settings.http_host, settings.http_port
     options: dict[str, Any] = {
-        "threads": 2 + explorer.THREADS,  # so that the page's never keep a probe waiting
+        "threads": 2 + explorer.THREADS,  # two that viewers of the page cannot take from probes
         "channel_timeout": 10,
         "ident": "iot-collector",
         "max_request_body_size": 1 << 18,
-        "log_socket_errors": False,  # that somebody closed the page is none
-        # Notice at once that a viewer has left, and let one that reads too slowly wait early.
+        "log_socket_errors": False,  # it logs each page that is closed
+        # Notice at once that a viewer has left; queue little for one that reads too slowly.
         "channel_request_lookahead": 1,
         "outbuf_high_watermark": 1 << 19,
     }
-    # A viewer that vanished is noticed after so many milliseconds (tcp(7)). There is no option for
-    # it but this attribute.
+    # Give up a viewer that vanished after 20 s (tcp(7)). waitress has no option for it, only this
+    # attribute.
     Adjustments.socket_options = [
         *Adjustments.socket_options,
         (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000),

@@ -364,7 +364,7 @@ class Settings(BaseSettings):
 
     @property
     def http_on_loopback(self) -> bool:
-        """Whether HTTP is served to this machine only."""
+        """Whether HTTP is served on a loopback address."""
         if self.http_host == "localhost":
             return True
         try:
@@ -374,17 +374,13 @@ class Settings(BaseSettings):
 
     @property
     def live_page_mode(self) -> Literal["off", "metrics", "full"]:
-        """What the page at / shows."""
+        """What the page at / shows: IOT_LIVE_PAGE, or its default."""
         return self.live_page or ("full" if self.http_on_loopback else "metrics")
 
     @property
-    def live_page_database(self) -> tuple[str, str | None]:
-        """Connection string and password for the page, the password read anew at each call."""
-        if not self.live_page_database_url:
-            return self.database_url, self.database_secret
-        password = self.live_page_database_password
-        secret = _secret(password, self.live_page_database_password_file)
-        return self.live_page_database_url, secret
+    def live_page_database_secret(self) -> str | None:
+        """The password for IOT_LIVE_PAGE_DATABASE_URL; its file is read at each call."""
+        return _secret(self.live_page_database_password, self.live_page_database_password_file)
 
 
 def _secret(value: SecretStr | None, path: Path | None) -> str | None:

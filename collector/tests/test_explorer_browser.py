@@ -279,7 +279,7 @@ def test_hostile_topics_and_payloads_stay_text(
 def test_shows_what_mqtt_5_says(
     open_page: Callable[..., Page], broker: Mosquitto, collector: Collector
 ) -> None:
-    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    properties = Properties(PacketTypes.PUBLISH)
     properties.UserProperty = [("firmware", "2.4.1")]
     properties.ContentType = "text/plain"
     publish(broker, [("meter", b"power:900")], qos=1, retain=True, properties=properties)

@@ -53,6 +53,9 @@ FULL = {
     "IOT_BUFFER_BYTES": ("2000000", 2_000_000),
     "IOT_HTTP_HOST": ("0.0.0.0", "0.0.0.0"),
     "IOT_HTTP_PORT": ("3100", 3100),
+    "IOT_LIVE_PAGE": ("metrics", "metrics"),
+    "IOT_LIVE_PAGE_HOSTS": ("iot.example, iot", ["iot.example", "iot"]),
+    "IOT_LIVE_PAGE_DATABASE_URL": ("host=db user=reader", "host=db user=reader"),
     "IOT_UNHEALTHY_AFTER_SECONDS": ("5", 5.0),
     "IOT_DRAIN_SECONDS": ("0", 0.0),
     "IOT_LOG_FORMAT": ("json", "json"),
@@ -70,7 +73,11 @@ def test_each_setting_is_read_from_its_variable(name: str, monkeypatch: pytest.M
 
 def test_the_table_above_has_every_setting() -> None:
     files = {f"IOT_MQTT_{what}_FILE" for what in ("CA", "CERT", "KEY")}
-    secrets = {f"IOT_{w}_PASSWORD{f}" for w in ("MQTT", "DATABASE") for f in ("", "_FILE")}
+    secrets = {
+        f"IOT_{w}_PASSWORD{f}"
+        for w in ("MQTT", "DATABASE", "LIVE_PAGE_DATABASE")
+        for f in ("", "_FILE")
+    }
     secrets.add("IOT_DATABASE_PASSWORD_SECRET")
     fields = {f"IOT_{name.upper()}" for name in Settings.model_fields}
     assert fields - files - secrets == set(FULL)
@@ -127,6 +134,9 @@ WRONG = [
     ("IOT_HTTP_PORT", "65536", "less than or equal to 65535"),
     ("IOT_UNHEALTHY_AFTER_SECONDS", "0", "greater than 0"),
     ("IOT_DRAIN_SECONDS", "-1", "greater than or equal to 0"),
+    ("IOT_LIVE_PAGE", "yes", "'off', 'metrics' or 'full'"),
+    ("IOT_LIVE_PAGE_DATABASE_URL", "nonsense", "URI"),
+    ("IOT_LIVE_PAGE_DATABASE_PASSWORD_FILE", "/no/such/file", "cannot be read"),
     ("IOT_LOG_FORMAT", "xml", "'json' or 'console'"),
     ("IOT_LOG_LEVEL", "loud", "'debug', 'info', 'warning' or 'error'"),
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 
+from ..database import read_password
 from ..settings import Settings
 
 _QUERY_SECONDS = 2.0  # then the server cancels a query
@@ -96,11 +97,18 @@ class Reader:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    """What to connect with: the settings of the page, else those of the collector itself."""
-    url, secret = settings.live_page_database
+    """Return what to connect with: the settings of the page, else those of the collector itself.
+
+    :raises OSError: the file with the password cannot be read.
+    :raises PasswordError: the password of the collector cannot be read.
+    """
+    if url := settings.live_page_database_url:
+        password = settings.live_page_database_secret
+    else:
+        url, password = settings.database_url, read_password(settings)
     options = {"fallback_application_name": "iot-collector explorer", "client_encoding": "UTF8"}
     options |= psycopg2.extensions.parse_dsn(url)
-    return options | ({} if secret is None else {"password": secret})
+    return options if password is None else options | {"password": password}
 
 
 def _wait(connection: psycopg2.extensions.connection) -> None:
