@@ -364,12 +364,12 @@ def test_a_phone(
 
 
 def test_works_below_a_path(
-    browser: Browser, open_page: Callable[..., Page], collector: Collector, broker: Mosquitto
+    open_page: Callable[..., Page], collector: Collector, broker: Mosquitto
 ) -> None:
     """As behind a reverse proxy, which takes its path off."""
     publish(broker, [("plant/press", b"temperature:23")])
-    page = open_page(collector, "/health")
-    base = page.url.removesuffix("/health")
+    page = open_page(collector)
+    base = page.url.removesuffix("/")
 
     def strip(route: Route) -> None:
         assert "/tools/iot/" in route.request.url, "a request leaves the proxy's path"
@@ -435,7 +435,7 @@ def test_looks_as_in_the_readme(
     node(page, "plant/hall-a/press-1").click()
     expect(page.locator(".chart")).to_have_count(2)
     write = os.environ.get("EXPLORER_SCREENSHOT") == "write"
-    with Stream(broker, "building/floor-1/door", 0.02):
+    with Stream(broker, "building/floor-1/people", 0.02):
         if write:  # until the line of the rate is one
             page.wait_for_timeout(45_000)
         expect(page.locator("#rate")).to_have_text(re.compile("[1-9]"))

@@ -48,7 +48,7 @@ export class Pipeline {
     $("database-note").textContent = database.connected ? "messages are acknowledged after COMMIT" : short(database.error ?? "");
     const last = this.rates.at(-1);
     $("rate").textContent = last ? number(+last[2].toPrecision(3)) : "–";
-    $("rate-note").textContent = last ? `received ${number(+last[1].toPrecision(3))}; the last ${Math.max(1, Math.round(this.rates.length * this.every / 60))} min` : "measuring …";
+    $("rate-note").textContent = last ? `received ${number(+last[1].toPrecision(3))}; last ${Math.max(1, Math.round(this.rates.length * this.every / 60))} min` : "measuring …";
     const delays = this.rates.filter(sample => sample[4] !== null);
     $("delay").textContent = delays.length ? duration(delays.at(-1)[4]) : "–";
     $("delay-note").textContent = "from receipt to COMMIT, on average";
