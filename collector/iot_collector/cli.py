@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import click
@@ -169,3 +171,146 @@ def simulate(**options: Any) -> None:
     from .simulate import simulate as run_simulation
 
     sys.exit(run_simulation(load_settings(), Plan(**options)))
+
+
+@contextmanager
+def _database_errors() -> Iterator[None]:
+    """Turn an error of PostgreSQL into a message that says what to do about it."""
+    from .database import explain
+
+    try:
+        yield
+    except psycopg2.Error as error:
+        raise click.ClickException(f"database: {explain(error)}") from error
+
+
+@main.group(name="dead-letters")
+def dead_letters() -> None:
+    """Messages that PostgreSQL refused to store in the table messages."""
+
+
+@dead_letters.command(name="list")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1))
+def list_dead_letters(limit: int) -> None:
+    """List the newest dead letters, the newest first."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from .dead_letter_commands import newest
+
+    with _database_errors():
+        letters, total, fallback = newest(load_settings(), limit)
+    table = Table(box=box.SIMPLE_HEAD)
+    for title, side in (
+        ("id", "right"),
+        ("received", "left"),
+        ("topic", "left"),
+        ("bytes", "right"),
+    ):
+        table.add_column(title, justify=side, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("reason", overflow="fold")
+    for letter in letters:
+        table.add_row(
+            str(letter.id),
+            f"{letter.received_at:%Y-%m-%d %H:%M:%S}",
+            _printable(letter.topic),
+            str(len(letter.payload)),
+            f"{letter.sqlstate} {_printable(letter.reason.encode())}",
+        )
+    if letters:
+        Console(markup=False, highlight=False).print(table)
+    click.echo(f"{len(letters)} of {total} dead letters, received times in UTC")
+    if fallback:
+        click.echo(f"{fallback} more messages are in dead_letters_fallback: see docs/data.md")
+
+
+@dead_letters.command(name="show")
+@click.argument("letter_id", metavar="ID", type=int)
+@click.option("--raw", is_flag=True, help="Write the bytes of the payload, and nothing else.")
+def show_dead_letter(letter_id: int, *, raw: bool) -> None:
+    """Show one dead letter with everything that is known of it."""
+    from .dead_letter_commands import find
+
+    with _database_errors():
+        letter = find(load_settings(), letter_id)
+    if letter is None:
+        raise click.ClickException(f"there is no dead letter {letter_id}")
+    if raw:
+        click.echo(letter.payload, nl=False)
+        return
+    for name, value in (
+        ("id", letter.id),
+        ("received", letter.received_at.isoformat()),
+        ("stored", letter.stored_at.isoformat()),
+        ("topic", _printable(letter.topic)),
+        ("qos", letter.qos),
+        ("retained", letter.retained),
+        ("properties", _printable(letter.properties or b"")),
+        ("reason", _printable(letter.reason.encode())),
+        ("sqlstate", letter.sqlstate),
+        ("bytes", len(letter.payload)),
+        ("payload", _printable(letter.payload)),
+    ):
+        click.echo(f"{name:<11}{value}".rstrip())
+
+
+_LETTER_IDS = click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=int)
+_ALL = click.option("--all", "everything", is_flag=True, help="All dead letters.")
+
+
+def _chosen(settings: Settings, letter_ids: tuple[int, ...], *, everything: bool) -> list[int]:
+    """Return the ids of the dead letters that a command is about."""
+    from .dead_letter_commands import ids
+
+    if bool(letter_ids) == everything:
+        raise click.UsageError("give the ids of dead letters, or --all")
+    found = ids(settings, None if everything else letter_ids)
+    if missing := sorted(set(letter_ids) - set(found)):
+        raise click.ClickException(f"there is no dead letter {', '.join(map(str, missing))}")
+    return found
+
+
+@dead_letters.command(name="retry")
+@_LETTER_IDS
+@_ALL
+def retry_dead_letters(letter_ids: tuple[int, ...], *, everything: bool) -> None:
+    """Store dead letters in the table messages, after their cause is removed.
+
+    One that is refused again stays a dead letter, with the new reason, and the exit status is 1.
+    """
+    from .dead_letter_commands import retry
+
+    settings = load_settings()
+    stored = refused = 0
+    with _database_errors():
+        for letter_id, refusal in retry(
+            settings, _chosen(settings, letter_ids, everything=everything)
+        ):
+            stored, refused = stored + (refusal is None), refused + (refusal is not None)
+            if refusal is not None:
+                click.echo(f"{letter_id}: refused again: {refusal}", err=True)
+    click.echo(f"{stored} stored, {refused} refused again")
+    sys.exit(1 if refused else 0)
+
+
+@dead_letters.command(name="purge")
+@_LETTER_IDS
+@_ALL
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def purge_dead_letters(letter_ids: tuple[int, ...], *, everything: bool, yes: bool) -> None:
+    """Delete dead letters for good, after asking."""
+    from .dead_letter_commands import purge
+
+    settings = load_settings()
+    with _database_errors():
+        chosen = _chosen(settings, letter_ids, everything=everything)
+        if chosen and not yes:
+            click.confirm(f"Delete {len(chosen)} dead letters for good?", abort=True)
+        click.echo(f"{purge(settings, chosen)} deleted")
+
+
+def _printable(text: bytes) -> str:
+    """Return bytes as text without control characters; what is not UTF-8 is escaped."""
+    decoded = text.decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
