@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -12,7 +12,7 @@ import psycopg2
 
 from . import __version__, log
 from .replay_command import replay
-from .settings import VARIABLES, Settings, SettingsError, load
+from .settings import VARIABLES, Settings, SettingsError, load, valid_target
 
 
 class _WrongSetting(click.ClickException):
@@ -182,6 +182,65 @@ def _database_errors() -> Iterator[None]:
         yield
     except psycopg2.Error as error:
         raise click.ClickException(f"database: {explain(error)}") from error
+
+
+def _target(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    try:
+        return value and valid_target(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+_TARGET = click.option(
+    "--target",
+    callback=_target,
+    help="Directory, s3://bucket/prefix, or none; by default IOT_ARCHIVE_TARGET.",
+)
+
+
+@main.command()
+@click.option("--dry-run", is_flag=True, help="Say what would be archived and dropped.")
+@click.option("--keep-months", type=click.IntRange(1), help="By default IOT_ARCHIVE_KEEP_MONTHS.")
+@_TARGET
+@click.option(
+    "--every",
+    type=click.FloatRange(0, 8760, min_open=True),
+    metavar="HOURS",
+    help="Do it again and again, as a service.",
+)
+def archive(
+    *, dry_run: bool, keep_months: int | None, target: str | None, every: float | None
+) -> None:
+    """Archive the months that are older than the retention, then drop them.
+
+    A month is dropped only after its archive was read back and has every row. Killed at any
+    moment, nothing is lost, and the next run goes on. The exit status is 1 if a month is left.
+    """
+    from .retention import archive as run_archive
+    from .retention import archive_for_ever
+
+    settings = load_settings()
+    given = {"archive_keep_months": keep_months, "archive_target": target}
+    settings = settings.model_copy(update={k: v for k, v in given.items() if v is not None})
+    if every is not None:
+        archive_for_ever(settings, every)
+    failed = False
+    with _database_errors():
+        for done, text in run_archive(settings, dry_run=dry_run, progress=_progress):
+            failed |= not done
+            click.echo(text, err=not done)
+    sys.exit(1 if failed else 0)
+
+
+def _progress(rows: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    # Where nobody looks, nothing is drawn.
+    yield from track(
+        rows, what, total, console=console, transient=True, disable=not console.is_terminal
+    )
 
 
 @main.group(name="dead-letters")
