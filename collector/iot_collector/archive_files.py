@@ -283,11 +283,11 @@ _ARROW_TYPES = {
     "boolean": "bool_",
     "bytea": "binary",
 }
-_TIMESTAMP = "timestamp with time zone"
+TIMESTAMP = "timestamp with time zone"
 
 
 def _arrow_type(kind: str) -> Any:
-    if kind == _TIMESTAMP:
+    if kind == TIMESTAMP:
         return pyarrow.timestamp("us", "UTC")
     return getattr(pyarrow, _ARROW_TYPES.get(kind, "string"))()
 
@@ -295,7 +295,7 @@ def _arrow_type(kind: str) -> Any:
 def sql_expression(column: str, kind: str) -> str:
     """Return the SQL that selects a column as a value of `Row`."""
     quoted = '"' + column.replace('"', '""') + '"'
-    if kind == _TIMESTAMP:
+    if kind == TIMESTAMP:
         return f"(extract(epoch FROM {quoted}) * 1000000)::bigint"
     return quoted if kind in _ARROW_TYPES else f"{quoted}::text"
 
@@ -324,7 +324,7 @@ def _write_parquet(
 
 def _groups(rows: Iterable[Row], columns: dict[str, str]) -> Iterator[list[Row]]:
     """Yield the rows in lists, each for one row group, which bounds the memory it takes."""
-    fixed = _ARROW_TYPES.keys() - {"bytea"} | {_TIMESTAMP}
+    fixed = _ARROW_TYPES.keys() - {"bytea"} | {TIMESTAMP}
     wide = [at for at, kind in enumerate(columns.values()) if kind not in fixed]
     group, size = list[Row](), 0
     for row in rows:

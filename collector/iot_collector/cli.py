@@ -1,6 +1,7 @@
 """The command ``iot-collector``."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -230,6 +231,40 @@ def archive(
             failed |= not done
             click.echo(text, err=not done)
     sys.exit(1 if failed else 0)
+
+
+def _month(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    # Some people have the manifest's name at hand.
+    match = re.fullmatch(
+        r"(?:.*/)?(?:messages_)?(\d{4})[-_](0[1-9]|1[0-2])(?:-\d+)?(?:\.json)?", value
+    )
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no month like 2025-01")
+    return f"{match[1]}-{match[2]}"
+
+
+@main.command()
+@click.argument("month", callback=_month)
+@click.option(
+    "--keep-days",
+    default=30,
+    show_default=True,
+    type=click.IntRange(1, 36500),
+    help="So long it is not archived again.",
+)
+@_TARGET
+def restore(month: str, keep_days: int, target: str | None) -> None:
+    """Bring an archived MONTH (2025-01) back into the table messages, each row once.
+
+    The archive is verified first: if it is truncated or altered, nothing is changed.
+    """
+    from .restore import restore as run_restore
+
+    settings = load_settings()
+    if target is not None:
+        settings = settings.model_copy(update={"archive_target": target})
+    with _database_errors():
+        click.echo(run_restore(settings, month, keep_days, _progress))
 
 
 def _progress(rows: Iterable[Any], what: str, total: int) -> Iterator[Any]:

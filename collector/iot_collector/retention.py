@@ -41,7 +41,8 @@ Progress = Callable[[Iterable[Row], str, int], Iterable[Row]]
 NO_ARCHIVE = "none"  # the value of IOT_ARCHIVE_TARGET that means: drop without archiving
 NAME = re.compile(r"messages_(\d{4})_(\d\d)")  # of a partition, see ensure_partitions
 _ARCHIVING = "iot-collector: being archived"
-_KEPT = re.compile(r"iot-collector: kept until (\d{4}-\d\d-\d\d)")
+KEPT_UNTIL = "iot-collector: kept until "  # comment of a restored partition, followed by a date
+_KEPT = re.compile(KEPT_UNTIL + r"(\d{4}-\d\d-\d\d)")
 _DETACHED = "_detached"  # end of the name of a detached table, so that its month is free again
 _CLOCKS_DIFFER = 86_400  # seconds
 _FETCH_ROWS = 500
@@ -245,6 +246,26 @@ def _due(cursor: Cursor, keep_months: int) -> Iterator[Partition]:
         if wanted and attached and not pending:
             continue
         yield Partition(oid, table, name, attached, pending, size)
+
+
+def is_partition(cursor: Cursor, table: str) -> bool:
+    """Whether a table is attached to ``messages``."""
+    cursor.execute(
+        "SELECT 1 FROM pg_inherits WHERE inhparent = 'messages'::regclass"
+        " AND inhrelid = to_regclass(%s) AND NOT inhdetachpending",
+        (table,),
+    )
+    return cursor.fetchone() is not None
+
+
+def left_over(cursor: Cursor, name: str) -> bool:
+    """Whether an interrupted run has left a month detached, or half detached."""
+    cursor.execute(_FIND)
+    return any(
+        relname.removesuffix(_DETACHED) == name
+        and (pending or (not attached and comment == _ARCHIVING))
+        for _, _, relname, attached, pending, _, comment in cursor.fetchall()
+    )
 
 
 def _today() -> date:

@@ -16,6 +16,7 @@ import pytest
 from services import (
     IS_ROOT,
     Database,
+    Postgres,
     Service,
     clean_environment,
     eventually,
@@ -494,3 +495,103 @@ def test_every_so_often(tmp_path: Path, database: Database, target: Path) -> Non
     finally:
         archiver.close()
     assert "Traceback" not in archiver.log()
+
+
+def restore(
+    database: Database, target: object, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    return run_command("restore", *arguments, **settings(database, target))
+
+
+def test_restore_brings_back_every_byte(database: Database, target: Path) -> None:
+    rows = make_month(database)
+    assert archive(database, target).returncode == 0
+    assert everything(database) == []
+    done = restore(database, target, "2020-02")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("messages_2020_02: 500 of 500 rows restored, kept until 20")
+    assert everything(database) == rows
+    again = restore(database, target, f"{target}/{TABLE}.json", "--keep-days", "1")
+    assert again.stdout.startswith("messages_2020_02: 0 of 500 rows restored"), again.stderr
+    assert everything(database) == rows
+    # It stays for the days that were said ...
+    assert archive(database, target).stdout == "no month is older than 12 months\n"
+    # ... and goes without another file, as the archive has it already.
+    database.query(f"COMMENT ON TABLE {TABLE} IS 'iot-collector: kept until 2020-12-31'")
+    assert (
+        archive(database, target).stdout == f"{TABLE}: 500 rows archived, read back and dropped\n"
+    )
+    assert files(target) == [f"{TABLE}.json", f"{TABLE}.parquet"]
+
+
+def test_restore_into_what_is_there(database: Database, target: Path) -> None:
+    """Two files, and late rows that are in none of them."""
+    rows = make_month(database, 40)
+    assert archive(database, target).returncode == 0
+    rows += make_month(database, 2)
+    assert archive(database, target).returncode == 0
+    rows += make_month(database, 3)
+    done = restore(database, target, "2020-02")
+    assert "42 of 42 rows restored" in done.stdout, done.stderr
+    assert everything(database) == sorted(rows, key=lambda row: int(row[0][1:].split(",")[0]))
+
+
+def test_restore_into_another_database(
+    database: Database, postgres: Postgres, target: Path
+) -> None:
+    rows = make_month(database, 40)
+    assert archive(database, target).returncode == 0
+    other = postgres.database(template="migrated")
+    assert restore(other, target, "2020-02").returncode == 0
+    assert everything(other) == rows
+    other.query(INSERT, datetime.now(UTC), "t", b"new", None, None, 0, False)
+    assert other.query("SELECT count(*), count(DISTINCT id) FROM messages") == [(41, 41)]
+
+
+@pytest.mark.parametrize("fault", ["truncated", "altered", "deleted", "manifest"])
+def test_restore_refuses_a_damaged_archive(fault: str, database: Database, target: Path) -> None:
+    make_month(database, 50)
+    assert archive(database, target).returncode == 0
+    damage(target / f"{TABLE}.parquet", fault)
+    done = restore(database, target, "2020-02")
+    assert done.returncode == 1
+    assert TABLE in done.stderr
+    assert "Traceback" not in done.stderr
+    assert tables(database) == []
+
+
+def test_restore_says_what_is_wrong(database: Database, target: Path) -> None:
+    missing = restore(database, target, "2020-02")
+    assert missing.returncode == 1
+    assert "there is no archive of 2020-02" in missing.stderr
+    assert restore(database, target, "2020-13").returncode == 2
+    unset = restore(database, "none", "2020-02")
+    assert "IOT_ARCHIVE_TARGET is not set to an archive" in unset.stderr
+    make_month(database, 3)
+    database.query("ALTER TABLE messages ADD more text")
+    assert archive(database, target).returncode == 0
+    database.query("ALTER TABLE messages DROP more")
+    other_schema = restore(database, target, "2020-02")
+    assert "column more of type text" in other_schema.stderr
+    database.query("ALTER TABLE messages ADD more text, ADD still_more jsonb")
+    assert restore(database, target, "2020-02").returncode == 0
+    assert database.count() == 3
+
+
+def test_restore_killed(tmp_path: Path, database: Database, target: Path) -> None:
+    """While it waits for the rows that the table has, which somebody locks."""
+    rows = make_month(database, 50)
+    assert archive(database, target).returncode == 0
+    database.query("SELECT ensure_partitions(%s, 0)", OLD)
+    restorer = Archiver(tmp_path, database, target)
+    restorer.command = lambda: [iot_collector(), "restore", "2020-02"]  # type: ignore[method-assign]
+    with contextlib.closing(database.connect()) as other, other.cursor() as cursor:
+        cursor.execute(f"LOCK TABLE {TABLE} IN ROW EXCLUSIVE MODE")
+        restorer.launch()
+        eventually(lambda: waits_for_lock(database, "LOCK TABLE"))
+        restorer.kill()
+        other.rollback()
+    assert everything(database) == []
+    assert archive(database, target).stdout == "no month is older than 12 months\n"  # it is kept
+    assert restore(database, target, "2020-02").returncode == 0
+    assert everything(database) == rows
