@@ -8,6 +8,7 @@ for a month that is archived already go to another file, ``messages_2025_01-2.pa
 
 import hashlib
 import heapq
+import itertools
 import json
 import operator
 import os
@@ -35,7 +36,7 @@ FORMAT = 1
 SORTED_BY = ("topic", "received_at", "id")
 _GROUP_ROWS = 250_000  # in a row group of Parquet, which is held in memory while it is written
 _GROUP_BYTES = 48 << 20
-_READ_ROWS = 10_000
+_CHUNK_ROWS = 1_000  # in memory as Python's objects
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # Values of a row in the order of its columns: int, str, bytes, bool or None. A timestamp is
@@ -227,7 +228,7 @@ class Part:
         """Yield the rows; a column that the file does not have is None."""
         with _explained(self.manifest.file), self._open() as source:
             file = pyarrow.parquet.ParquetFile(source)
-            for batch in file.iter_batches(_READ_ROWS):
+            for batch in file.iter_batches(_CHUNK_ROWS):
                 yield from zip(*(_values(batch, name) for name in columns), strict=True)
 
 
@@ -305,36 +306,50 @@ def _write_parquet(
 ) -> tuple[int, int, int]:
     """Write rows as Parquet; return their number, and the oldest and newest ``received_at``."""
     schema = pyarrow.schema([(name, _arrow_type(kind)) for name, kind in columns.items()])
+    # Ids and times grow from row to row: their differences take a tenth (benchmarks/archive.py).
+    growing = [name for name, kind in columns.items() if kind in ("bigint", TIMESTAMP)]
     received_at = list(columns).index("received_at")
     count, times = 0, list[int]()
-    with pyarrow.parquet.ParquetWriter(output, schema, compression="zstd") as writer:
-        for group in _groups(rows, columns):
-            values = list(zip(*group, strict=True))
-            arrays = [
-                pyarrow.array(column, pyarrow.int64()).cast(field.type)
-                if pyarrow.types.is_timestamp(field.type)
-                else pyarrow.array(column, field.type)
-                for column, field in zip(values, schema, strict=True)
-            ]
-            writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema), len(group))
-            count += len(group)
+    with pyarrow.parquet.ParquetWriter(
+        output,
+        schema,
+        compression="zstd",
+        compression_level=9,
+        use_dictionary=[name for name in columns if name not in growing],
+        column_encoding=dict.fromkeys(growing, "DELTA_BINARY_PACKED"),
+    ) as writer:
+        group = list[Any]()
+        for chunk in _chunks(rows):
+            values = list(zip(*chunk, strict=True))
             times += [min(values[received_at]), max(values[received_at])]
+            count += len(chunk)
+            group.append(_batch(values, schema))
+            if (
+                sum(batch.num_rows for batch in group) >= _GROUP_ROWS
+                or sum(batch.nbytes for batch in group) >= _GROUP_BYTES
+            ):
+                writer.write_table(pyarrow.Table.from_batches(group))
+                group = []
+        if group:
+            writer.write_table(pyarrow.Table.from_batches(group))
     return count, min(times), max(times)
 
 
-def _groups(rows: Iterable[Row], columns: dict[str, str]) -> Iterator[list[Row]]:
-    """Yield the rows in lists, each for one row group, which bounds the memory it takes."""
-    fixed = _ARROW_TYPES.keys() - {"bytea"} | {TIMESTAMP}
-    wide = [at for at, kind in enumerate(columns.values()) if kind not in fixed]
-    group, size = list[Row](), 0
-    for row in rows:
-        group.append(row)
-        size += sum(len(row[at]) for at in wide if row[at] is not None)
-        if len(group) >= _GROUP_ROWS or size >= _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, _CHUNK_ROWS)):
+        yield chunk
+
+
+def _batch(values: list[tuple[Any, ...]], schema: Any) -> Any:
+    """Return columns of `Row` values as a record batch."""
+    arrays = [
+        pyarrow.array(column, pyarrow.int64()).cast(field.type)
+        if pyarrow.types.is_timestamp(field.type)
+        else pyarrow.array(column, field.type)
+        for column, field in zip(values, schema, strict=True)
+    ]
+    return pyarrow.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def _values(batch: Any, name: str) -> list[Any]:

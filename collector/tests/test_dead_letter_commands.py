@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
-from services import Database, Row, clean_environment, iot_collector, run_command
+
+from testing.collector import clean_environment, iot_collector, run_command
+from testing.postgres import Database, Row
 
 # Every byte, a pattern that COPY's text format would change, and what is no UTF-8.
 NASTY = bytes(range(256)) + b"\\N\t\\.\r\n\xff"

@@ -13,16 +13,10 @@ from typing import Any
 
 import duckdb
 import pytest
-from services import (
-    IS_ROOT,
-    Database,
-    Postgres,
-    Service,
-    clean_environment,
-    eventually,
-    iot_collector,
-    run_command,
-)
+
+from testing.collector import clean_environment, iot_collector, run_command
+from testing.postgres import Database, Postgres
+from testing.service import IS_ROOT, Service, eventually
 
 OLD = datetime(2020, 2, 1, tzinfo=UTC)
 TABLE = "messages_2020_02"
