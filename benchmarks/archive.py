@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psycopg2
+from iot_collector.copy_format import copy_pieces
 from iot_collector.fields import fields_of_all
 from iot_collector.migrate import migrate
 from iot_collector.settings import Settings
@@ -46,14 +47,6 @@ def _lines(count: int, payload: str) -> Iterator[bytes]:
         yield f"{moment}\t{topic}\t\\\\x{body.hex()}\t{text}\t1\tf\n".encode()
 
 
-class _File:
-    def __init__(self, lines: Iterator[bytes]) -> None:
-        self._lines = lines
-
-    def read(self, _size: int) -> bytes:
-        return b"".join(itertools.islice(self._lines, 50))
-
-
 def _run(settings: dict[str, str], *arguments: str) -> tuple[float, float]:
     """Run iot-collector; return the seconds that it took, and the most memory, in MB."""
     started = time.perf_counter()
@@ -68,9 +61,10 @@ def _run(settings: dict[str, str], *arguments: str) -> tuple[float, float]:
 def _measure(database: services.Database, count: int, payload: str, work: Path) -> list[str]:
     database.query("SELECT ensure_partitions('2020-02-01 00:00+00', 0)")
     with psycopg2.connect(database.url) as connection, connection.cursor() as cursor:
-        cursor.copy_expert(
-            "COPY messages (received_at, topic, payload, fields, qos, retained) FROM STDIN",
-            _File(_lines(count, payload)),
+        copy_pieces(
+            cursor,
+            b"COPY messages (received_at, topic, payload, fields, qos, retained) FROM STDIN",
+            _lines(count, payload),
         )
     connection.close()
     in_table = int(str(database.query(_SIZE)[0][0]))

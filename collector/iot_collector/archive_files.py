@@ -19,7 +19,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, Self
 
-import click
 import pydantic
 
 from . import __version__
@@ -44,7 +43,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 Row = tuple[Any, ...]
 
 
-class ArchiveError(click.ClickException):
+class ArchiveError(Exception):
     """The archive cannot be written, or what it has cannot be trusted."""
 
 

@@ -175,14 +175,16 @@ def simulate(**options: Any) -> None:
 
 
 @contextmanager
-def _database_errors() -> Iterator[None]:
-    """Turn an error of PostgreSQL into a message that says what to do about it."""
+def _errors_explained(*expected: type[Exception]) -> Iterator[None]:
+    """Turn an error of PostgreSQL, or an expected one, into a message without a traceback."""
     from .database import explain
 
     try:
         yield
     except psycopg2.Error as error:
         raise click.ClickException(f"database: {explain(error)}") from error
+    except expected as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _target(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -217,8 +219,9 @@ def archive(
     A month is dropped only after its archive was read back and has every row. Killed at any
     moment, nothing is lost, and the next run goes on. The exit status is 1 if a month is left.
     """
+    from .archive_files import ArchiveError
+    from .retention import RetentionError, archive_for_ever
     from .retention import archive as run_archive
-    from .retention import archive_for_ever
 
     settings = load_settings()
     given = {"archive_keep_months": keep_months, "archive_target": target}
@@ -226,7 +229,7 @@ def archive(
     if every is not None:
         archive_for_ever(settings, every)
     failed = False
-    with _database_errors():
+    with _errors_explained(ArchiveError, RetentionError):
         for done, text in run_archive(settings, dry_run=dry_run, progress=_progress):
             failed |= not done
             click.echo(text, err=not done)
@@ -258,24 +261,26 @@ def restore(month: str, keep_days: int, target: str | None) -> None:
 
     The archive is verified first: if it is truncated or altered, nothing is changed.
     """
+    from .archive_files import ArchiveError
     from .restore import restore as run_restore
+    from .retention import RetentionError
 
     settings = load_settings()
     if target is not None:
         settings = settings.model_copy(update={"archive_target": target})
-    with _database_errors():
+    with _errors_explained(ArchiveError, RetentionError):
         click.echo(run_restore(settings, month, keep_days, _progress))
 
 
 def _progress(rows: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    # Where nobody looks, nothing is drawn.
-    yield from track(
-        rows, what, total, console=console, transient=True, disable=not console.is_terminal
-    )
+    # On a terminal only: click draws nothing elsewhere, but prints the label.
+    if not sys.stderr.isatty():
+        yield from rows
+        return
+    with click.progressbar(
+        rows, length=total, label=what, file=sys.stderr, update_min_steps=10_000, show_pos=True
+    ) as bar:
+        yield from bar
 
 
 @main.group(name="dead-letters")
@@ -287,33 +292,19 @@ def dead_letters() -> None:
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1))
 def list_dead_letters(limit: int) -> None:
     """List the newest dead letters, the newest first."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from .dead_letter_commands import newest
 
-    with _database_errors():
+    with _errors_explained():
         letters, total, fallback = newest(load_settings(), limit)
-    table = Table(box=box.SIMPLE_HEAD)
-    for title, side in (
-        ("id", "right"),
-        ("received", "left"),
-        ("topic", "left"),
-        ("bytes", "right"),
-    ):
-        table.add_column(title, justify=side, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("reason", overflow="fold")
-    for letter in letters:
-        table.add_row(
-            str(letter.id),
-            f"{letter.received_at:%Y-%m-%d %H:%M:%S}",
-            _printable(letter.topic),
-            str(len(letter.payload)),
-            f"{letter.sqlstate} {_printable(letter.reason.encode())}",
-        )
     if letters:
-        Console(markup=False, highlight=False).print(table)
+        click.echo(f"{'id':>8}  {'received':<19}  {'bytes':>9}  {'topic':<24}  reason")
+    for letter in letters:
+        received = f"{letter.received_at:%Y-%m-%d %H:%M:%S}"
+        reason = f"{letter.sqlstate} {_printable(letter.reason.encode())}"
+        click.echo(
+            f"{letter.id:>8}  {received}  {len(letter.payload):>9}  "
+            f"{_printable(letter.topic):<24}  {reason}"
+        )
     click.echo(f"{len(letters)} of {total} dead letters, received times in UTC")
     if fallback:
         click.echo(f"{fallback} more messages are in dead_letters_fallback: see docs/data.md")
@@ -326,7 +317,7 @@ def show_dead_letter(letter_id: int, *, raw: bool) -> None:
     """Show one dead letter with everything that is known of it."""
     from .dead_letter_commands import find
 
-    with _database_errors():
+    with _errors_explained():
         letter = find(load_settings(), letter_id)
     if letter is None:
         raise click.ClickException(f"there is no dead letter {letter_id}")
@@ -377,7 +368,7 @@ def retry_dead_letters(letter_ids: tuple[int, ...], *, everything: bool) -> None
 
     settings = load_settings()
     stored = refused = 0
-    with _database_errors():
+    with _errors_explained():
         for letter_id, refusal in retry(
             settings, _chosen(settings, letter_ids, everything=everything)
         ):
@@ -397,7 +388,7 @@ def purge_dead_letters(letter_ids: tuple[int, ...], *, everything: bool, yes: bo
     from .dead_letter_commands import purge
 
     settings = load_settings()
-    with _database_errors():
+    with _errors_explained():
         chosen = _chosen(settings, letter_ids, everything=everything)
         if chosen and not yes:
             click.confirm(f"Delete {len(chosen)} dead letters for good?", abort=True)

@@ -11,8 +11,8 @@ import psycopg2.extensions
 from .archive_files import TIMESTAMP, Archive, Part, Row, lacking, merged
 from .copy_format import copy_pieces
 from .database import connect
+from .partitions import KEPT_UNTIL
 from .retention import (
-    KEPT_UNTIL,
     NO_ARCHIVE,
     Progress,
     RetentionError,

@@ -24,14 +24,14 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import NoReturn
 
-import click
 import psycopg2
 import psycopg2.extensions
 import structlog
 
-from .archive_files import SORTED_BY, Archive, Row, lacking, merged, sql_expression
+from .archive_files import SORTED_BY, Archive, ArchiveError, Row, lacking, merged, sql_expression
 from .database import connect, explain
-from .settings import Settings
+from .partitions import kept_until
+from .settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
 
@@ -41,14 +41,12 @@ Progress = Callable[[Iterable[Row], str, int], Iterable[Row]]
 NO_ARCHIVE = "none"  # the value of IOT_ARCHIVE_TARGET that means: drop without archiving
 NAME = re.compile(r"messages_(\d{4})_(\d\d)")  # of a partition, see ensure_partitions
 _ARCHIVING = "iot-collector: being archived"
-KEPT_UNTIL = "iot-collector: kept until "  # comment of a restored partition, followed by a date
-_KEPT = re.compile(KEPT_UNTIL + r"(\d{4}-\d\d-\d\d)")
 _DETACHED = "_detached"  # end of the name of a detached table, so that its month is free again
 _CLOCKS_DIFFER = 86_400  # seconds
 _FETCH_ROWS = 500
 
 
-class RetentionError(click.ClickException):
+class RetentionError(Exception):
     """A month cannot be archived or restored."""
 
 
@@ -195,9 +193,9 @@ def archive_for_ever(settings: Settings, hours: float) -> NoReturn:
         except psycopg2.Error as error:
             failed = True
             log.error("archive: database", error=explain(error))  # noqa: TRY400 - no bug
-        except click.ClickException as error:
+        except (ArchiveError, RetentionError, SettingsError) as error:
             failed = True
-            log.error("archive failed, nothing was dropped", error=error.message)  # noqa: TRY400
+            log.error("archive failed", error=str(error))  # noqa: TRY400
         time.sleep(3600 * (min(hours, 1) if failed else hours))
 
 
@@ -240,9 +238,9 @@ def _due(cursor: Cursor, keep_months: int) -> Iterator[Partition]:
         match = NAME.fullmatch(name)
         if match is None or not (attached or comment == _ARCHIVING):
             continue  # somebody else's table
-        kept = _KEPT.match(comment)
+        kept = kept_until(comment)
         month = date(int(match[1]), int(match[2]), 1)
-        wanted = month >= cutoff or (kept and date.fromisoformat(kept[1]) > _today())
+        wanted = month >= cutoff or (kept is not None and kept > _today())
         if wanted and attached and not pending:
             continue
         yield Partition(oid, table, name, attached, pending, size)

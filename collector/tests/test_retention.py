@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,8 +101,14 @@ def files(target: Path) -> list[str]:
 
 def in_archive(target: Path) -> int:
     """How many rows another program finds in the archive."""
-    [(count,)] = duckdb.sql(f"SELECT count(*) FROM '{target}/*.parquet'").fetchall()
+    [(count,)] = select(f"SELECT count(*) FROM '{target}/*.parquet'")
     return int(count)
+
+
+def select(sql: str) -> list[Any]:
+    """Run a query in DuckDB."""
+    with duckdb.connect() as connection:
+        return connection.execute(sql).fetchall()
 
 
 def test_archives_then_drops(database: Database, target: Path) -> None:
@@ -123,7 +130,7 @@ def test_archives_then_drops(database: Database, target: Path) -> None:
     assert manifest["rows"] == len(rows) == 500
     assert manifest["bytes"] == (target / f"{TABLE}.parquet").stat().st_size
     # Another program reads the same values, sorted by topic and time.
-    found = duckdb.sql(f"SELECT * FROM '{target}/{TABLE}.parquet'").fetchall()
+    found = select(f"SELECT * FROM '{target}/{TABLE}.parquet'")
     assert found == sorted(found, key=lambda row: (row[2].encode(), row[1], row[0]))
     assert manifest["received_from"] == min(row[1] for row in found).isoformat().replace(
         "+00:00", "Z"
@@ -326,17 +333,16 @@ def test_one_at_a_time(database: Database, target: Path) -> None:
 
 
 def test_wrong_clock(database: Database, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from click.exceptions import ClickException
     from iot_collector import retention
     from iot_collector.settings import Settings
 
     make_month(database, 3)
-    month_ahead = retention.time.time() + 31 * 86400
-    monkeypatch.setattr(retention.time, "time", lambda: month_ahead)
+    month_ahead = time.time() + 31 * 86400
+    monkeypatch.setattr(time, "time", lambda: month_ahead)
     settings_ = Settings(
         database_url=database.url, database_password=database.password, archive_target=str(target)
     )
-    with pytest.raises(ClickException, match="clock of this machine"):
+    with pytest.raises(retention.RetentionError, match="clock of this machine"):
         list(retention.archive(settings_))
     assert tables(database) == [TABLE]
 
@@ -453,9 +459,7 @@ def test_row_that_comes_before_the_detachment(
     assert archiver.wait() == 0, archiver.log()
     assert tables(database) == []
     assert in_archive(target) == 21
-    assert duckdb.sql(f"SELECT payload FROM '{target}/{TABLE}-2.parquet'").fetchall() == [
-        (b"late",)
-    ]
+    assert select(f"SELECT payload FROM '{target}/{TABLE}-2.parquet'") == [(b"late",)]
 
 
 def test_long_query_is_waited_for_and_then_left(database: Database, target: Path) -> None:
