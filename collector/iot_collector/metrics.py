@@ -86,7 +86,5 @@ class Metrics:
         if (times := self.partition_times) is not None:
             text = "Until when there is a partition for every month, in Unix time"
             yield gauge("db_partitions_until_timestamp_seconds", text, times.until)
-            text = (
-                "When the next partition is to be archived, in Unix time; +Inf for never"
-            )
+            text = "When the next partition is to be archived, in Unix time; +Inf for never"
             yield gauge("db_partition_due_timestamp_seconds", text, times.due)
