@@ -28,13 +28,13 @@ VERSIONS = ("1.33", "1.34", "1.35", "1.36", "1.37")
 # What checkov asks for and we do not do: of which components, and why.
 CHECKOV_SKIPS = {
     # Tags do not move, and an image that was built into the cluster can be pulled from nowhere.
-    "CKV_K8S_15": COMPONENTS,
+    "CKV_K8S_15": COMPONENTS | {"archive"},
     # It asks the API for the collector's pods, with a Role for that alone.
     "CKV_K8S_38": {"prometheus"},
     # The users that the official images come with.
     "CKV_K8S_40": {"mosquitto", "postgres", "grafana"},
     # Pinned by version; each image's variable takes a digest as well.
-    "CKV_K8S_43": COMPONENTS,
+    "CKV_K8S_43": COMPONENTS | {"archive"},
 }
 
 
@@ -132,6 +132,29 @@ def test_every_workload_is_robust_and_confined(cluster: Cluster) -> None:
         "podSelector": {},
         "policyTypes": ["Ingress", "Egress"],
     }
+
+
+def test_the_archive_job_is_confined_and_reaches_the_database(cluster: Cluster) -> None:
+    job = cluster.object("CronJob", "archive")["spec"]
+    assert job["concurrencyPolicy"] == "Forbid"
+    template = job["jobTemplate"]["spec"]["template"]
+    [container] = template["spec"]["containers"]
+    assert container["args"] == ["archive"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    collector = pod_spec(cluster.object("StatefulSet", "collector"))["containers"][0]
+    assert container["image"] == collector["image"]
+    assert template["spec"]["automountServiceAccountToken"] is False
+    settings = cluster.object("ConfigMap", "collector")["data"]
+    assert settings["IOT_ARCHIVE_KEEP_MONTHS"] == "12"
+    assert {"name": "archive", "mountPath": settings["IOT_ARCHIVE_TARGET"]} in container[
+        "volumeMounts"
+    ]
+    assert cluster.object("PersistentVolumeClaim", "archive")
+    [rule] = cluster.object("NetworkPolicy", "archive")["spec"]["egress"]
+    assert rule["ports"][0]["port"] == 5432
+    [rule] = cluster.object("NetworkPolicy", "postgres")["spec"]["ingress"]
+    peers = [peer["podSelector"]["matchLabels"] for peer in rule["from"]]
+    assert {"app.kubernetes.io/name": "archive"} in peers
 
 
 def test_passwords_are_files_and_nothing_else(cluster: Cluster) -> None:

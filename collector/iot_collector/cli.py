@@ -1,8 +1,11 @@
 """The command ``iot-collector``."""
 
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import click
@@ -10,7 +13,7 @@ import psycopg2
 
 from . import __version__, log
 from .replay_command import replay
-from .settings import VARIABLES, Settings, SettingsError, load
+from .settings import VARIABLES, Settings, SettingsError, load, valid_target
 
 
 class _WrongSetting(click.ClickException):
@@ -169,3 +172,230 @@ def simulate(**options: Any) -> None:
     from .simulate import simulate as run_simulation
 
     sys.exit(run_simulation(load_settings(), Plan(**options)))
+
+
+@contextmanager
+def _errors_explained(*expected: type[Exception]) -> Iterator[None]:
+    """Turn an error of PostgreSQL, or an expected one, into a message without a traceback."""
+    from .database import explain
+
+    try:
+        yield
+    except psycopg2.Error as error:
+        raise click.ClickException(f"database: {explain(error)}") from error
+    except expected as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _target(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    try:
+        return value and valid_target(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+_TARGET = click.option(
+    "--target",
+    callback=_target,
+    help="Directory, s3://bucket/prefix, or none; by default IOT_ARCHIVE_TARGET.",
+)
+
+
+@main.command()
+@click.option("--dry-run", is_flag=True, help="Say what would be archived and dropped.")
+@click.option("--keep-months", type=click.IntRange(1), help="By default IOT_ARCHIVE_KEEP_MONTHS.")
+@_TARGET
+@click.option(
+    "--every",
+    type=click.FloatRange(0, 8760, min_open=True),
+    metavar="HOURS",
+    help="Do it again and again, as a service.",
+)
+def archive(
+    *, dry_run: bool, keep_months: int | None, target: str | None, every: float | None
+) -> None:
+    """Archive the months that are older than the retention, then drop them.
+
+    A month is dropped only after its archive was read back and has every row. Killed at any
+    moment, nothing is lost, and the next run goes on. The exit status is 1 if a month is left.
+    """
+    from .archive_files import ArchiveError
+    from .retention import RetentionError, archive_for_ever
+    from .retention import archive as run_archive
+
+    settings = load_settings()
+    given = {"archive_keep_months": keep_months, "archive_target": target}
+    settings = settings.model_copy(update={k: v for k, v in given.items() if v is not None})
+    if every is not None:
+        archive_for_ever(settings, every)
+    failed = False
+    with _errors_explained(ArchiveError, RetentionError):
+        for done, text in run_archive(settings, dry_run=dry_run, progress=_progress):
+            failed |= not done
+            click.echo(text, err=not done)
+    sys.exit(1 if failed else 0)
+
+
+def _month(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    # Some people have the manifest's name at hand.
+    match = re.fullmatch(
+        r"(?:.*/)?(?:messages_)?(\d{4})[-_](0[1-9]|1[0-2])(?:-\d+)?(?:\.json)?", value
+    )
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no month like 2025-01")
+    return f"{match[1]}-{match[2]}"
+
+
+@main.command()
+@click.argument("month", callback=_month)
+@click.option(
+    "--keep-days",
+    default=30,
+    show_default=True,
+    type=click.IntRange(1, 36500),
+    help="So long it is not archived again.",
+)
+@_TARGET
+def restore(month: str, keep_days: int, target: str | None) -> None:
+    """Bring an archived MONTH (2025-01) back into the table messages, each row once.
+
+    The archive is verified first: if it is truncated or altered, nothing is changed.
+    """
+    from .archive_files import ArchiveError
+    from .restore import restore as run_restore
+    from .retention import RetentionError
+
+    settings = load_settings()
+    if target is not None:
+        settings = settings.model_copy(update={"archive_target": target})
+    with _errors_explained(ArchiveError, RetentionError):
+        click.echo(run_restore(settings, month, keep_days, _progress))
+
+
+def _progress(rows: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+    # On a terminal only: click draws nothing elsewhere, but prints the label.
+    if not sys.stderr.isatty():
+        yield from rows
+        return
+    with click.progressbar(
+        rows, length=total, label=what, file=sys.stderr, update_min_steps=10_000, show_pos=True
+    ) as bar:
+        yield from bar
+
+
+@main.group(name="dead-letters")
+def dead_letters() -> None:
+    """Messages that PostgreSQL refused to store in the table messages."""
+
+
+@dead_letters.command(name="list")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1))
+def list_dead_letters(limit: int) -> None:
+    """List the newest dead letters, the newest first."""
+    from .dead_letter_commands import newest
+
+    with _errors_explained():
+        letters, total, fallback = newest(load_settings(), limit)
+    if letters:
+        click.echo(f"{'id':>8}  {'received':<19}  {'bytes':>9}  {'topic':<24}  reason")
+    for letter in letters:
+        received = f"{letter.received_at:%Y-%m-%d %H:%M:%S}"
+        reason = f"{letter.sqlstate} {_printable(letter.reason.encode())}"
+        click.echo(
+            f"{letter.id:>8}  {received}  {len(letter.payload):>9}  "
+            f"{_printable(letter.topic):<24}  {reason}"
+        )
+    click.echo(f"{len(letters)} of {total} dead letters, received times in UTC")
+    if fallback:
+        click.echo(f"{fallback} more messages are in dead_letters_fallback: see docs/data.md")
+
+
+@dead_letters.command(name="show")
+@click.argument("letter_id", metavar="ID", type=int)
+@click.option("--raw", is_flag=True, help="Write the bytes of the payload, and nothing else.")
+def show_dead_letter(letter_id: int, *, raw: bool) -> None:
+    """Show one dead letter with everything that is known of it."""
+    from .dead_letter_commands import find
+
+    with _errors_explained():
+        letter = find(load_settings(), letter_id)
+    if letter is None:
+        raise click.ClickException(f"there is no dead letter {letter_id}")
+    if raw:
+        click.echo(letter.payload, nl=False)
+        return
+    for name, value in (
+        ("id", letter.id),
+        ("received", letter.received_at.isoformat()),
+        ("stored", letter.stored_at.isoformat()),
+        ("topic", _printable(letter.topic)),
+        ("qos", letter.qos),
+        ("retained", letter.retained),
+        ("properties", _printable(letter.properties or b"")),
+        ("reason", _printable(letter.reason.encode())),
+        ("sqlstate", letter.sqlstate),
+        ("bytes", len(letter.payload)),
+        ("payload", _printable(letter.payload)),
+    ):
+        click.echo(f"{name:<11}{value}".rstrip())
+
+
+_LETTER_IDS = click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=int)
+_ALL = click.option("--all", "everything", is_flag=True, help="All dead letters.")
+
+
+def _chosen(settings: Settings, letter_ids: tuple[int, ...], *, everything: bool) -> list[int]:
+    """Return the ids of the dead letters that a command is about."""
+    from .dead_letter_commands import ids
+
+    if bool(letter_ids) == everything:
+        raise click.UsageError("give the ids of dead letters, or --all")
+    found = ids(settings, None if everything else letter_ids)
+    if missing := sorted(set(letter_ids) - set(found)):
+        raise click.ClickException(f"there is no dead letter {', '.join(map(str, missing))}")
+    return found
+
+
+@dead_letters.command(name="retry")
+@_LETTER_IDS
+@_ALL
+def retry_dead_letters(letter_ids: tuple[int, ...], *, everything: bool) -> None:
+    """Store dead letters in the table messages, after their cause is removed.
+
+    One that is refused again stays a dead letter, with the new reason, and the exit status is 1.
+    """
+    from .dead_letter_commands import retry
+
+    settings = load_settings()
+    stored = refused = 0
+    with _errors_explained():
+        for letter_id, refusal in retry(
+            settings, _chosen(settings, letter_ids, everything=everything)
+        ):
+            stored, refused = stored + (refusal is None), refused + (refusal is not None)
+            if refusal is not None:
+                click.echo(f"{letter_id}: refused again: {refusal}", err=True)
+    click.echo(f"{stored} stored, {refused} refused again")
+    sys.exit(1 if refused else 0)
+
+
+@dead_letters.command(name="purge")
+@_LETTER_IDS
+@_ALL
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def purge_dead_letters(letter_ids: tuple[int, ...], *, everything: bool, yes: bool) -> None:
+    """Delete dead letters for good, after asking."""
+    from .dead_letter_commands import purge
+
+    settings = load_settings()
+    with _errors_explained():
+        chosen = _chosen(settings, letter_ids, everything=everything)
+        if chosen and not yes:
+            click.confirm(f"Delete {len(chosen)} dead letters for good?", abort=True)
+        click.echo(f"{purge(settings, chosen)} deleted")
+
+
+def _printable(text: bytes) -> str:
+    """Return bytes as text without control characters; what is not UTF-8 is escaped."""
+    decoded = text.decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)

@@ -113,9 +113,18 @@ def copy(
     :param tuples: their bytes, in pieces of any size.
     :raises psycopg2.Error: PostgreSQL refused them.
     """
-    file: Any = _PieceFile(itertools.chain((HEADER,), tuples, (TRAILER,)))
+    pieces = itertools.chain((HEADER,), tuples, (TRAILER,))
+    copy_pieces(cursor, sql_before + _COPY + sql_after, pieces)
+
+
+def copy_pieces(cursor: psycopg2.extensions.cursor, sql: bytes, pieces: Iterable[bytes]) -> None:
+    """Run a COPY FROM STDIN whose data come in pieces of any size.
+
+    :raises psycopg2.Error: PostgreSQL refused them.
+    """
+    file: Any = _PieceFile(pieces)
     try:
-        cursor.copy_expert(sql_before + _COPY + sql_after, file, size=_ANY_SIZE)
+        cursor.copy_expert(sql, file, size=_ANY_SIZE)
     except psycopg2.Error:
         # psycopg2 turns an error of the file into QueryCanceled, without its traceback.
         if file.error is not None:

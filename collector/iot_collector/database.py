@@ -165,6 +165,13 @@ class PasswordError(KnownError):
     hint = ""
 
 
+class NewerSchemaError(KnownError):
+    """The database was migrated by a newer version, and may not mean what this one assumes."""
+
+    kind = "newer_schema"
+    hint = "install the version of iot-collector that made the schema, or a newer one"
+
+
 def kind_of(error: Exception) -> str:
     """Return the kind of an error, one of a small fixed set (a label of db_errors_total)."""
     if isinstance(error, KnownError):

@@ -44,7 +44,7 @@ def store_valid(
     :returns: how many were inserted into ``messages``.
     :raises psycopg2.Error: the cause is not the data, or ``dead_letters_fallback`` refused it.
     """
-    refusal = _attempt(cursor, partial(copy, cursor, tuples))
+    refusal = attempt(cursor, partial(copy, cursor, tuples))
     if refusal is None:
         return len(tuples)
     if len(tuples) > 1:
@@ -58,7 +58,7 @@ def store_valid(
     return 0
 
 
-def _attempt(
+def attempt(
     cursor: psycopg2.extensions.cursor, step: Callable[[], object]
 ) -> psycopg2.Error | None:
     """Run a step in a savepoint; return None, or the error if the data was refused.
@@ -83,12 +83,12 @@ def _insert_dead_letter(
     """Store a tuple as a dead letter; return the reason that it is counted under."""
     timestamp, qos, retained, topic, properties, _, payload = decode_tuple(data)
     state = refusal.pgcode or ""
-    letter = (timestamp, topic, payload, properties, qos, retained, _text(refusal), state)
-    again = _attempt(cursor, partial(cursor.execute, _INSERT, letter))
+    letter = (timestamp, topic, payload, properties, qos, retained, reason_of(refusal), state)
+    again = attempt(cursor, partial(cursor.execute, _INSERT, letter))
     if again is None:
         log.error("message kept as dead letter", topic=topic, sqlstate=state)
         return _REASONS.get(state[:2], "refused")
-    cursor.execute(_INSERT_FALLBACK, (*letter, _text(again)))
+    cursor.execute(_INSERT_FALLBACK, (*letter, reason_of(again)))
     log.error(
         "dead_letters refused a message, which is kept in dead_letters_fallback",
         topic=topic,
@@ -98,5 +98,6 @@ def _insert_dead_letter(
     return REFUSED_TWICE
 
 
-def _text(refusal: psycopg2.Error) -> str:
+def reason_of(refusal: psycopg2.Error) -> str:
+    """Return the text of a refusal that ``dead_letters`` keeps."""
     return refusal.diag.message_primary or str(refusal)

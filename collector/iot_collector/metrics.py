@@ -17,6 +17,7 @@ from prometheus_client import (
 from . import __version__
 from .buffer import Buffer
 from .dead_letters import REFUSED_TWICE
+from .partitions import PartitionTimes
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 _ROWS = (1, 5, 10, 50, 100, 500, 1_000, 2_500, 5_000, 10_000)
@@ -63,6 +64,7 @@ class Metrics:
         self.mqtt_connected = Gauge("mqtt_connected", "1 when connected and subscribed")
         self.mqtt_reconnects = Counter("mqtt_reconnects", "Connections to the broker but the first")
         Info("build", "Version of the collector").info({"version": __version__})
+        self.partition_times: PartitionTimes | None = None  # not known yet
         REGISTRY.register(self)
 
     def collect(self) -> Iterator[core.Metric]:
@@ -81,3 +83,8 @@ class Metrics:
         yield gauge("oldest_unacked_message_seconds", "Age of the oldest uncommitted message", age)
         delay = "Time from receipt of a message to its COMMIT"
         yield self.message_delay.family("message_delay_seconds", delay)
+        if (times := self.partition_times) is not None:
+            text = "Until when there is a partition for every month, in Unix time"
+            yield gauge("db_partitions_until_timestamp_seconds", text, times.until)
+            text = "When the next partition is to be archived, in Unix time; +Inf for never"
+            yield gauge("db_partition_due_timestamp_seconds", text, times.due)

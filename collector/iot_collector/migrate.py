@@ -6,7 +6,8 @@ from pathlib import Path
 
 import psycopg2.extensions
 
-from .database import connect
+from . import __version__
+from .database import NewerSchemaError, connect
 from .partitions import create_partitions
 from .settings import Settings
 
@@ -24,16 +25,25 @@ def migrations() -> list[tuple[str, str]]:
 
 
 def missing_migrations(cursor: psycopg2.extensions.cursor) -> list[tuple[str, str]]:
-    """Return (name, SQL) of the migrations that the database does not have yet, in order."""
-    cursor.execute("SELECT name FROM schema_migrations")
-    applied = {name for (name,) in cursor.fetchall()}
+    """Return (name, SQL) of the migrations that the database does not have yet, in order.
+
+    :raises NewerSchemaError: the database has migrations that this version does not have.
+    """
+    cursor.execute("SELECT name FROM schema_migrations ORDER BY name")
+    applied = [name for (name,) in cursor.fetchall()]
+    known = {name for name, _ in migrations()}
+    if unknown := [name for name in applied if name not in known]:
+        raise NewerSchemaError(
+            f"the schema of the database is newer than this iot-collector {__version__}, which"
+            f" does not have the migration {', '.join(unknown)}"
+        )
     return [(name, sql) for name, sql in migrations() if name not in applied]
 
 
 def migrate(settings: Settings) -> list[str]:
     """Apply the missing migrations and create partitions; return the names of these migrations.
 
-    :raises psycopg2.Error: nothing was changed.
+    :raises psycopg2.Error: nothing was changed; NewerSchemaError if this version is too old.
     """
     with closing(connect(settings)) as connection, connection, connection.cursor() as cursor:
         # Two processes that migrate at once take turns.

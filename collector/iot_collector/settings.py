@@ -110,6 +110,18 @@ def _readable(path: Path) -> Path:
     return path
 
 
+def valid_target(target: str) -> str:
+    """Return where an archive may be.
+
+    :raises ValueError: it is neither a directory's path, nor in S3, nor none.
+    """
+    if not (re.fullmatch(r"s3://[^/]+(/.*)?", target) or target == "none" or target[:1] == "/"):
+        raise ValueError(
+            f"{target!r} is neither an absolute path, nor s3://<bucket>/<prefix>, nor none"
+        )
+    return target.rstrip("/") or "/"
+
+
 def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
@@ -119,6 +131,7 @@ Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 Topics = Annotated[list[Topic], NoDecode, BeforeValidator(_split)]
 File = Annotated[Path, AfterValidator(_readable)] | None
 Secret = SecretStr | None
+Target = Annotated[str, AfterValidator(valid_target)] | None
 
 
 class Broker(NamedTuple):
@@ -218,6 +231,11 @@ class Settings(BaseSettings):
         None, "ARN of the SQS queue to which an AWS IoT rule copies every message, for "
         "`iot-collector replay`; ids of messages are then kept at least 15 days",
         "arn:aws:sqs:eu-west-1:111122223333:iot-system-replay")
+    archive_target: Target = _setting(
+        None, "Where `iot-collector archive` writes old months before it drops them: a directory, "
+        "s3://<bucket>/<prefix>, or none to drop them without", "/var/lib/iot-system/archive")
+    archive_keep_months: int = _setting(
+        12, "How many whole months stay in the database", ge=1, le=1200)
 
     http_host: str = _setting("127.0.0.1", "Address to serve HTTP on", "0.0.0.0")  # noqa: S104
     http_port: int = _setting(3000, "Its port", ge=1, le=65535)

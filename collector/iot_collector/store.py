@@ -1,5 +1,7 @@
 """Batches in the database: one batch, one transaction, with its entry in the ledger."""
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -14,11 +16,13 @@ from .database import StatementWatchdog, WatchedConnection, connect, kind_of, on
 from .dead_letters import store_valid
 from .ledger import Entry, Ledger
 from .message_ids import drop_known, forget_old
-from .partitions import create_partitions
+from .migrate import missing_migrations
+from .partitions import PartitionTimes, create_partitions, partition_times
 from .settings import Settings
 
 log = structlog.get_logger(__name__)
 
+_LOOK_SECONDS = 3600.0
 _DAILY_TIMEOUT = 6 * 3600.0  # seconds; there may be very many message ids to delete
 
 Cursor = psycopg2.extensions.cursor
@@ -36,6 +40,8 @@ class Store:
         # Twice the time after which PostgreSQL itself cancels a statement.
         self.watchdog = StatementWatchdog(2 * settings.database_timeout_seconds)
         self._days_prepared: set[int] = set()  # days since 1970
+        self.partition_times: PartitionTimes | None = None
+        self._next_look = -math.inf
 
     def ping(self) -> None:
         """Check that the database answers and has our schema.
@@ -44,6 +50,8 @@ class Store:
         """
         with self._cursor() as cursor:
             cursor.execute("SELECT 'messages'::regclass")  # needs no right to read the table
+            if time.monotonic() > self._next_look:
+                self._look_at_partitions(cursor)
 
     def start_session(self, *, session_present: bool, force: bool = False) -> sessions.Claim:
         """Start a session of the broker: load its ledger, and claim the filters of the settings.
@@ -169,6 +177,10 @@ class Store:
                     "synchronous_commit is off: a crash of PostgreSQL can lose acknowledged "
                     "messages; set it to on for this role or database"
                 )
+            # A role that may only insert is not required to be able to read this table.
+            cursor.execute("SELECT has_table_privilege(to_regclass('schema_migrations'), 'SELECT')")
+            if cursor.fetchone() == (True,):
+                missing_migrations(cursor)  # raises an error if the schema is newer
 
     def _prepare_days(self, batch: list[ReadBatch]) -> None:
         """With the first batch of each day, create partitions and delete old message ids."""
@@ -190,9 +202,19 @@ class Store:
                     self._settings.mqtt_session_expiry_seconds,
                     replay=self._settings.replay_queue is not None,
                 )
+                self._look_at_partitions(cursor)
         finally:
             self.watchdog.limit = usual
         self._days_prepared = days
+
+    def _look_at_partitions(self, cursor: Cursor) -> None:
+        """Read what the metrics say about partitions: daily, and every hour while idle."""
+        months = self._settings.archive_keep_months
+        times = partition_times(cursor, time.time(), months)
+        # Without an archive, no month is due.
+        due = times.due if self._settings.archive_target else math.inf
+        self.partition_times = times._replace(due=due)
+        self._next_look = time.monotonic() + _LOOK_SECONDS
 
 
 def _pieces(batch: list[ReadBatch]) -> Iterator[bytes]:

@@ -148,6 +148,7 @@ class WriterThread(threading.Thread):
                 log.warning("database is not usable, will retry", error=self.error)
             raise
         self.consecutive_bugs = 0
+        self._metrics.partition_times = self._store.partition_times
         if self.error is not None:
             log.info("database is usable")
             self.error = None

@@ -1,9 +1,13 @@
 """The schema, and the partitions."""
 
+import contextlib
+import math
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -17,8 +21,11 @@ from iot_collector.sessions import Claim
 from iot_collector.settings import Settings
 from iot_collector.store import Store
 
-from testing.collector import run_command
+from testing.collector import Collector, run_command
+from testing.mosquitto import Mosquitto
 from testing.postgres import Database
+from testing.publisher import publish
+from testing.service import eventually
 
 
 def settings_for(database: Database, **more: Any) -> Settings:
@@ -183,3 +190,97 @@ def test_limited_user(database: Database) -> None:
     for forbidden in ("SELECT 1 FROM messages", "DELETE FROM messages", "TRUNCATE messages"):
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             user.query(forbidden)
+
+
+def test_newer_schema_is_refused(
+    database: Database, broker: Mosquitto, make_collector: Callable[..., Collector]
+) -> None:
+    """By everything that would write: after a downgrade, for example."""
+    collector = make_collector(broker, database).start()
+    database.query("INSERT INTO schema_migrations (name) VALUES ('9999_new'), ('9998_new')")
+    before = database.query("SELECT * FROM schema_migrations ORDER BY 1")
+    said = "newer than this iot-collector"
+    migrating = run_command("migrate", **database.environment())
+    assert migrating.returncode == 1
+    assert said in migrating.stderr
+    assert "9998_new, 9999_new" in migrating.stderr
+    assert database.query("SELECT * FROM schema_migrations ORDER BY 1") == before
+    checking = run_command("check", **database.environment(), **broker.environment())
+    assert checking.returncode == 8
+    assert said in checking.stdout
+    assert "install the version of iot-collector" in checking.stdout
+    # One that runs goes on: in a rolling update, the first new pod migrates.
+    publish(broker, [("a", b"1")])
+    eventually(lambda: database.payloads() == [b"1"])
+    collector.stop()
+    # Its successor leaves the messages with the broker, and says why.
+    publish(broker, [("a", b"2")])
+    collector.launch().wait_listening()
+    eventually(lambda: said in str(collector.health()))
+    assert collector.status("/readyz") == 503
+    assert database.payloads() == [b"1"]
+    database.query("DELETE FROM schema_migrations WHERE name LIKE '999%'")
+    eventually(lambda: database.payloads() == [b"1", b"2"])
+
+
+# How each table was filled under the schema of migration 0004, with what is in the tables today.
+FILLED = Path(__file__).with_name("filled_0004.sql")
+
+
+def test_upgrade_of_a_filled_database(
+    empty_database: Database, broker: Mosquitto, make_collector: Callable[..., Collector]
+) -> None:
+    """From the schema of the first release: every row is there, and the collector goes on."""
+    with contextlib.closing(empty_database.connect()) as connection, connection.cursor() as cursor:
+        cursor.execute(FILLED.read_text())
+        connection.commit()
+    old = {
+        table: empty_database.query(f"SELECT * FROM {table} ORDER BY 1, 2")
+        for table in ("messages", "dead_letters", "dead_letters_fallback", "ledger", "message_ids")
+    }
+    assert all(old.values())
+    barrier = threading.Barrier(3)
+
+    def run() -> list[str]:
+        barrier.wait()
+        return migrate(settings_for(empty_database))
+
+    with ThreadPoolExecutor(3) as pool:
+        results = [future.result() for future in [pool.submit(run) for _ in range(3)]]
+    assert sorted(results, key=len)[:2] == [[], []], "one of them migrates"
+    for table, rows in old.items():
+        columns = len(rows[0])
+        now = empty_database.query(f"SELECT * FROM {table} ORDER BY 1, 2")
+        assert [row[:columns] for row in now] == rows, table
+    collector = make_collector(broker, empty_database).start()
+    publish(broker, [("a", b"temperature:23")])
+    collector.wait_settled(1)
+    [(newest, count)] = empty_database.query("SELECT max(id), count(*) FROM messages")
+    assert (newest > 4, count) == (True, len(old["messages"]) + 1)
+
+
+def test_metrics_of_partitions(
+    database: Database, broker: Mosquitto, make_collector: Callable[..., Collector]
+) -> None:
+    database.query("SELECT ensure_partitions('2020-02-01 00:00+00', 0)")
+    collector = make_collector(broker, database, IOT_ARCHIVE_TARGET="none").start()
+    metrics = collector.metrics()
+    [(until, due)] = database.query(
+        "SELECT extract(epoch FROM (date_trunc('month', now() AT TIME ZONE 'UTC')"
+        " + make_interval(months => %s)) AT TIME ZONE 'UTC')::float8,"
+        " extract(epoch FROM timestamptz '2021-03-01 00:00+00')::float8",
+        MONTHS_AHEAD + 1,
+    )
+    assert metrics["db_partitions_until_timestamp_seconds"] == until
+    assert metrics["db_partition_due_timestamp_seconds"] == due  # 12 months are kept
+    collector.stop()
+    # Restored: due when it is kept no longer. And a gap: what comes after it does not count.
+    database.query("COMMENT ON TABLE messages_2020_02 IS 'iot-collector: kept until 2050-01-02'")
+    month = datetime.fromtimestamp(until, UTC) - timedelta(days=40)
+    database.query(f"DROP TABLE messages_{month:%Y_%m}")
+    metrics = collector.start().metrics()
+    assert metrics["db_partitions_until_timestamp_seconds"] < until
+    assert metrics["db_partition_due_timestamp_seconds"] > due
+    collector.stop()
+    collector = make_collector(broker, database).start()
+    assert collector.metrics()["db_partition_due_timestamp_seconds"] == math.inf

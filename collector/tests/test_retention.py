@@ -1,0 +1,595 @@
+"""``iot-collector archive``, against a real PostgreSQL."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from testing.collector import clean_environment, iot_collector, run_command
+from testing.postgres import Database, Postgres
+from testing.service import IS_ROOT, Service, eventually
+
+OLD = datetime(2020, 2, 1, tzinfo=UTC)
+TABLE = "messages_2020_02"
+INSERT = (
+    "INSERT INTO messages (received_at, topic, payload, fields, properties, qos, retained)"
+    " VALUES (%s, %s, %s, %s, %s, %s, %s)"
+)
+# Payloads that do not compress.
+FILL = (
+    "INSERT INTO messages (received_at, topic, payload, qos, retained)"
+    " SELECT '2020-02-02', 'z', sha512(n::text::bytea), 0, false FROM generate_series(1, %s) n"
+)
+# All that is in a row, as PostgreSQL itself shows it: no loss is too small.
+EVERYTHING = "SELECT m::text FROM messages m WHERE received_at < '2020-03-01' ORDER BY id"
+
+
+def make_month(database: Database, rows: int = 500, month: datetime = OLD) -> list[Any]:
+    """Fill an old month with what is difficult to keep; return its rows as text."""
+    database.query("SELECT ensure_partitions(%s, 0)", month)
+    dice = random.Random(7)
+    with contextlib.closing(database.connect()) as connection, connection.cursor() as cursor:
+        for n in range(rows):
+            received = month.replace(
+                day=dice.randint(1, 28),
+                hour=dice.randint(0, 23),
+                microsecond=dice.randint(0, 999999),
+            )
+            cursor.execute(
+                INSERT,
+                (
+                    received,
+                    dice.choice(
+                        ["iot/data", "a", "größe/\u2603", "\U0001f321/x", 'q"uo,te\\N', "\\N"]
+                    ),
+                    dice.choice([b"", b"temperature:23", dice.randbytes(40), b'\\N\n\r\t\0,"']),
+                    dice.choice(
+                        [None, '{"n": 1.50, "e": 1e2, "s": "\\u2603\\n\\"", "z": null}', "{}"]
+                    ),
+                    dice.choice([None, None, '{"user": {"a": ["1", ""]}}']),
+                    n % 3,
+                    n % 2 == 0,
+                ),
+            )
+        connection.commit()
+    return everything(database)
+
+
+def everything(database: Database) -> list[Any]:
+    return database.query(EVERYTHING)
+
+
+def tables(database: Database) -> list[str]:
+    """The tables of old months, attached or not."""
+    found = database.query(
+        "SELECT relname FROM pg_class WHERE relname ~ '^messages_20[012][0-4]'"
+        " AND relkind = 'r' ORDER BY 1"
+    )
+    return [name for (name,) in found]
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    return folder
+
+
+def settings(database: Database, target: object) -> dict[str, str]:
+    return {**database.environment(), "IOT_ARCHIVE_TARGET": str(target)}
+
+
+def archive(
+    database: Database, target: object, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    return run_command("archive", *arguments, **settings(database, target))
+
+
+def files(target: Path) -> list[str]:
+    return sorted(path.name for path in target.iterdir())
+
+
+def in_archive(target: Path) -> int:
+    """How many rows another program finds in the archive."""
+    [(count,)] = select(f"SELECT count(*) FROM '{target}/*.parquet'")
+    return int(count)
+
+
+def select(sql: str) -> list[Any]:
+    """Run a query in DuckDB."""
+    with duckdb.connect() as connection:
+        return connection.execute(sql).fetchall()
+
+
+def test_archives_then_drops(database: Database, target: Path) -> None:
+    rows = make_month(database)
+    new = datetime.now(UTC)
+    database.query(INSERT, new, "iot/data", b"new", None, None, 1, False)
+    planned = archive(database, target, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert "messages_2020_02: 500 rows" in planned.stdout
+    assert "would be archived" in planned.stdout
+    assert (files(target), tables(database)) == ([], [TABLE])
+    done = archive(database, target)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "messages_2020_02: 500 rows archived, read back and dropped\n"
+    assert tables(database) == []
+    assert database.payloads() == [b"new"]
+    assert files(target) == [f"{TABLE}.json", f"{TABLE}.parquet"]
+    manifest = json.loads((target / f"{TABLE}.json").read_text())
+    assert manifest["rows"] == len(rows) == 500
+    assert manifest["bytes"] == (target / f"{TABLE}.parquet").stat().st_size
+    # Another program reads the same values, sorted by topic and time.
+    found = select(f"SELECT * FROM '{target}/{TABLE}.parquet'")
+    assert found == sorted(found, key=lambda row: (row[2].encode(), row[1], row[0]))
+    assert manifest["received_from"] == min(row[1] for row in found).isoformat().replace(
+        "+00:00", "Z"
+    )
+    again = archive(database, target)
+    assert (again.returncode, again.stdout) == (0, "no month is older than 12 months\n")
+
+
+def test_keeps_the_months_of_the_retention(database: Database, target: Path) -> None:
+    [(first_kept, last_due)] = database.query(
+        "SELECT date_trunc('month', now() AT TIME ZONE 'UTC') - interval '3 months',"
+        " date_trunc('month', now() AT TIME ZONE 'UTC') - interval '4 months'"
+    )
+    for month in (first_kept, last_due):
+        database.query("SELECT ensure_partitions(%s, 0)", month.replace(tzinfo=UTC))
+        database.query(INSERT, month.replace(tzinfo=UTC), "t", b"", None, None, 0, False)
+    done = archive(database, target, "--keep-months", "3")
+    assert done.stdout == f"messages_{last_due:%Y_%m}: 1 rows archived, read back and dropped\n"
+    assert database.count() == 1
+
+
+def test_without_a_target_nothing_is_dropped(database: Database) -> None:
+    make_month(database, 3)
+    done = run_command("archive", **database.environment())
+    assert done.returncode == 1
+    assert "IOT_ARCHIVE_TARGET is not set" in done.stderr
+    assert tables(database) == [TABLE]
+    done = archive(database, "none")
+    assert (done.returncode, done.stdout) == (0, "messages_2020_02: 3 rows dropped\n")
+    assert tables(database) == []
+
+
+@pytest.mark.parametrize("value", ["relative/path", "s3://", "http://x", "NONE"])
+def test_wrong_target(value: str, database: Database) -> None:
+    done = archive(database, value)
+    assert done.returncode == 2
+    assert "IOT_ARCHIVE_TARGET" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_target_is_not_created(database: Database, target: Path) -> None:
+    """A volume that is not mounted is an empty or missing directory on the wrong disk."""
+    make_month(database, 3)
+    done = archive(database, target / "missing")
+    assert done.returncode == 2
+    assert "is no directory" in done.stderr
+    assert tables(database) == [TABLE]
+
+
+def test_full_target(database: Database, tmp_path: Path) -> None:
+    """A file system of 64 KiB, smaller than the month."""
+    if not IS_ROOT:
+        pytest.skip("mounting needs root")
+    make_month(database, 10)
+    database.query(FILL, 4000)
+    small = tmp_path / "small"
+    small.mkdir()
+    # In a mount namespace of its own, which ends with the command.
+    done = subprocess.run(
+        [
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            f'mount -t tmpfs -o size=64k small "{small}" && "{iot_collector()}" archive; echo "$?";'
+            f' ls -A "{small}"',
+        ],
+        env=clean_environment() | settings(database, small),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout == "1\n", done.stdout + done.stderr  # and no file is left
+    assert "No space left" in done.stderr
+    assert "make room" in done.stderr
+    assert tables(database) == [TABLE]
+    assert database.count(TABLE) == 4010
+
+
+def test_unwritable_target(database: Database, target: Path) -> None:
+    make_month(database, 3)
+    command = [iot_collector(), "archive"]
+    target.chmod(0o555)
+    if IS_ROOT:  # who may write everywhere, with that capability
+        command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
+    done = subprocess.run(
+        command,
+        env=clean_environment() | settings(database, target),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "ermission denied" in done.stderr
+    assert "let the user that runs iot-collector write there" in done.stderr
+    assert tables(database) == [TABLE]
+
+
+@pytest.mark.parametrize(
+    ("sql", "named"),
+    [
+        (f"CREATE VIEW v AS SELECT topic FROM {TABLE}", "view v"),
+        (f"CREATE MATERIALIZED VIEW mv AS SELECT topic FROM {TABLE}", "materialized view mv"),
+        (
+            f"ALTER TABLE {TABLE} ADD UNIQUE (id);"
+            f"CREATE TABLE f (id bigint REFERENCES {TABLE} (id))",
+            "constraint f_id_fkey on table f",
+        ),
+        ("CREATE TABLE rest PARTITION OF messages DEFAULT", "the default partition rest"),
+    ],
+)
+def test_foreign_objects(sql: str, named: str, database: Database, target: Path) -> None:
+    """What depends on one month is not dropped with it, and the other months do not wait."""
+    make_month(database, 3)
+    make_month(database, 3, datetime(2020, 1, 1, tzinfo=UTC))
+    database.query(sql)
+    done = archive(database, target)
+    assert done.returncode == 1
+    assert f"{TABLE}: not archived and not dropped, because {named} depends" in done.stderr
+    assert TABLE in tables(database)
+    assert ("messages_2020_01" in tables(database)) == ("DEFAULT" in sql)
+
+
+def test_own_indexes_and_grants_do_not_matter(database: Database, target: Path) -> None:
+    make_month(database, 3)
+    database.query(
+        f"CREATE INDEX mine ON {TABLE} (qos); ANALYZE {TABLE}; GRANT SELECT ON {TABLE} TO PUBLIC;"
+        f"CREATE STATISTICS s ON qos, retained FROM {TABLE}"
+    )
+    assert archive(database, target).returncode == 0
+    assert tables(database) == []
+
+
+def test_somebody_elses_tables_stay(database: Database, target: Path) -> None:
+    database.query(
+        "CREATE TABLE messages_2020_02 (LIKE messages);"
+        "CREATE TABLE messages_2020_03_detached (LIKE messages)"
+    )
+    done = archive(database, target)
+    assert done.stdout == "no month is older than 12 months\n"
+    assert len(tables(database)) == 2
+
+
+@pytest.mark.parametrize("fault", ["truncated", "altered", "deleted", "manifest"])
+def test_damaged_archive_is_not_trusted(fault: str, database: Database, target: Path) -> None:
+    """A month that is archived already, and a late row: nothing is dropped."""
+    make_month(database, 50)
+    assert archive(database, target).returncode == 0
+    make_month(database, 1)
+    damage(target / f"{TABLE}.parquet", fault)
+    done = archive(database, target)
+    assert done.returncode == 1
+    assert TABLE in done.stderr
+    assert "Traceback" not in done.stderr
+    assert database.count(TABLE) == 1
+    assert "messages_2020_02-2.parquet" not in files(target)
+
+
+def damage(file: Path, fault: str) -> None:
+    data = bytearray(file.read_bytes())
+    if fault == "truncated":
+        file.write_bytes(data[:-100])
+    elif fault == "altered":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif fault == "deleted":
+        file.unlink()
+    else:
+        file.with_suffix(".json").write_text('{"format": 1}')
+
+
+def test_late_row_goes_to_another_file(database: Database, target: Path) -> None:
+    make_month(database, 50)
+    assert archive(database, target).returncode == 0
+    make_month(database, 2)
+    done = archive(database, target)
+    assert done.stdout == f"{TABLE}: 2 rows archived, read back and dropped\n", done.stderr
+    assert files(target) == [
+        f"{TABLE}-2.json",
+        f"{TABLE}-2.parquet",
+        f"{TABLE}.json",
+        f"{TABLE}.parquet",
+    ]
+    assert in_archive(target) == 52
+
+
+def test_one_at_a_time(database: Database, target: Path) -> None:
+    make_month(database, 3)
+    with contextlib.closing(database.connect()) as other, other.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_lock(hashtext('iot.archive'))")
+        done = archive(database, target)
+        assert (done.returncode, done.stdout) == (
+            0,
+            "another archive or restore is running; nothing to do\n",
+        )
+        assert tables(database) == [TABLE]
+    assert archive(database, target).returncode == 0
+
+
+def test_wrong_clock(database: Database, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from iot_collector import retention
+    from iot_collector.settings import Settings
+
+    make_month(database, 3)
+    month_ahead = time.time() + 31 * 86400
+    monkeypatch.setattr(time, "time", lambda: month_ahead)
+    settings_ = Settings(
+        database_url=database.url, database_password=database.password, archive_target=str(target)
+    )
+    with pytest.raises(retention.RetentionError, match="clock of this machine"):
+        list(retention.archive(settings_))
+    assert tables(database) == [TABLE]
+
+
+class Archiver(Service):
+    """``iot-collector archive`` as a process."""
+
+    name = "archive"
+
+    def __init__(self, folder: Path, database: Database, target: object, *arguments: str) -> None:
+        super().__init__(folder)
+        self.environment = clean_environment() | settings(database, target)
+        self.arguments = arguments
+
+    def command(self) -> list[str]:
+        return [iot_collector(), "archive", *self.arguments]
+
+    def options(self) -> dict[str, Any]:
+        return {"env": self.environment}
+
+
+@pytest.fixture
+def archiver(tmp_path: Path, database: Database, target: Path) -> Iterator[Archiver]:
+    made = Archiver(tmp_path, database, target)
+    yield made
+    made.close()
+
+
+def finish(database: Database, target: Path, rows: int) -> None:
+    """The next run completes: every row in the archive once, and the table is gone."""
+    done = archive(database, target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tables(database) == []
+    assert in_archive(target) == rows
+    assert not [name for name in files(target) if name.startswith(".")]
+
+
+def waits_for_lock(database: Database, what: str) -> Any:
+    """Whether a statement of the archiver waits for a lock."""
+    return database.query(
+        "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s"
+        " AND datname = current_database()",
+        f"{what}%",
+    )
+
+
+def test_killed_while_it_writes(database: Database, target: Path, archiver: Archiver) -> None:
+    """Its file is there, not complete, under another name."""
+    make_month(database, 400)
+    database.query(FILL, 60_000)
+    archiver.launch()
+    hidden = target / f".{TABLE}.parquet.tmp"
+    eventually(hidden.exists)
+    archiver.kill()
+    assert files(target) == [hidden.name]
+    assert database.count(TABLE) == 60_400
+    finish(database, target, 60_400)
+
+
+def test_killed_while_it_detaches(database: Database, target: Path, archiver: Archiver) -> None:
+    """DETACH CONCURRENTLY has begun, and waits for a query that uses the partition."""
+    make_month(database, 20)
+    with contextlib.closing(database.connect()) as reader, reader.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM messages")
+        archiver.launch()
+        eventually(lambda: waits_for_lock(database, "ALTER TABLE messages DETACH"))
+        # Nobody else waits: not those who insert ...
+        database.query(INSERT, datetime.now(UTC), "t", b"meanwhile", None, None, 0, False)
+        assert database.query("SELECT inhdetachpending FROM pg_inherits WHERE inhdetachpending")
+        archiver.kill()
+        # ... and PostgreSQL notices that the client is gone only when it answers.
+        database.query(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE query LIKE 'ALTER TABLE messages DETACH%' AND pid <> pg_backend_pid()"
+        )
+        reader.rollback()
+    assert tables(database) == [TABLE]
+    finish(database, target, 20)
+    assert database.payloads() == [b"meanwhile"]
+
+
+def test_killed_before_it_drops(database: Database, target: Path, archiver: Archiver) -> None:
+    """The table is detached, and the archive is being read back: from a file that has no end."""
+    make_month(database, 20)
+    file, away = target / f"{TABLE}.parquet", target / "away"
+    with contextlib.closing(database.connect()) as reader, reader.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM messages")
+        archiver.launch()
+        eventually(lambda: waits_for_lock(database, "ALTER TABLE messages DETACH"))
+        file.rename(away)
+        os.mkfifo(file)
+        reader.rollback()
+    eventually(lambda: tables(database) == [f"{TABLE}_detached"])
+    eventually(lambda: database.query("SELECT 1 FROM pg_locks WHERE mode = 'AccessExclusiveLock'"))
+    archiver.kill()
+    away.rename(file)
+    assert tables(database) == [f"{TABLE}_detached"]
+    # Its month is free again: a late row does not fail, and gets to the archive as well.
+    make_month(database, 1)
+    finish(database, target, 21)
+
+
+def test_row_that_comes_before_the_detachment(
+    database: Database, target: Path, archiver: Archiver
+) -> None:
+    """It is in the partition, but not in the file that was written before."""
+    make_month(database, 20)
+    with contextlib.closing(database.connect()) as late, late.cursor() as cursor:
+        cursor.execute(INSERT, (OLD, "late", b"late", None, None, 0, False))
+        archiver.launch()
+        eventually(lambda: waits_for_lock(database, "ALTER TABLE messages DETACH"))
+        assert f"{TABLE}.json" in files(target)
+        late.commit()
+    assert archiver.wait() == 0, archiver.log()
+    assert tables(database) == []
+    assert in_archive(target) == 21
+    assert select(f"SELECT payload FROM '{target}/{TABLE}-2.parquet'") == [(b"late",)]
+
+
+def test_long_query_is_waited_for_and_then_left(database: Database, target: Path) -> None:
+    make_month(database, 20)
+    with contextlib.closing(database.connect()) as reader, reader.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM messages")
+        done = run_command(
+            "archive", **settings(database, target), IOT_DATABASE_TIMEOUT_SECONDS="1"
+        )
+    assert done.returncode == 1
+    assert "timeout" in done.stderr
+    finish(database, target, 20)
+
+
+def test_every_so_often(tmp_path: Path, database: Database, target: Path) -> None:
+    archiver = Archiver(tmp_path, database, target, "--every", "0.0003")
+    archiver.environment["IOT_LOG_FORMAT"] = "json"
+    archiver.launch()
+    try:
+        eventually(lambda: "no month is older" in archiver.log())
+        make_month(database, 5)
+        eventually(lambda: "5 rows archived, read back and dropped" in archiver.log())
+        target.rename(tmp_path / "away")
+        eventually(lambda: "is no directory" in archiver.log())
+        (tmp_path / "away").rename(target)
+        make_month(database, 6)
+        eventually(lambda: "6 rows archived, read back and dropped" in archiver.log())
+        assert archiver.running
+        archiver.signal(signal.SIGTERM)
+        archiver.wait()
+    finally:
+        archiver.close()
+    assert "Traceback" not in archiver.log()
+
+
+def restore(
+    database: Database, target: object, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    return run_command("restore", *arguments, **settings(database, target))
+
+
+def test_restore_brings_back_every_byte(database: Database, target: Path) -> None:
+    rows = make_month(database)
+    assert archive(database, target).returncode == 0
+    assert everything(database) == []
+    done = restore(database, target, "2020-02")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("messages_2020_02: 500 of 500 rows restored, kept until 20")
+    assert everything(database) == rows
+    again = restore(database, target, f"{target}/{TABLE}.json", "--keep-days", "1")
+    assert again.stdout.startswith("messages_2020_02: 0 of 500 rows restored"), again.stderr
+    assert everything(database) == rows
+    # It stays for the days that were said ...
+    assert archive(database, target).stdout == "no month is older than 12 months\n"
+    # ... and goes without another file, as the archive has it already.
+    database.query(f"COMMENT ON TABLE {TABLE} IS 'iot-collector: kept until 2020-12-31'")
+    assert (
+        archive(database, target).stdout == f"{TABLE}: 500 rows archived, read back and dropped\n"
+    )
+    assert files(target) == [f"{TABLE}.json", f"{TABLE}.parquet"]
+
+
+def test_restore_into_what_is_there(database: Database, target: Path) -> None:
+    """Two files, and late rows that are in none of them."""
+    rows = make_month(database, 40)
+    assert archive(database, target).returncode == 0
+    rows += make_month(database, 2)
+    assert archive(database, target).returncode == 0
+    rows += make_month(database, 3)
+    done = restore(database, target, "2020-02")
+    assert "42 of 42 rows restored" in done.stdout, done.stderr
+    assert everything(database) == sorted(rows, key=lambda row: int(row[0][1:].split(",")[0]))
+
+
+def test_restore_into_another_database(
+    database: Database, postgres: Postgres, target: Path
+) -> None:
+    rows = make_month(database, 40)
+    assert archive(database, target).returncode == 0
+    other = postgres.database(template="migrated")
+    assert restore(other, target, "2020-02").returncode == 0
+    assert everything(other) == rows
+    other.query(INSERT, datetime.now(UTC), "t", b"new", None, None, 0, False)
+    assert other.query("SELECT count(*), count(DISTINCT id) FROM messages") == [(41, 41)]
+
+
+@pytest.mark.parametrize("fault", ["truncated", "altered", "deleted", "manifest"])
+def test_restore_refuses_a_damaged_archive(fault: str, database: Database, target: Path) -> None:
+    make_month(database, 50)
+    assert archive(database, target).returncode == 0
+    damage(target / f"{TABLE}.parquet", fault)
+    done = restore(database, target, "2020-02")
+    assert done.returncode == 1
+    assert TABLE in done.stderr
+    assert "Traceback" not in done.stderr
+    assert tables(database) == []
+
+
+def test_restore_says_what_is_wrong(database: Database, target: Path) -> None:
+    missing = restore(database, target, "2020-02")
+    assert missing.returncode == 1
+    assert "there is no archive of 2020-02" in missing.stderr
+    assert restore(database, target, "2020-13").returncode == 2
+    unset = restore(database, "none", "2020-02")
+    assert "IOT_ARCHIVE_TARGET is not set to an archive" in unset.stderr
+    make_month(database, 3)
+    database.query("ALTER TABLE messages ADD more text")
+    assert archive(database, target).returncode == 0
+    database.query("ALTER TABLE messages DROP more")
+    other_schema = restore(database, target, "2020-02")
+    assert "column more of type text" in other_schema.stderr
+    database.query("ALTER TABLE messages ADD more text, ADD still_more jsonb")
+    assert restore(database, target, "2020-02").returncode == 0
+    assert database.count() == 3
+
+
+def test_restore_killed(tmp_path: Path, database: Database, target: Path) -> None:
+    """While it waits for the rows that the table has, which somebody locks."""
+    rows = make_month(database, 50)
+    assert archive(database, target).returncode == 0
+    database.query("SELECT ensure_partitions(%s, 0)", OLD)
+    restorer = Archiver(tmp_path, database, target)
+    restorer.command = lambda: [iot_collector(), "restore", "2020-02"]  # type: ignore[method-assign]
+    with contextlib.closing(database.connect()) as other, other.cursor() as cursor:
+        cursor.execute(f"LOCK TABLE {TABLE} IN ROW EXCLUSIVE MODE")
+        restorer.launch()
+        eventually(lambda: waits_for_lock(database, "LOCK TABLE"))
+        restorer.kill()
+        other.rollback()
+    assert everything(database) == []
+    assert archive(database, target).stdout == "no month is older than 12 months\n"  # it is kept
+    assert restore(database, target, "2020-02").returncode == 0
+    assert everything(database) == rows
