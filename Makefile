@@ -89,9 +89,9 @@ lint: $(VENV)/.dev ## Check style and types
 molecule: $(VENV)/.dev $(VENV)/emulator/.stamp packages ## Run Molecule's scenarios alone
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH molecule test --all
 
+# Three workers keep two cores busy: many tests wait for something most of the time.
 .PHONY: pytest
 pytest: $(VENV)/.dev $(VENV)/checkov/.stamp $(VENV)/emulator/.stamp packages ## Run the tests, Molecule's scenarios among them
-	# Three at a time keep two cores busy: many tests wait for something most of the time.
 	$(VENV)/bin/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: bench

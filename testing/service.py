@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 HOST = "127.0.0.1"
 IS_ROOT = os.geteuid() == 0
-PATIENCE = 30.0  # seconds: far more than anything takes, so that a busy machine fails no test
+PATIENCE = 60.0  # seconds: far more than anything takes, so that a busy machine fails no test
 
 T = TypeVar("T")
 

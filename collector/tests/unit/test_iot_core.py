@@ -38,7 +38,7 @@ from testing.service import HOST, eventually
 from testing.sigv4 import RefusedError, Secret, check, signature
 
 URL = f"awsiot://{NAME}"
-NAMED = Path(__file__).parents[2] / "testing/named_collector.py"
+NAMED = Path(__file__).parents[3] / "testing/named_collector.py"
 KEY = "AKIDFORATEST"
 # With all that has to be quoted in a URL, as real ones have.
 SECRET = Secret("secret/for+a=test", "token/for+a=test//" + "x" * 800)
