@@ -10,7 +10,7 @@ import pytest
 from testing.collector import run_command
 from testing.postgres import Database
 
-DOCS = Path(__file__).parents[2] / "docs/data.md"
+DOCS = Path(__file__).parents[3] / "docs/data.md"
 RECIPES = re.findall(r"```sql\n(.*?)```", DOCS.read_text(), re.DOTALL)
 FILL = (
     "SELECT ensure_partitions('2020-02-01 00:00+00', 0);"

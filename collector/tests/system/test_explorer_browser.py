@@ -26,7 +26,7 @@ from testing.publisher import Stream, publish
 from testing.service import IS_ROOT, PATIENCE
 
 CHROMIUM = shutil.which("chromium")
-SCREENSHOT = Path(__file__).parents[2] / "docs/explorer.png"
+SCREENSHOT = Path(__file__).parents[3] / "docs/explorer.png"
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium: `make packages` installs Debian's"

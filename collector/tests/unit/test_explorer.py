@@ -31,7 +31,7 @@ from testing.postgres import Database, Postgres
 from testing.publisher import publish
 from testing.service import HOST, eventually
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 ASSETS = Path(iot_collector.explorer.__file__).parent / "assets"
 Answer = tuple[int, dict[str, str], bytes]
 JSON = {"Content-Type": "application/json"}
