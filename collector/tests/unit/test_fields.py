@@ -1,4 +1,4 @@
-"""The fields of payloads: the examples of the README, and random payloads."""
+"""The fields of payloads: the examples of docs/architecture.md, and random payloads."""
 
 import json
 import math
