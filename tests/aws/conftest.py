@@ -19,7 +19,7 @@ def make_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     made: list[Emulator] = []
 
     def make(**settings: str) -> Emulator:
-        made.append(Emulator(tmp_path_factory.mktemp("account"), **settings).start())
+        made.append(Emulator(tmp_path_factory.mktemp("account"), None, **settings).start())
         return made[-1]
 
     yield make
