@@ -107,6 +107,7 @@ class _Segment:
     broker: float
     delay: float  # mean, milliseconds
     memory: float  # MB
+    http: float  # the collector's threads that neither receive nor store
     others: float  # ms of CPU time per second of what is not ours
     events: float = 0.0  # per second
     kilobytes: float = 0.0
@@ -129,11 +130,15 @@ def _measure(seconds: float, viewer: bool, pids: dict[str, int]) -> _Segment:
     time.sleep(2)  # the first events are larger
     before, cpu, began = _metrics(), _cpu(pids), time.monotonic()
     machine = processes.machine_busy() - processes.cpu_of_tree(os.getpid())
+    threads = _threads(pids["collector"])
     events, size = (watcher.events, watcher.size) if watcher else (0, 0)
     time.sleep(seconds)
     after, spent, lasted = _metrics(), _cpu(pids), time.monotonic() - began
 
     machine = processes.machine_busy() - processes.cpu_of_tree(os.getpid()) - machine
+    changes = sorted(
+        spent - threads.get(number, 0) for number, spent in _threads(pids["collector"]).items()
+    )
 
     def change(name: str) -> float:
         return after[name] - before[name]
@@ -143,6 +148,7 @@ def _measure(seconds: float, viewer: bool, pids: dict[str, int]) -> _Segment:
         rate=change("db_inserts_total") / lasted,
         delay=1000 * change("message_delay_seconds_sum") / change("message_delay_seconds_count"),
         memory=processes.memory_of(pids["collector"]),
+        http=1000 * sum(changes[:-2]) / lasted,
         others=1000 * machine / lasted,
         **{name: 1000 * (spent[name] - cpu[name]) / lasted for name in pids},
     )
@@ -153,6 +159,12 @@ def _measure(seconds: float, viewer: bool, pids: dict[str, int]) -> _Segment:
         watcher.done.set()
         watcher.join(10)
     return segment
+
+
+def _threads(pid: int) -> dict[str, float]:
+    """Return CPU seconds by thread; the kernel gives nanoseconds (proc(5), schedstat)."""
+    folders = Path(f"/proc/{pid}/task").iterdir()
+    return {f.name: int((f / "schedstat").read_text().split()[0]) / 1e9 for f in folders}
 
 
 def _cpu(pids: dict[str, int]) -> dict[str, float]:
@@ -244,6 +256,7 @@ def _page(segments: list[_Segment], options: argparse.Namespace) -> str:
     rows = [
         ("messages stored per second", *cells("rate", 0)),
         ("collector, ms of CPU time per second", *cells("collector")),
+        ("of it, threads that neither receive nor store", *cells("http", 2)),
         ("PostgreSQL, ms of CPU time per second", *cells("database")),
         ("Mosquitto, ms of CPU time per second", *cells("broker")),
         ("mean delay from receipt to COMMIT, ms", *cells("delay", 2)),
