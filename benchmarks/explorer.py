@@ -243,6 +243,8 @@ def _ready() -> bool:
 def _page(segments: list[_Segment], options: argparse.Namespace) -> str:
     sides = {viewer: [s for s in segments if s.viewer is viewer] for viewer in (False, True)}
 
+    of_all = statistics.median(segment.collector for segment in sides[False])
+
     def cells(name: str, digits: int = 1) -> list[str]:
         found = []
         for side in sides.values():
@@ -251,6 +253,8 @@ def _page(segments: list[_Segment], options: argparse.Namespace) -> str:
         without, with_one = (
             statistics.median(getattr(segment, name) for segment in side) for side in sides.values()
         )
+        if name == "http":
+            return [*found, f"{100 * (with_one - without) / of_all:+.1f} % of the collector's"]
         return [*found, f"{100 * (with_one / without - 1):+.1f} %"]
 
     rows = [

@@ -25,7 +25,7 @@ _DEAD_LETTERS_EVERY = 3.0
 # The rate is counted over the longest of these in which not more messages came: they are read.
 _WINDOWS = (60, 30, 10, 5)  # seconds
 _MOST_COUNTED = 20_000
-_SHARE = 0.05  # of the time that the database may be busy with counting
+_SHARE = 0.03  # of the time that the database may be busy with counting
 _EVER = datetime(1970, 1, 1, tzinfo=UTC)
 
 

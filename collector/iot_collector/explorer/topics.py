@@ -15,7 +15,7 @@ from .reader import Reader
 MOST = 50_000  # topics, some 10 MB
 SILENT_SECONDS = 600.0  # without a message, until a topic is listed as silent
 _AT_ONCE = 5_000
-_SHARE = 0.05  # of the time that the database may be busy with this list
+_SHARE = 0.03  # of the time that the database may be busy with this list
 _SHORTEST, _LONGEST = 1.0, 60.0  # seconds between two readings of the list
 
 
