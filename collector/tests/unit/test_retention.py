@@ -276,7 +276,15 @@ def test_somebody_elses_tables_stay(database: Database, target: Path) -> None:
     assert len(tables(database)) == 2
 
 
-@pytest.mark.parametrize("fault", ["truncated", "altered", "deleted", "manifest"])
+DAMAGE = {
+    "truncated": "it is truncated or altered",
+    "altered": "its SHA-256 is not its manifest's",
+    "deleted": "No such file",
+    "manifest": "is not a manifest",
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
 def test_damaged_archive_is_not_trusted(fault: str, database: Database, target: Path) -> None:
     """A month that is archived already, and a late row: nothing is dropped."""
     make_month(database, 50)
@@ -285,8 +293,8 @@ def test_damaged_archive_is_not_trusted(fault: str, database: Database, target: 
     damage(target / f"{TABLE}.parquet", fault)
     done = archive(database, target)
     assert done.returncode == 1
-    assert TABLE in done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"{TABLE}." in done.stderr
+    assert DAMAGE[fault] in done.stderr
     assert database.count(TABLE) == 1
     assert "messages_2020_02-2.parquet" not in files(target)
 
@@ -546,15 +554,15 @@ def test_restore_into_another_database(
     assert other.query("SELECT count(*), count(DISTINCT id) FROM messages") == [(41, 41)]
 
 
-@pytest.mark.parametrize("fault", ["truncated", "altered", "deleted", "manifest"])
+@pytest.mark.parametrize("fault", DAMAGE)
 def test_restore_refuses_a_damaged_archive(fault: str, database: Database, target: Path) -> None:
     make_month(database, 50)
     assert archive(database, target).returncode == 0
     damage(target / f"{TABLE}.parquet", fault)
     done = restore(database, target, "2020-02")
     assert done.returncode == 1
-    assert TABLE in done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"{TABLE}." in done.stderr
+    assert DAMAGE[fault] in done.stderr
     assert tables(database) == []
 
 
