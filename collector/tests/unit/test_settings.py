@@ -61,6 +61,8 @@ FULL = {
     "IOT_LOG_FORMAT": ("json", "json"),
     "IOT_LOG_LEVEL": ("debug", "debug"),
     "IOT_REPLAY_QUEUE": (QUEUE, QUEUE),
+    "IOT_ARCHIVE_TARGET": ("s3://bucket/iot", "s3://bucket/iot"),
+    "IOT_ARCHIVE_KEEP_MONTHS": ("24", 24),
 }
 
 
