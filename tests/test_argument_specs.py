@@ -33,7 +33,6 @@ FACTS = {
     "aws_base_identity": "preflight.yml",
     "aws_base_outputs": "stack.yml",
     "ecr_outputs": "main.yml",
-    "eks_access": "access.yml",
     "eks_outputs": "main.yml",
     "iot_core_arns": "preflight.yml",
     "iot_core_outputs": "main.yml",

@@ -290,6 +290,7 @@ def test_data_source_is_provisioned(target: dict[str, Any]) -> None:
             grafana_database_name="iot",
             grafana_database_user="iot_reader",
             grafana_database_sslmode="disable",
+            iot_database_ca_file="",
             __grafana_here={"secrets": "/secrets"},
         )
     )

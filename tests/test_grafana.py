@@ -96,6 +96,7 @@ class StandIn(Service):
             "grafana_database_name": "iot",
             "grafana_database_user": "iot_reader",
             "grafana_database_sslmode": "verify-full",
+            "iot_database_ca_file": "/etc/iot-database/ca.pem",
         }
         for template, name in {
             "grafana.ini": "grafana.ini",
