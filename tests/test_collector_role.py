@@ -52,11 +52,19 @@ def test_mosquitto(tmp_path: Path) -> None:
     assert found["settings"]["IOT_MQTT_USERNAME"] == "iot-collector"
 
 
+def test_archive(tmp_path: Path) -> None:
+    found = settings(tmp_path, {"collector_archive_target": "/archive"})
+    assert (found["extras"], found["marker"]) == ("[archive]", "checksum[archive]")
+    assert found["settings"]["IOT_ARCHIVE_TARGET"] == "/archive"
+
+
 def settings(folder: Path, variables: dict[str, object]) -> dict[str, Any]:
     play, found = folder / "play.yml", folder / "found"
     play.write_text(PLAY)
     done = playbook(
-        str(play), f"-e{json.dumps({**variables, 'to': str(found)})}", "--skip-tags=never"
+        str(play),
+        f"-e{json.dumps({'collector_archive_target': '', **variables, 'to': str(found)})}",
+        "--skip-tags=never",
     )
     assert done.returncode == 0, done.stdout
     read: dict[str, Any] = json.loads(found.read_text())

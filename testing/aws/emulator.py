@@ -69,7 +69,10 @@ class Emulator(Service):
             # Of the clusters, as processes of its own group.
             "KUBERNETES_API": str(HERE.parent.parent),
             "KUBERNETES_API_PYTHON": sys.executable,
+            # Two keys of the root user, so that the test's calls can be told from the playbook's,
+            # which have the emulator's other one.
             **KEYS,
+            "AWS_ACCESS_KEY_ID": OBSERVER,
             **self.settings,
         }
         return {"cwd": self.folder, "env": environment, "start_new_session": True}
