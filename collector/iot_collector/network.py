@@ -50,6 +50,12 @@ def linger(limit: float, messages: int) -> float:
     return limit * min(1.0, max(_MIN_LINGER, messages / _MANY_MESSAGES))
 
 
+def backoff(failures: int) -> float:
+    """Return the longest wait before the next attempt, after this many failures in a row."""
+    # After 1024 failures, some hours of a broker that is away, 2**failures is no float any more.
+    return min(_MAX_BACKOFF, 0.25 * 2.0 ** min(failures, 10))
+
+
 class NetworkThread(threading.Thread):
     """Connects until it is stopped, and moves messages and acknowledgements."""
 
@@ -127,7 +133,7 @@ class NetworkThread(threading.Thread):
             if short_connections > 1:
                 # With MQTT 3.1.1, and older brokers, nothing tells why a connection was closed.
                 self.error = f"{self.error}; perhaps {duplicate_client_id(self._settings)}"
-            wait = random.uniform(0, min(_MAX_BACKOFF, 0.25 * 2**failures))  # noqa: S311
+            wait = random.uniform(0, backoff(failures))  # noqa: S311
             wait += self._settings.connect_interval
             log.warning(
                 "no connection to broker, will retry",
@@ -140,6 +146,9 @@ class NetworkThread(threading.Thread):
 
     def _serve(self, connection: Connection) -> None:
         """Open a connection and move messages until it ends."""
+        # The wait since the last attempt does not count as a hang; this attempt may take as long,
+        # if none of the broker's addresses answers.
+        self.last_progress = time.monotonic()
         connection.open()
         self.connection = connection
         while connection.client.socket() is not None:

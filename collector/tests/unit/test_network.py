@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from iot_collector.buffer import Buffer
 from iot_collector.connection import Connection
-from iot_collector.network import NetworkThread, linger
+from iot_collector.network import NetworkThread, backoff, linger
 from iot_collector.settings import Settings
 
 LINGER = 0.01  # seconds, the default
@@ -43,6 +43,22 @@ def test_many_messages_share_a_commit(rate: int) -> None:
 @given(limit=st.floats(0, 1), messages=st.integers(1, 100_000))
 def test_setting_is_the_limit(limit: float, messages: int) -> None:
     assert 0 <= linger(limit, messages) <= linger(limit, messages + 1) <= limit
+
+
+def test_wait_between_attempts_grows_to_a_limit() -> None:
+    assert [backoff(n) for n in (1, 2, 3)] == [0.5, 1.0, 2.0]
+    assert backoff(100_000) == 30.0  # the broker was away for weeks
+
+
+def test_wait_between_attempts_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    with linked() as (network, connection, _):
+        started = time.monotonic()
+        network.last_progress = started - network.progress_timeout
+        seen = []
+        monkeypatch.setattr(connection, "open", lambda: seen.append(network.last_progress))
+        connection.client._sock = None
+        network._serve(connection)
+    assert seen[0] >= started
 
 
 @contextmanager
