@@ -50,7 +50,7 @@ def _time(text: str) -> float:
     metavar="TIME",
     help="Decide about the copies until then. Without it: about those with an id "
     "(IOT_MESSAGE_ID_KEY), and those so old that the session has no such message any more "
-    "(IOT_MQTT_SESSION_EXPIRY_SECONDS + 3 h).",
+    "(8 times IOT_MQTT_SESSION_EXPIRY_SECONDS).",
 )
 def replay(since: float | None, until: float | None) -> None:
     """Store the messages that the collector missed, from the replay queue.
