@@ -212,7 +212,8 @@ def test_changed_passwords_are_applied_by_the_next_run(deployed: Deployment) -> 
     """It makes a Job anew; with nothing changed, none is made (test_deployment.py)."""
     tags = ("--tags", "postgres_configure,postgres_run")
     secrets = deployed.account.client("secretsmanager")
-    words = {"Collector": "another-word", "Reader": "yet-another-word"}
+    # As long as those that AWS makes up: other tests look at them.
+    words = {"Collector": "another-word" * 3, "Reader": "yet-another-word" * 2}
     for name, word in words.items():
         value = {"username": f"iot_{name.lower()}", "password": word}
         arn = outputs(deployed, "rds")[f"{name}SecretArn"]

@@ -50,7 +50,7 @@ def test_this_machine_s_address_is_let_in(deployed: Deployment, tmp_path: Path) 
     assert run.returncode == 0, run.output
     # What refers to the cluster is in the emulator's change set as well.
     assert "Modify AWS::EKS::Cluster Cluster (ResourcesVpcConfig)" in run.planned
-    assert "REPLACED" not in run.output
+    assert ": REPLACED" not in run.output
 
 
 def test_second_run_changes_nothing(deployed: Deployment) -> None:
