@@ -109,6 +109,6 @@ def test_the_cause_is_named(
     with Publisher(broker) as device:
         device.publish("iot/data", b"after the upgrade")
         device.settle()
-    cause = "upgraded under the running server; run the playbook again to restart it"
+    cause = "was upgraded while its server ran; run the playbook again to restart the server"
     eventually(lambda: cause in str(collector.health()))
     assert cause in collector.log()
