@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from .log import one_line
 from .settings import SettingsError
 
 # Error codes of AWS's services; some services give the same error under several names.
@@ -95,13 +96,9 @@ def explained(action: str, resource: str) -> Iterator[None]:
             hint = f"check the name, account and region of {resource}"
         else:
             hint = f"{action} on {resource} failed"
-        raise AwsError(f"{_one_line(error)}; {hint}") from error
+        raise AwsError(f"{one_line(error)}; {hint}") from error
     except NoRegionError as error:
         raise AwsError(f"no region for {resource}: give its ARN, or set AWS_REGION") from error
     except BotoCoreError as error:  # credentials not found, or endpoint not reached
         hint = "check the AWS credentials, and the network's way to AWS or its VPC endpoint"
-        raise AwsError(f"{_one_line(error)}; {hint}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise AwsError(f"{one_line(error)}; {hint}") from error

@@ -12,6 +12,7 @@ import psycopg2.errorcodes
 import psycopg2.extensions
 
 from . import aws, password_secret
+from .log import one_line
 from .settings import Settings
 
 # Kind of error -> SQLSTATEs and classes of them; the full SQLSTATE takes precedence over its class
@@ -195,11 +196,6 @@ def kind_of(error: Exception) -> str:
             return _KIND_OF[state]
     # A class that PostgreSQL does not define comes from RAISE in a trigger, like P0.
     return "other" if state in _CLASSES else "data"
-
-
-def one_line(error: Exception) -> str:
-    """Return the text of an error without line breaks."""
-    return " ".join(str(error).split())
 
 
 def explain(error: Exception) -> str:

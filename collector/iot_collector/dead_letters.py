@@ -15,7 +15,8 @@ import psycopg2.extensions
 import structlog
 
 from .copy_format import copy, decode_tuple, without_fields
-from .database import kind_of, one_line
+from .database import kind_of
+from .log import one_line
 
 log = structlog.get_logger(__name__)
 

@@ -32,3 +32,8 @@ def configure(settings: Settings) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(ProcessorFormatter(foreign_pre_chain=shared, processors=final))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+
+
+def one_line(error: Exception) -> str:
+    """Return the text of an error without line breaks."""
+    return " ".join(str(error).split())

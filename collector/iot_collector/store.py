@@ -12,9 +12,10 @@ import structlog
 from . import sessions
 from .buffer import Outcome, ReadBatch, message_count
 from .copy_format import copy, tuple_start
-from .database import StatementWatchdog, WatchedConnection, connect, kind_of, one_line
+from .database import StatementWatchdog, WatchedConnection, connect, kind_of
 from .dead_letters import store_valid
 from .ledger import Entry, Ledger
+from .log import one_line
 from .message_ids import drop_known, forget_old
 from .migrate import missing_migrations
 from .partitions import PartitionTimes, create_partitions, partition_times
