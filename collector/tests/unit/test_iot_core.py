@@ -30,7 +30,7 @@ from structlog.testing import capture_logs
 
 from testing.certificates import Certificates, make_certificates
 from testing.collector import Collector, clean_environment, run_command
-from testing.iot_core import NAME, REGION, Endpoint, Look, Packets
+from testing.iot_core import NAME, RATE, REGION, Endpoint, Look, Packets
 from testing.mosquitto import Mosquitto
 from testing.postgres import Database
 from testing.publisher import Stream, publish
@@ -689,6 +689,11 @@ def test_from_a_plain_to_a_shared_filter(
     with Stream(mosquitto, message=b'{"id": "m%d"}') as stream:
         stream.more()
         assert collector.stop() == 0
+        # A collector does not know when the one before it connected.
+        eventually(
+            lambda: time.monotonic() - endpoint.connects[-1] >= RATE,
+            what="another CONNECT is allowed",
+        )
         collector.settings |= {"IOT_MQTT_TOPICS": "$share/g/iot/data", "OVERLAP": "0.5"}
         collector.start()
         select = "SELECT filters FROM sessions"
