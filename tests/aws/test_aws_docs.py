@@ -48,24 +48,6 @@ def test_page_can_be_read_in_one_sitting() -> None:
     assert len(TEXT.splitlines()) <= 420
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)]+)\)", TEXT)
-    headings = {
-        re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in TEXT.splitlines()
-        if line.startswith("#")
-    }
-    assert len(links) > 5
-    for link in links:
-        if link.startswith("#"):
-            assert link[1:] in headings, link
-        elif not link.startswith("https://"):
-            assert (PAGE.parent / link).exists(), link
-    for file in re.findall(r"`((?:playbooks|tests|inventories|roles)/[\w./-]+\.\w+)`", TEXT):
-        if not file.endswith("local.yml"):  # the reader's own
-            assert (ROOT / file).exists(), file
-
-
 def test_commands_say_what_they_need() -> None:
     assert len(shells()) > 5
     for body in shells():

@@ -58,11 +58,18 @@ def test_second_run_changes_nothing(deployed: Deployment) -> None:
     assert (run.returncode, run.changed, run.events) == (0, 0, []), run.output
 
 
-def test_check_names_the_property_that_would_change(deployed: Deployment) -> None:
-    run = deployed.deploy_stacks("--check", "-e", "rds_instance_class=db.m8g.large")
+def test_check_names_the_properties_that_would_change(deployed: Deployment) -> None:
+    run = deployed.deploy_stacks(
+        "--check",
+        "-erds_instance_class=db.m8g.large",
+        "-ecollector_archive_target=s3://my-bucket/months/",
+    )
     assert run.returncode == 0, run.output
-    assert run.planned == ["Modify AWS::RDS::DBInstance Instance (DBInstanceClass)"]
-    assert run.changed == 1
+    assert run.planned == [
+        "Modify AWS::RDS::DBInstance Instance (DBInstanceClass)",
+        "Modify AWS::IAM::Role CollectorRole (Policies)",
+    ]
+    assert run.changed == 2
 
 
 def test_one_changed_value_changes_that_alone(deployed: Deployment) -> None:

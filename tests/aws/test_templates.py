@@ -381,7 +381,8 @@ def test_arns_of_what_devices_publish_are_not_everything() -> None:
 
 def test_collector_has_the_same_rights_by_role_and_by_certificate() -> None:
     role = resources("eks", "AWS::IAM::Role")["CollectorRole"]
-    by_role = {p["PolicyName"]: p["PolicyDocument"]["Statement"] for p in role["Policies"]}
+    always = [p for p in role["Policies"] if "Fn::If" not in p]
+    by_role = {p["PolicyName"]: p["PolicyDocument"]["Statement"] for p in always}
     policy = resources("iot_core", "AWS::IoT::Policy")["CollectorPolicy"]
     by_certificate = policy["PolicyDocument"]["Statement"]
     assert by_role["read-from-iot-core"] == by_certificate
@@ -458,7 +459,8 @@ def test_topic_rules_write_to_the_queue_or_else_to_the_log() -> None:
 
 def test_collector_may_empty_the_replay_queue_and_no_more() -> None:
     role = resources("eks", "AWS::IAM::Role")["CollectorRole"]
-    policies = {p["PolicyName"]: p["PolicyDocument"]["Statement"] for p in role["Policies"]}
+    always = [p for p in role["Policies"] if "Fn::If" not in p]
+    policies = {p["PolicyName"]: p["PolicyDocument"]["Statement"] for p in always}
     (statement,) = policies["replay"]
     calls = ["sqs:DeleteMessage", "sqs:GetQueueAttributes", "sqs:ReceiveMessage"]
     assert statement["Action"] == calls
@@ -469,6 +471,31 @@ def test_collector_may_empty_the_replay_queue_and_no_more() -> None:
     # What the collector asks for is what it may do.
     asked = (ROOT / "collector/iot_collector/replay_queue.py").read_text()
     assert sorted(set(re.findall(r'explained\("(sqs:\w+)"', asked))) == calls
+
+
+def test_collector_may_use_its_place_in_the_archive_and_no_other() -> None:
+    (choice,) = [
+        policy["Fn::If"]
+        for policy in resources("eks", "AWS::IAM::Role")["CollectorRole"]["Policies"]
+        if "Fn::If" in policy
+    ]
+    condition, policy, otherwise = choice
+    assert (condition, otherwise) == ("WithArchive", {"Ref": "AWS::NoValue"})
+    bucket, objects = policy["PolicyDocument"]["Statement"]
+    assert bucket["Action"] == "s3:ListBucket"
+    assert bucket["Resource"]["Fn::Sub"][0] == "arn:${AWS::Partition}:s3:::${Bucket}"
+    assert objects["Resource"] == {"Fn::Sub": "arn:${AWS::Partition}:s3:::${ArchivePath}/*"}
+    # What the collector tells people to allow is what it may do.
+    asked = (ROOT / "collector/iot_collector/archive_files.py").read_text()
+    (line,) = set(re.findall(r"; allow (.+)\"", asked))
+    assert set(re.findall(r"s3:\w+", line)) == {bucket["Action"], *objects["Action"]}
+
+
+def test_archive_path_is_no_pattern() -> None:
+    for right in ("", "my-bucket", "my-bucket/iot/months"):
+        assert accepts("eks", "ArchivePath", right), right
+    for wrong in ("*", "my-bucket/*", "my-bucket/", "s3://my-bucket"):
+        assert not accepts("eks", "ArchivePath", wrong), wrong
 
 
 def test_settings_of_the_whole_account_are_left_alone_unless_asked() -> None:
