@@ -21,9 +21,9 @@ from paho.mqtt.exception import MQTTException
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from .binary_payloads import BinaryTopics, Decoder, decoder_of
 from .buffer import FLAGS_SHIFT, PACKET_ID, QOS, QOS_1
-from .copy_format import RowPrefixes, encode_rows, properties_json, with_properties
-from .fields import fields_of_all
+from .copy_format import RowPrefixes, encode_rows, properties_json, topic_of, with_properties
 from .message_ids import fields_and_ids, valid_id
 from .settings import Settings
 
@@ -72,11 +72,13 @@ class StockClient(Client):
         self._ping_packet_id: int | None = None  # of the UNSUBSCRIBE that `ping` sent
         self._row_prefixes = [RowPrefixes(flags) for flags in range(8)]  # by QoS and RETAIN
         self._id_key = settings.message_id_key
+        self._binary_topics = BinaryTopics(settings)
         # Of the messages that were read and not taken:
         self._prefixes: list[bytes] = []
         self._payloads: list[bytes] = []
         self._tags: list[int] = []
         self._property_ids: dict[int, str | None] = {}  # index of a message -> its id
+        self._decoders: dict[int, Decoder] = {}  # the same, by its content type
         self.read_error: str | None = None  # why the broker's bytes could not be read
 
     def read(self) -> None:
@@ -90,14 +92,15 @@ class StockClient(Client):
 
     def take_messages(self) -> Messages:
         """Return what was read since the last call."""
-        ids = None
-        if self._id_key is None:
-            fields = fields_of_all(self._payloads)
-        else:
-            fields, ids = fields_and_ids(self._payloads, self._id_key)
+        if self._binary_topics:
+            for index, prefix in enumerate(self._prefixes):
+                if decoder := self._binary_topics.decoder_of(topic_of(prefix)):
+                    self._decoders.setdefault(index, decoder)
+        fields, ids = fields_and_ids(self._payloads, self._id_key, self._decoders)
+        if ids is not None:
             for index, message_id in self._property_ids.items():
                 ids[index] = message_id
-            self._property_ids = {}
+        self._property_ids, self._decoders = {}, {}
         messages = Messages(encode_rows(self._prefixes, self._payloads, fields), self._tags, ids)
         self._prefixes, self._payloads, self._tags = [], [], []
         return messages
@@ -160,8 +163,13 @@ class StockClient(Client):
         self._tags.append((_PUBLISH | message.dup << 3 | flags) << FLAGS_SHIFT | message.mid)
 
     def _stored_properties(self, properties: Properties) -> bytes | None:
-        """Return the properties to store with a message, as JSON, and remember its id in them."""
+        """Return the properties to store with a message, as JSON.
+
+        Remember what they say about the payload, and the id in them.
+        """
         stored = _properties_json(properties)
+        if decoder := decoder_of(vars(properties).get("ContentType", "")):
+            self._decoders[len(self._tags)] = decoder
         if stored is not None and self._id_key is not None:
             user = dict(reversed(vars(properties).get("UserProperty", [])))  # the first one counts
             if self._id_key in user:

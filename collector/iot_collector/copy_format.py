@@ -82,6 +82,12 @@ class RowPrefixes(dict[bytes, bytes]):
         return prefix
 
 
+def topic_of(prefix: bytes) -> bytes:
+    """Return the topic that a prefix was made of."""
+    start = len(_flags(2, 0, 1, 0)) + 4
+    return prefix[start : start + int.from_bytes(prefix[start - 4 : start])]
+
+
 def with_properties(prefix: bytes, properties: bytes) -> bytes:
     """Return a prefix with a JSON object of MQTT 5 properties instead of NULL."""
     return prefix[: -len(_NULL)] + _jsonb_length(len(properties) + 1, _JSONB) + properties

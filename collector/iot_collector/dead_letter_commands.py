@@ -6,9 +6,11 @@ from datetime import datetime
 from functools import partial
 from typing import NamedTuple
 
+import orjson
 import psycopg2
 import psycopg2.extensions
 
+from .binary_payloads import BinaryTopics, decoder_of
 from .copy_format import (
     RowPrefixes,
     copy,
@@ -19,7 +21,7 @@ from .copy_format import (
 )
 from .database import connect
 from .dead_letters import attempt, reason_of
-from .fields import fields_of
+from .message_ids import fields_and_ids
 from .settings import Settings
 
 Cursor = psycopg2.extensions.cursor
@@ -115,6 +117,7 @@ def retry(settings: Settings, letter_ids: Sequence[int]) -> Iterator[tuple[int, 
         was refused again.
     :raises psycopg2.Error: the cause is not the data; the current dead letter is unchanged.
     """
+    binary_topics = BinaryTopics(settings)
     with _cursor(settings) as cursor:
         for letter_id in letter_ids:
             cursor.execute("BEGIN")
@@ -124,7 +127,7 @@ def retry(settings: Settings, letter_ids: Sequence[int]) -> Iterator[tuple[int, 
                     (letter_id,),
                 )
                 found = _fetch(cursor)
-                refusal = _store(cursor, found[0]) if found else None
+                refusal = _store(cursor, found[0], binary_topics) if found else None
                 cursor.execute("COMMIT")
             except psycopg2.Error:
                 if not cursor.connection.closed:
@@ -134,12 +137,12 @@ def retry(settings: Settings, letter_ids: Sequence[int]) -> Iterator[tuple[int, 
                 yield letter_id, refusal
 
 
-def _store(cursor: Cursor, letter: DeadLetter) -> str | None:
+def _store(cursor: Cursor, letter: DeadLetter, binary_topics: BinaryTopics) -> str | None:
     """Move a dead letter to ``messages``; return None, or the new reason why it is refused."""
     # Its month may have been archived, and its partition dropped.
     cursor.execute("SELECT ensure_partitions(%s, 0)", (letter.received_at,))
     refusal: psycopg2.Error | None = None
-    for step in _ways_to_store(cursor, letter):
+    for step in _ways_to_store(cursor, letter, binary_topics):
         refusal = attempt(cursor, step)
         if refusal is None:
             cursor.execute("DELETE FROM dead_letters WHERE id = %s", (letter.id,))
@@ -153,13 +156,18 @@ def _store(cursor: Cursor, letter: DeadLetter) -> str | None:
     return reason_of(refusal)
 
 
-def _ways_to_store(cursor: Cursor, letter: DeadLetter) -> Iterator[Callable[[], None]]:
+def _ways_to_store(
+    cursor: Cursor, letter: DeadLetter, binary_topics: BinaryTopics
+) -> Iterator[Callable[[], None]]:
     """Yield the ways in which the collector tries to store a message, see `store_valid`."""
     prefix = RowPrefixes(letter.qos << 1 | letter.retained)[letter.topic]
+    decoder = binary_topics.decoder_of(letter.topic)
     if letter.properties is not None:
         prefix = with_properties(prefix, letter.properties)
-    rows = encode_rows([prefix], [letter.payload], [fields_of(letter.payload)])
-    row = tuple_start(letter.timestamp) + rows[0]
+        content_type = orjson.loads(letter.properties).get("ContentType", "")
+        decoder = decoder_of(content_type) or decoder
+    fields, _ = fields_and_ids([letter.payload], None, {0: decoder} if decoder else {})
+    row = tuple_start(letter.timestamp) + encode_rows([prefix], [letter.payload], fields)[0]
     yield partial(copy, cursor, [row])
     if (raw := without_fields(row)) != row:
         yield partial(copy, cursor, [raw])

@@ -1,11 +1,12 @@
-"""The content of a payload as JSON: of ``temperature:23``, and of flat JSON objects.
+"""The content of a payload as JSON, for the column ``fields``.
 
-The raw payload is always stored; ``fields`` is the part of it that SQL can query without decoding.
-Nothing here raises an error: any other payload has no fields.
+The raw payload is always stored; ``fields`` is what SQL can query of it without decoding. Nothing
+here raises an error: a payload that cannot be read has no fields. binary_payloads.py reads CBOR and
+MessagePack.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -13,85 +14,88 @@ import orjson
 # A number as JSON writes it (RFC 8259 §6), so that what is stored is what jsonb accepts.
 _NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _NAME = re.compile(rb"[A-Za-z_][\w.\- ]{0,127}")
-_BRACKET, _BACKSLASH = b"[\\"  # as int: `in` finds a byte faster than a bytes object
-_SCALARS = frozenset({str, int, float, bool, type(None)})
+_MAX_TEXT = 255  # bytes; longer text is no reading, and would be stored twice
+_NUL = b"\\u0000"  # jsonb cannot hold U+0000
 
 
 def fields_of_all(payloads: list[bytes]) -> Sequence[bytes | None]:
     """Return for each payload what `fields_of` returns for it."""
-    if flat_objects(payloads) is not None:
-        return payloads
-    return [fields_of(payload) for payload in payloads]
+    try:
+        # A loop in C: takes half the time of a call of `fields_of` for each (benchmarks/).
+        types = set(map(type, map(orjson.loads, payloads)))
+    except orjson.JSONDecodeError:
+        types = {type(None)}
+    return payloads if _are_fields(types, payloads) else [fields_of(p) for p in payloads]
 
 
-def flat_objects(payloads: list[bytes]) -> list[dict[str, Any]] | None:
-    """Parse payloads that are all flat JSON objects; return None where that is not certain.
+def documents_of(payloads: list[bytes]) -> list[Any] | None:
+    """Parse payloads that are all their own fields; return None if one is not."""
+    try:
+        documents = list(map(orjson.loads, payloads))
+    except orjson.JSONDecodeError:
+        return None
+    return documents if _are_fields(map(type, documents), payloads) else None
 
-    They are parsed at once, as one array, in half the time of parsing each (benchmarks/). An
-    element of the array cannot be anything but one payload: each payload begins with the only
-    ``{`` that it has, and there are as many elements, all objects, as payloads.
-    """
-    together = b",".join(payloads)
-    if _plain(together, len(payloads)) and {payload[:1] for payload in payloads} == {b"{"}:
-        try:
-            documents: list[dict[str, Any]] = orjson.loads(b"[%b]" % together)
-        except orjson.JSONDecodeError:
-            return None
-        if len(documents) == len(payloads) and set(map(type, documents)) == {dict}:
-            return documents
-    return None
+
+def _are_fields(types: Iterable[type], payloads: list[bytes]) -> bool:
+    """Whether jsonb can hold JSON payloads, and none of them is null."""
+    return type(None) not in types and _NUL not in b"".join(payloads)
 
 
 def fields_of(payload: bytes) -> bytes | None:
     """Return the JSON text of the payload's fields, or None when it has none.
 
-    ``temperature:23`` gives ``{"temperature":23}``, ``state:on`` gives ``{"state":"on"}``; a JSON
-    object without nested values is returned as it came (PostgreSQL keeps every digit of its
-    numbers); anything else gives None. What is returned is valid for ``jsonb``, but for numbers
-    beyond its own limits.
+    * JSON, but ``null``, is returned as it came: PostgreSQL keeps every digit of its numbers.
+    * ``temperature:23`` gives ``{"temperature":23}``, ``state:on`` gives ``{"state":"on"}``. The
+      value may also be a JSON object or array.
+    * Other text gives a JSON string, if it is one line of at most 255 bytes: ``on`` gives ``"on"``.
+
+    What is returned is valid for ``jsonb``, but for numbers beyond its own limits.
     """
-    if payload.startswith(b"{"):
-        try:
-            document = orjson.loads(payload)
-        except orjson.JSONDecodeError:
-            return None
-        return fields_of_object(payload, document)
-    if payload[:1].isspace():
-        return fields_of(payload.strip())
-    # One regular expression for all of it would take minutes to fail on some payloads of 128 KiB.
-    name, _, value = payload.partition(b":")
-    name, value = name.strip(), value.strip()
-    if not value or _NAME.fullmatch(name) is None:
-        return None
-    if not _is_number(value):
-        try:
-            value = orjson.dumps(value.decode())
-        except UnicodeDecodeError:
-            return None
-        if b"\\u0000" in value:  # jsonb cannot hold U+0000
-            return None
-    return b'{"%b":%b}' % (name, value)
-
-
-def fields_of_object(payload: bytes, document: dict[str, Any]) -> bytes | None:
-    """Return the fields of a payload that is a JSON object: itself, or None if it is nested."""
-    if _plain(payload, 1):  # takes a third of the time of the check below
-        return payload
-    flat = _SCALARS.issuperset(map(type, document.values()))
-    return payload if flat and b"\\u0000" not in payload else None
-
-
-def _plain(text: bytes, objects: int) -> bool:
-    """Whether JSON text has this many objects, and no nested one, no array and no U+0000."""
-    return text.count(b"{") == objects and _BRACKET not in text and _BACKSLASH not in text
-
-
-def _is_number(text: bytes) -> bool:
-    # orjson refuses numbers that overflow a double; so would most readers of the column.
-    if _NUMBER.fullmatch(text) is None:
-        return False
     try:
-        orjson.loads(text)
+        document = orjson.loads(payload)
     except orjson.JSONDecodeError:
+        return _fields_of_text(payload.strip())
+    return None if document is None or _NUL in payload else payload
+
+
+def _fields_of_text(text: bytes) -> bytes | None:
+    """Return the fields of a payload that is not JSON, without the space around it."""
+    if text[:1] in b'{["':  # nothing, or broken JSON
+        return None
+    # One regular expression for all of it would take minutes to fail on some payloads of 128 KiB.
+    name, colon, value = text.partition(b":")
+    name, value = name.strip(), value.strip()
+    if colon and not (name and value):
+        return None
+    if colon and _NAME.fullmatch(name):
+        found = _value(value)
+        return found and b'{"%b":%b}' % (name, found)
+    return _string(text) if len(text) <= _MAX_TEXT and _one_line(text) else None
+
+
+def _value(text: bytes) -> bytes | None:
+    """Return the value of a pair ``name:value`` as JSON, or None."""
+    if text[:1] in b"{[" or _NUMBER.fullmatch(text):
+        # orjson refuses numbers that overflow a double; so would most readers of the column.
+        try:
+            orjson.loads(text)
+        except orjson.JSONDecodeError:
+            return _string(text)
+        return None if _NUL in text else text
+    return _string(text)
+
+
+def _string(text: bytes) -> bytes | None:
+    try:
+        value = orjson.dumps(text.decode())
+    except UnicodeDecodeError:
+        return None
+    return None if _NUL in value else value
+
+
+def _one_line(text: bytes) -> bool:
+    try:
+        return text.decode().isprintable()
+    except UnicodeDecodeError:
         return False
-    return True

@@ -5,13 +5,14 @@ that publish again themselves. The id is under a key of the JSON payload, or in 
 property of that name, which takes precedence. It is read where the payload is parsed anyway.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import orjson
 import psycopg2.extensions
 
+from .binary_payloads import Decoder, fields_of_binary
 from .buffer import ReadBatch
-from .fields import fields_of, fields_of_object, flat_objects
+from .fields import documents_of, fields_of, fields_of_all
 
 # Seconds. An id is kept as long as the broker may send its message again: until the session
 # expires, plus a margin for the time from COMMIT to the end of the connection. It is kept at least
@@ -31,24 +32,39 @@ def valid_id(value: object) -> str | None:
 
 
 def fields_and_ids(
-    payloads: list[bytes], key: str
-) -> tuple[Sequence[bytes | None], list[str | None]]:
-    """Return for each payload what `fields_of` returns for it, and the id under ``key``."""
-    documents = flat_objects(payloads)
-    if documents is not None:
-        return payloads, [valid_id(document.get(key)) for document in documents]
-    pairs = [_fields_and_id(payload, key) for payload in payloads]
-    return [fields for fields, _ in pairs], [i for _, i in pairs]
+    payloads: list[bytes], key: str | None, decoders: Mapping[int, Decoder]
+) -> tuple[Sequence[bytes | None], list[str | None] | None]:
+    """Return the fields of each payload, and the id under ``key``; no ids without a key.
+
+    :param decoders: of the payloads that are neither JSON nor text, by their index.
+    """
+    ids: list[str | None] | None = None
+    fields: Sequence[bytes | None] = payloads
+    if key is None:
+        fields = fields_of_all(payloads)
+    elif (documents := documents_of(payloads)) is not None:
+        ids = [_id_in(document, key) for document in documents]
+    else:
+        fields = [fields_of(payload) for payload in payloads]
+        ids = [_id_of(payload, key) for payload in payloads]
+    if decoders:
+        fields = list(fields)
+        for index, decoder in decoders.items():
+            fields[index] = fields_of_binary(payloads[index], decoder)
+            if ids is not None:
+                ids[index] = _id_of(fields[index], key)
+    return fields, ids
 
 
-def _fields_and_id(payload: bytes, key: str) -> tuple[bytes | None, str | None]:
-    if payload[:1] != b"{":
-        return fields_of(payload), None
+def _id_of(text: bytes | None, key: str | None) -> str | None:
     try:
-        document = orjson.loads(payload)
+        return _id_in(orjson.loads(text or b""), key)
     except orjson.JSONDecodeError:
-        return None, None
-    return fields_of_object(payload, document), valid_id(document.get(key))
+        return None
+
+
+def _id_in(document: object, key: str | None) -> str | None:
+    return valid_id(document.get(key)) if isinstance(document, dict) else None
 
 
 def drop_known(cursor: psycopg2.extensions.cursor, batch: list[ReadBatch]) -> list[ReadBatch]:

@@ -38,11 +38,11 @@ import psycopg2.extensions
 import structlog
 import tenacity
 
+from .binary_payloads import BinaryTopics
 from .buffer import ReadBatch
 from .copy_format import RowPrefixes, encode_rows, tuple_start
 from .database import connect, kind_of
 from .dead_letters import store_valid
-from .fields import fields_of
 from .message_ids import drop_known, fields_and_ids
 from .partitions import create_partitions
 from .replay_queue import HIDDEN_SECONDS, RECEIVE_MAX, Copy, Queue, Received, parse
@@ -202,6 +202,7 @@ class Replay:
         self._oldest = 0.0 if since is None else since - self._longest - _CLOCKS
         self._until = until
         self._progress = progress
+        self._binary_topics = BinaryTopics(settings)
         self._prefixes = RowPrefixes(0x32)  # QoS 1: the rule does not say which
         self._months: set[str] = set()
         self._started = time.time()
@@ -305,10 +306,10 @@ class Replay:
 
     def _parsed(self, copy: Copy) -> tuple[bytes | None, str | None]:
         """Return the fields of a copy, and the id that the device gave it."""
-        if self._settings.message_id_key is None:
-            return fields_of(copy.payload), None
-        (fields,), (device_id,) = fields_and_ids([copy.payload], self._settings.message_id_key)
-        return fields, device_id
+        decoder = self._binary_topics.decoder_of(copy.topic.encode())
+        decoders = {0: decoder} if decoder else {}
+        [fields], ids = fields_and_ids([copy.payload], self._settings.message_id_key, decoders)
+        return fields, ids[0] if ids else None
 
     def _read_batch(self, copy: Copy) -> ReadBatch:
         """Return a copy in the form in which the collector stores messages."""

@@ -23,6 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from . import iot_core
+from .readings import DeviceTimeKey, TopicTemplate
 
 PREFIX = "IOT_"
 
@@ -134,6 +135,18 @@ Secret = SecretStr | None
 Target = Annotated[str, AfterValidator(valid_target)] | None
 
 
+TopicTemplates = Annotated[
+    list[Annotated[TopicTemplate, BeforeValidator(TopicTemplate.parse)]],
+    NoDecode,
+    BeforeValidator(_split),
+]
+DeviceTimeKeys = Annotated[
+    list[Annotated[DeviceTimeKey, BeforeValidator(DeviceTimeKey.parse)]],
+    NoDecode,
+    BeforeValidator(_split),
+]
+
+
 class Broker(NamedTuple):
     """The parts of IOT_MQTT_URL, and the user name."""
 
@@ -203,6 +216,20 @@ class Settings(BaseSettings):
         "keep", "When the collector stops, keep the session, so that the broker queues for the "
         "next start; leave it, so that other members of a shared subscription get its messages; "
         "or, in a StatefulSet, ordinal: keep it if the client id ends in -0, else leave it")
+
+    cbor_topics: Topics = _setting(
+        [], "Topic filters of devices that send CBOR, separated by commas; a message with an MQTT 5 "
+        "content type such as application/cbor needs none", "plant/+/cbor")
+    messagepack_topics: Topics = _setting(
+        [], "The same for MessagePack; content type application/msgpack", "plant/+/msgpack")
+    topic_templates: TopicTemplates = _setting(
+        [], "Names of topic levels, separated by commas: the view readings has them in levels. + "
+        "and # are as in topic filters; the first template that matches a topic counts",
+        "plant/{site}/{device}/{channel},+/{device}/#")
+    device_time_keys: DeviceTimeKeys = _setting(
+        [], "Where devices put the time of a reading, and its unit (iso8601, s, ms or us), "
+        "separated by commas: the view readings has it in device_time. The first one with a time "
+        "from 2000 to 2099 counts", "time:iso8601,data.ts:ms")
 
     database_url: Annotated[str, AfterValidator(_valid_conninfo)] = _setting(
         "", "PostgreSQL, as libpq's URI or key=value string; empty: libpq's own variables (PGHOST, "

@@ -9,7 +9,7 @@ import psycopg2
 import psycopg2.extensions
 import structlog
 
-from . import sessions
+from . import readings, sessions
 from .buffer import Outcome, ReadBatch, message_count
 from .copy_format import copy, tuple_start
 from .database import StatementWatchdog, WatchedConnection, connect, kind_of
@@ -43,6 +43,7 @@ class Store:
         self._days_prepared: set[int] = set()  # days since 1970
         self.partition_times: PartitionTimes | None = None
         self._next_look = -math.inf
+        self._readings_saved = False
 
     def ping(self) -> None:
         """Check that the database answers and has our schema.
@@ -182,6 +183,20 @@ class Store:
             cursor.execute("SELECT has_table_privilege(to_regclass('schema_migrations'), 'SELECT')")
             if cursor.fetchone() == (True,):
                 missing_migrations(cursor)  # raises an error if the schema is newer
+        if not self._readings_saved:
+            self._save_readings()
+
+    def _save_readings(self) -> None:
+        """Tell the view ``readings`` what the settings say; once, so that the last start counts."""
+        templates, keys = self._settings.topic_templates, self._settings.device_time_keys
+        with self._transaction() as cursor:
+            saved = readings.save(cursor, templates, keys)
+        if not saved and (templates or keys):
+            log.warning(
+                "IOT_TOPIC_TEMPLATES and IOT_DEVICE_TIME_KEYS have no effect: run `iot-collector"
+                " migrate`, and GRANT SELECT, INSERT, DELETE ON topic_templates, device_time_keys"
+            )
+        self._readings_saved = True
 
     def _prepare_days(self, batch: list[ReadBatch]) -> None:
         """With the first batch of each day, create partitions and delete old message ids."""

@@ -1,0 +1,141 @@
+"""CBOR and MessagePack as JSON, for the column ``fields``.
+
+A message says what its payload is with an MQTT 5 content type, or the settings do with its topic.
+Whatever JSON does not have is turned into what is closest to it, for CBOR as RFC 8949 §6.1 advises:
+byte strings into base64url, NaN and infinity into null, keys into text.
+"""
+
+import base64
+import io
+from collections.abc import Callable
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any
+
+import cbor2
+import msgpack
+import orjson
+from paho.mqtt.client import topic_matches_sub
+
+from .sessions import without_share
+from .settings import Settings
+
+Decoder = Callable[[bytes], object]
+
+_MAX_SIZE = 256 << 10  # bytes; what is larger stays raw
+_MAX_DEPTH = 128
+_MAX_TOPICS = 10_000  # whose decoder is remembered
+# What each of these tags of CBOR decodes to may be exponentially larger than the payload (shared
+# references and strings), take long (fractions, regular expressions) or mean nothing in JSON.
+_REFUSED_TAGS = (25, 28, 29, 30, 35, 36, 256, 258)
+# The labels of SenML in CBOR (RFC 8428 §6, Table 4).
+_SENML = {
+    **{-1: "bver", -2: "bn", -3: "bt", -4: "bu", -5: "bv", -6: "bs"},
+    **{0: "n", 1: "u", 2: "v", 3: "vs", 4: "vb", 5: "s", 6: "t", 7: "ut", 8: "vd"},
+}
+
+
+def _refuse(_decoder: cbor2.CBORDecoder) -> object:
+    raise ValueError("a tag that is not decoded")
+
+
+def cbor(payload: bytes) -> object:
+    """Decode one CBOR data item that is all of the payload (RFC 8949).
+
+    :raises Exception: it is not.
+    """
+    stream = io.BytesIO(payload)
+    refused = dict.fromkeys(_REFUSED_TAGS, _refuse)
+    decoder = cbor2.CBORDecoder(stream, semantic_decoders=refused, max_depth=_MAX_DEPTH)
+    document = decoder.decode()
+    if stream.tell() != len(payload):
+        raise ValueError("there is more after the data item")
+    return document
+
+
+def senml_cbor(payload: bytes) -> object:
+    """Decode a SenML pack in CBOR, with the labels that it has in JSON (RFC 8428 §6).
+
+    :raises Exception: it is not CBOR.
+    """
+    pack = cbor(payload)
+    if not isinstance(pack, list):
+        return pack
+    return [
+        {_SENML.get(label, label): value for label, value in record.items()}
+        if isinstance(record, dict)
+        else record
+        for record in pack
+    ]
+
+
+def message_pack(payload: bytes) -> object:
+    """Decode one MessagePack object that is all of the payload.
+
+    :raises Exception: it is not.
+    """
+    return msgpack.unpackb(payload, timestamp=3, strict_map_key=False)
+
+
+def decoder_of(content_type: str) -> Decoder | None:
+    """Return the decoder for an MQTT 5 content type (a media type); None for all others."""
+    name = content_type.partition(";")[0].strip().lower()
+    if name in ("application/senml+cbor", "application/sensml+cbor"):
+        return senml_cbor
+    if name == "application/cbor" or name.endswith("+cbor"):
+        return cbor
+    if name.removeprefix("application/") in ("msgpack", "x-msgpack", "vnd.msgpack"):
+        return message_pack
+    return None
+
+
+def fields_of_binary(payload: bytes, decoder: Decoder) -> bytes | None:
+    """Return the JSON text of a binary payload, or None if it cannot be read as that."""
+    if len(payload) > _MAX_SIZE:
+        return None
+    try:
+        document = decoder(payload)
+        if document is None:
+            return None
+        text = orjson.dumps(document, _json_value, orjson.OPT_NON_STR_KEYS)
+    except Exception:  # noqa: BLE001 - devices send anything, and decoders raise anything
+        return None
+    return None if b"\\u0000" in text else text
+
+
+def _json_value(value: Any) -> object:
+    """Return what stands in JSON for a value that JSON does not have.
+
+    :raises TypeError: nothing does.
+    """
+    if isinstance(value, bytes):
+        return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, cbor2.CBORTag):
+        return value.value
+    if isinstance(value, msgpack.ExtType):
+        return value.data
+    if isinstance(value, cbor2.frozendict):
+        return dict(value)
+    if value is cbor2.undefined or isinstance(value, cbor2.CBORSimpleValue):
+        return None
+    raise TypeError
+
+
+class BinaryTopics:
+    """Which topics have binary payloads, as the settings say."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._filters = [(without_share(f), cbor) for f in settings.cbor_topics]
+        self._filters += [(without_share(f), message_pack) for f in settings.messagepack_topics]
+        self.decoder_of = lru_cache(_MAX_TOPICS)(self._find)
+
+    def __bool__(self) -> bool:
+        """Whether the settings name any."""
+        return bool(self._filters)
+
+    def _find(self, topic: bytes) -> Decoder | None:
+        """Return the decoder for the payloads of a topic; None if they are not binary."""
+        name = topic.decode()
+        return next((decoder for f, decoder in self._filters if topic_matches_sub(f, name)), None)
