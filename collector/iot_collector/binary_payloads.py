@@ -30,12 +30,12 @@ _MAX_TOPICS = 10_000  # whose decoder is remembered
 _REFUSED_TAGS = (25, 28, 29, 30, 35, 36, 256, 258)
 # The labels of SenML in CBOR (RFC 8428 §6, Table 4).
 _SENML = {
-    **{-1: "bver", -2: "bn", -3: "bt", -4: "bu", -5: "bv", -6: "bs"},
-    **{0: "n", 1: "u", 2: "v", 3: "vs", 4: "vb", 5: "s", 6: "t", 7: "ut", 8: "vd"},
+    **dict(enumerate(["bs", "bv", "bu", "bt", "bn", "bver"], -6)),
+    **dict(enumerate(["n", "u", "v", "vs", "vb", "s", "t", "ut", "vd"])),
 }
 
 
-def _refuse(_decoder: cbor2.CBORDecoder) -> object:
+def _refuse(_decoder: object, _immutable: object = False) -> object:
     raise ValueError("a tag that is not decoded")
 
 

@@ -218,8 +218,8 @@ class Settings(BaseSettings):
         "or, in a StatefulSet, ordinal: keep it if the client id ends in -0, else leave it")
 
     cbor_topics: Topics = _setting(
-        [], "Topic filters of devices that send CBOR, separated by commas; a message with an MQTT 5 "
-        "content type such as application/cbor needs none", "plant/+/cbor")
+        [], "Topic filters of devices that send CBOR, separated by commas; a message with the MQTT "
+        "5 content type application/cbor or one that ends in +cbor needs none", "plant/+/cbor")
     messagepack_topics: Topics = _setting(
         [], "The same for MessagePack; content type application/msgpack", "plant/+/msgpack")
     topic_templates: TopicTemplates = _setting(

@@ -81,7 +81,7 @@ ORDER BY m.received_at DESC, m.id DESC
 """  # noqa: S608 - no value in it
 
 _NUMBERS = """
-    (SELECT key AS name, value FROM jsonb_each(m.fields)
+    (SELECT name, value FROM json_leaves(%(topic)s, m.fields)
      WHERE jsonb_typeof(value) = 'number' LIMIT 50)
 """
 _SERIES = """

@@ -88,6 +88,8 @@ def cut(database: Database) -> None:
 
 # Content -------------------------------------------------------------------------------------
 
+
+DEEP = [b'{"a":' * 300 + b"1" + b"}" * 300, b"[" * 300 + b"]" * 300]
 BAD: list[tuple[bytes, Any]] = [
     (b"temperature:23", {"temperature": 23}),
     (b"", None),
@@ -100,7 +102,7 @@ BAD: list[tuple[bytes, Any]] = [
     (b"temperature:1e-20000", None),
     (b'{"temperature":1e-20000}', None),
     (b"temperature:" + b"9" * 300, {"temperature": int("9" * 300)}),
-    (b"just text", None),
+    (b"just text", "just text"),
     (b"\x00", None),
     (b"temperature:\x0023", None),
     (b"\xff\xfe\xfd", None),
@@ -112,12 +114,18 @@ BAD: list[tuple[bytes, Any]] = [
     (b'{"a":"\\u0000"}', None),
     (b'{"a":"\\ud800"}', None),
     (b'{"a":1,"a":2}', {"a": 2}),
-    (b'{"a":{"b":1}}', None),
-    (b'{"a":[1]}', None),
+    (b'{"a":{"b":1}}', {"a": {"b": 1}}),
+    (b'{"a":[1]}', {"a": [1]}),
+    (b"[1,{}]", [1, {}]),
+    (b"23.5", 23.5),
+    (b"on", "on"),
+    (b"1e-20000", None),
+    (b"'a':1", "'a':1"),
+    *((payload, json.loads(payload)) for payload in DEEP),
     (b"[" * 10_000, None),
     (b'{"a":' * 10_000, None),
     (b"null", None),
-    (b"'); DROP TABLE messages; --", None),
+    (b"'); DROP TABLE messages; --", "'); DROP TABLE messages; --"),
     (b"x" * (128 << 10), None),
     (b"a:x" + b" " * (127 << 10) + b"x", {"a": "x" + " " * (127 << 10) + "x"}),
     (bytes(range(256)) * 512, None),

@@ -362,7 +362,14 @@ def test_qos_2() -> None:
     client = connected(BulkClient, "5", [publish_packet(qos=2, mid=7, payload=b"two")])
     client.read()
     rows, tags, _ = client.take_messages()
-    assert decode_tuple(tuple_start(0) + rows[0])[1:] == (2, False, b"iot/data", None, None, b"two")
+    assert decode_tuple(tuple_start(0) + rows[0])[1:] == (
+        2,
+        False,
+        b"iot/data",
+        None,
+        b'"two"',
+        b"two",
+    )
     assert socket_of(client).sent == [], "nothing before it is stored"
     client.acknowledge(tags)
     assert socket_of(client).sent == [b"\x50\2\0\7"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 import psycopg2.extensions
@@ -154,7 +154,14 @@ def test_what_postgresql_makes_of_it(
             assert _exact(fields) == _exact(expected)
 
 
-def _exact(text: str | bytes) -> dict[str, tuple[type, Any]]:
+def _exact(text: str | bytes) -> object:
     """The fields with every digit of their numbers, and the types that Python takes for equal."""
-    document = json.loads(text, parse_float=Decimal, parse_int=Decimal)
-    return {name: (type(value), value) for name, value in document.items()}
+    return _typed(json.loads(text, parse_float=Decimal, parse_int=Decimal))
+
+
+def _typed(document: object) -> object:
+    if isinstance(document, dict):
+        return {name: _typed(value) for name, value in document.items()}
+    if isinstance(document, list):
+        return [_typed(value) for value in document]
+    return type(document), document

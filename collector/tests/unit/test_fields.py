@@ -1,17 +1,18 @@
-"""The fields of payloads: the examples of docs/architecture.md, and random payloads."""
+"""The fields of payloads: the examples of docs/payloads.md, and random payloads."""
 
 import json
 import math
 import string
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from iot_collector.fields import fields_of, fields_of_all
 
+# None: JSON, which stays as it came.
 WITH_FIELDS = [
     (b"temperature:23", {"temperature": 23}),
-    (b' {"temperature": 23}\r\n', {"temperature": 23}),
     (b"temperature:-23.50", {"temperature": -23.5}),
     (b"temperature:1e3", {"temperature": 1000.0}),
     (b"temperature: 23 ", {"temperature": 23}),
@@ -23,6 +24,9 @@ WITH_FIELDS = [
     (b'say:"hi\\', {"say": '"hi\\'}),
     ("ort:Köln".encode(), {"ort": "Köln"}),
     (b"lines:a\nb", {"lines": "a\nb"}),
+    (b'gps: {"lat":1.50,"sat":[1,2]}', {"gps": {"lat": 1.5, "sat": [1, 2]}}),
+    (b"values:[1,2.5]", {"values": [1, 2.5]}),
+    (b"list:[1,2", {"list": "[1,2"}),
     # These look like numbers and are none in JSON: they stay text.
     (b"temperature:+5", {"temperature": "+5"}),
     (b"temperature:05", {"temperature": "05"}),
@@ -35,29 +39,51 @@ WITH_FIELDS = [
     (b"temperature:-Infinity", {"temperature": "-Infinity"}),
     (b"temperature:1e400", {"temperature": "1e400"}),
     (b"true:true", {"true": "true"}),
+    # A single value.
+    (b"on", "on"),
+    (b" on\r\n", "on"),
+    (b"hello", "hello"),
+    ("23 °C".encode(), "23 °C"),
+    (b"NaN", "NaN"),
+    (b"1e400", "1e400"),
+    (b"007", "007"),
+    (b"12:30:05", "12:30:05"),
+    (b"1st:5", "1st:5"),
+    (b"a/b:5", "a/b:5"),
+    (b"23.5,40,1012", "23.5,40,1012"),
+    (b"a" * 129 + b":5", "a" * 129 + ":5"),
+    (b"x" * 255, "x" * 255),
+    (b"23.50", None),
+    (b" -1e3\n", None),
+    (b"true", None),
+    (b'"text"', None),
+    # Documents.
     (b'{"temperature":23,"ok":true,"no":null,"s":"x"}', None),
     (b"{}", None),
+    (b"[]", None),
     (b'{ "a" : 1 }\n', None),
     (b'{"a":"{[}"}', None),
-    (b'{"a":1,"a":2}', {"a": 2}),
-    (b'{"a":{"b":1},"a":2}', {"a": 2}),
+    (b'{"a":1,"a":2}', None),
+    (b'{"a":{"b":1},"a":2}', None),
     ('{"ä":"€"}'.encode(), None),
     (b'{"n":123456789012345678901234567890}', None),
     (b'{"n":0.1234567890123456789012345678901234567890}', None),
+    (b'{"a":{"b":[1,{"c":null}]}}', None),
+    (b"[1,2]", None),
+    (b'{"a":' * 500 + b"1" + b"}" * 500, None),
 ]
 
 WITHOUT_FIELDS = [
     b"",
     b" ",
-    b"hello",
-    b"23",
+    b"null",
     b"temperature:",
     b"temperature: ",
     b":5",
     b" : ",
-    b"1st:5",
-    b"a/b:5",
-    b"a" * 129 + b":5",
+    b"x" * 256,
+    b"two\nlines",
+    b"tab\tbed",
     b"temperature:2\x003",
     b"temp\x00erature:23",
     b"temperature:\xff\xfe",
@@ -65,10 +91,6 @@ WITHOUT_FIELDS = [
     b"\xef\xbb\xbftemperature:23",
     b"\x00",
     b"\xff\xfe\x00",
-    b"null",
-    b"NaN",
-    b'"text"',
-    b"[1,2]",
     b'{"a":',
     b'{"a":NaN}',
     b'{"a":Infinity}',
@@ -77,15 +99,18 @@ WITHOUT_FIELDS = [
     b'{"a":1}x',
     b'{"a":1}{"a":2}',
     b"{'a':1}",
+    b"[1,2",
+    b"[NaN]",
+    b'"text',
     b'{"a":"\\u0000"}',
     b'{"a\\u0000":1}',
+    b'{"a":{"b":["\\u0000"]}}',
+    b'a:["\\u0000"]',
+    b'"\\u0000"',
     b'{"a":"\x00"}',
     b'{"a":"\xff"}',
     b'{"a":"\\ud800"}',
     b'{"a":"\\udc00\\ud800"}',
-    b'{"a":{"b":1}}',
-    b'{"a":[]}',
-    b'{"a":[1]}',
     b'{"a":' * 100_000,
     b"[" * 100_000,
     b'{"a":' + b"[" * 5_000 + b"]" * 5_000 + b"}",
@@ -97,7 +122,7 @@ def test_payloads_with_fields(payload: bytes, expected: dict[str, object] | None
     found = fields_of(payload)
     assert found is not None
     if expected is None:
-        assert found == payload, "a flat object stays as it came, with every digit"
+        assert found == payload, "JSON stays as it came, with every digit"
     else:
         assert json.loads(found) == expected
 
@@ -155,17 +180,27 @@ def _no_constant(name: str) -> object:
 
 
 @given(payloads)
-def test_anything_gives_scalars_or_nothing(payload: bytes) -> None:
+def test_anything_gives_json_for_jsonb_or_nothing(payload: bytes) -> None:
     found = fields_of(payload)
     if found is None:
         return
     document = json.loads(found.decode(), parse_constant=_no_constant)
-    assert type(document) is dict
-    for name, value in document.items():
-        assert value is None or type(value) in {str, int, float, bool}
+    assert document is not None
+    for value in _values(document):
         assert not (isinstance(value, float) and math.isinf(value))
-        assert "\0" not in name
         assert not isinstance(value, str) or "\0" not in value
+
+
+def _values(document: object) -> Iterator[object]:
+    """Yield all keys and values at any depth."""
+    if isinstance(document, dict):
+        yield from document
+        document = list(document.values())
+    if isinstance(document, list):
+        for value in document:
+            yield from _values(value)
+    else:
+        yield document
 
 
 _names = st.text(string.ascii_letters + "_", min_size=1, max_size=128)
@@ -182,25 +217,25 @@ def test_every_number_arrives(name: str, number: float) -> None:
 _texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 
 
-@given(st.dictionaries(_texts, st.one_of(_numbers, _texts, st.booleans(), st.none())))
-def test_every_flat_object_arrives(document: dict[str, object]) -> None:
+_documents = st.recursive(
+    st.one_of(_numbers, _texts, st.booleans(), st.none()),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_texts, inner, max_size=4),
+)
+
+
+@given(st.dictionaries(_texts, _documents) | st.lists(_documents))
+def test_every_document_arrives(document: object) -> None:
     payload = json.dumps(document, ensure_ascii=False).encode()
     # The test for \u0000 looks at the bytes, so it also refuses an escaped backslash before u0000.
     expected = None if b"\\u0000" in payload else payload
     assert fields_of(payload) == expected
 
 
-# No object by itself, but together with its neighbours it could be taken for one.
-_halves = st.sampled_from(
-    [b'{"a":1', b'{"a":"x', b'"b":2}', b'y"}', b'{y"}', b'{"a":1},5', b'{"a":1},{"b":2}']
-) | st.sampled_from(
-    [b'{"a":1}', b'{"b":2}', b'{"a":1}\n', b"{}", b"5", b"", b"a:1", b'{"a":[1]}', b'{"a":NaN}']
-)
-
-
-@given(st.lists(_halves, max_size=5) | st.lists(payloads, max_size=5))
+@given(st.lists(payloads | st.sampled_from([payload for payload, _ in WITH_FIELDS]), max_size=5))
+@example([b"null"])
+@example([b'{"a":1}', b"null"])
 @example([b'{"a":1},{"b":2', b'"c":3}'])
-@example([b'{"a":"x', b'{y"}', b'{"a":1},5'])
-@example([b'{"a":"x', b'{y"}'])
+@example([b'{"a":"\\u0000"}', b"5"])
+@example([b'{"a":"\\u00', b'00"}'])
 def test_all_at_once_as_one_by_one(many: list[bytes]) -> None:
     assert list(fields_of_all(many)) == [fields_of(payload) for payload in many]

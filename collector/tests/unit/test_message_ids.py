@@ -34,13 +34,13 @@ IDS = [
 
 @pytest.mark.parametrize(("payload", "expected"), IDS, ids=lambda value: repr(value)[:30])
 def test_id_of_a_payload(payload: bytes, expected: str | None) -> None:
-    assert fields_and_ids([payload], "id") == ([fields_of(payload)], [expected])
+    assert fields_and_ids([payload], "id", {}) == ([fields_of(payload)], [expected])
 
 
 @given(st.lists(st.sampled_from(IDS)))
 def test_ids_of_many_payloads(cases: list[tuple[bytes, str | None]]) -> None:
     payloads = [payload for payload, _ in cases]
-    fields, ids = fields_and_ids(payloads, "id")
+    fields, ids = fields_and_ids(payloads, "id", {})
     assert list(fields) == list(map(fields_of, payloads))
     assert ids == [expected for _, expected in cases]
 

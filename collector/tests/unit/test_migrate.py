@@ -1,6 +1,7 @@
 """The schema, and the partitions."""
 
 import contextlib
+import json
 import math
 import threading
 import time
@@ -158,8 +159,84 @@ def test_readings(database: Database) -> None:
         """ (now(), 'a', '', '{"t": 23.5, "s": "on", "b": true, "n": null, "h": 1e2}', 0, false),"""
         " (now(), 'b', '', null, 0, false), (now(), 'c', '', '{}', 0, false)"
     )
-    found = database.query("SELECT topic, name, value::text FROM readings ORDER BY name")
-    assert found == [("a", "h", "100"), ("a", "t", "23.5")]
+    found = database.query("SELECT topic, name, value::text, text FROM readings ORDER BY name")
+    assert found == [
+        ("a", "b", "1", "true"),
+        ("a", "h", "100", "100"),
+        ("a", "s", None, "on"),
+        ("a", "t", "23.5", "23.5"),
+    ]
+
+
+LEAVES: list[tuple[str, dict[str, str]]] = [
+    ('{"a": {"b": 1, "c": {}}, "d": [], "e": null, "f": 2}', {"a.b": "1", "f": "2"}),
+    (
+        '{"v": [1, [2, "x"], {"y": true}]}',
+        {"v[0]": "1", "v[1][0]": "2", "v[1][1]": "x", "v[2].y": "true"},
+    ),
+    ('[{"n": 1}, 2, null]', {"[0].n": "1", "[1]": "2"}),
+    ('"on"', {"state": "on"}),
+    ("23.50", {"state": "23.50"}),
+    ("false", {"state": "false"}),
+    ("null", {}),
+    ("{}", {}),
+    ("[" * 32 + "1" + "]" * 32, {"[0]" * 32: "1"}),
+    ("[" * 33 + "1" + "]" * 33, {}),
+    ('{"a":' * 1000 + "1" + "}" * 1000, {}),
+]
+
+
+def test_json_leaves(database: Database) -> None:
+    for document, expected in LEAVES:
+        found = database.query(
+            "SELECT name, value #>> '{}' FROM json_leaves('plant/pump/state', %s::jsonb)", document
+        )
+        assert sorted(found) == sorted(expected.items()), document[:80]
+
+
+TIMES: list[tuple[str, str, str | None]] = [
+    ('"2026-11-24T10:00:00Z"', "iso8601", "2026-11-24 10:00:00+00"),
+    ('"2026-11-24 10:00:00.5+0130"', "iso8601", "2026-11-24 08:30:00.5+00"),
+    ('"2026-11-24T10:00:00,25-05"', "iso8601", "2026-11-24 15:00:00.25+00"),
+    ('"2026-11-24t10:00z"', "iso8601", "2026-11-24 10:00:00+00"),
+    ('"2026-11-24T10:00:00"', "iso8601", "2026-11-24 10:00:00+00"),
+    ('"2028-02-29T10:00:00Z"', "iso8601", "2028-02-29 10:00:00+00"),
+    ("1795514400", "s", "2026-11-24 10:00:00+00"),
+    ("1795514400.25", "s", "2026-11-24 10:00:00.25+00"),
+    ('"1795514400"', "s", "2026-11-24 10:00:00+00"),
+    ("1795514400123", "ms", "2026-11-24 10:00:00.123+00"),
+    ("1795514400123456", "us", "2026-11-24 10:00:00.123456+00"),
+    *(
+        (json.dumps(text), "iso8601", None)
+        for text in (
+            *("0001-01-01T00:00:00Z", "1970-01-01T00:00:12Z", "20000-01-01T00:00:00Z"),
+            *("2027-02-29T00:00:00Z", "2026-04-31T00:00:00Z", "2026-13-01T00:00:00Z", "now"),
+            *("2026-11-24T24:00:00Z", "2026-11-24T10:60:00Z", "2026-11-24T10:00:00+16:00"),
+            *("2026-11-24", "2026-11-24T10:00:00 PST", "2026-11-24T10:00:00Z\n", "infinity", ""),
+        )
+    ),
+    *((text, "iso8601", None) for text in ("2026", "true", "null", "[]", '{"a": 1}')),
+    *(
+        (text, unit, None)
+        for unit in ("s", "ms", "us")
+        for text in ("0", "-5", "1e300", "1e-300", '"x"', '"1e9"', "true", "null", "[1]", "12")
+    ),
+    ("4102444800", "s", None),
+    ("946684799", "s", None),
+]
+
+
+def test_device_time(database: Database) -> None:
+    values, units, expected = zip(*TIMES, strict=True)
+    found = database.query(
+        "SELECT device_time(value::jsonb, unit), wanted::timestamptz"
+        " FROM unnest(%s, %s, %s) t(value, unit, wanted)",
+        list(values),
+        list(units),
+        list(expected),
+    )
+    for case, (time_found, wanted) in zip(TIMES, found, strict=True):
+        assert time_found == wanted, case
 
 
 def test_limited_user(database: Database) -> None:

@@ -54,11 +54,11 @@ export class Charts {
     return new uPlot(options, [chart.times, chart.values], chart.box);
   }
 
-  // Points that have come: [[time, {name: value}]], old ones first.
+  // Points that have come: [[time, [[name, value]]]], old ones first.
   append(messages) {
     const changed = new Set();
-    for (const [at, fields] of messages) {
-      for (const [name, value] of Object.entries(fields ?? {})) {
+    for (const [at, readings] of messages) {
+      for (const [name, value] of readings) {
         if (typeof value !== "number") continue;
         if (!this.charts.has(name)) {
           if (this.charts.size >= 8) continue;

@@ -4,7 +4,7 @@ import { Charts } from "./chart.js";
 import { Messages } from "./messages.js";
 import { Pipeline } from "./pipeline.js";
 import { Stream, ask } from "./stream.js";
-import { age, bytesOf, cut, element, isolated, payloadText, plural, rate, size, visible } from "./text.js";
+import { age, bytesOf, cut, element, isolated, leaves, payloadText, plural, rate, size, visible } from "./text.js";
 import { Tree } from "./tree.js";
 
 const $ = id => document.getElementById(id);
@@ -176,7 +176,7 @@ async function readings() {
     charts.show(found.series, span);
     // What has come since the database was asked.
     const last = Math.max(0, ...Object.values(found.series).map(points => points.at(-1)[0]));
-    charts.append(Array.from(messages.known.values(), m => [m.at, m.fields]).filter(([at]) => at > last));
+    charts.append(Array.from(messages.known.values(), m => [m.at, leaves(m.fields, topic)]).filter(([at]) => at > last));
     const shown = Object.keys(found.series).length;
     const parts = [];
     if (!found.names) parts.push(found.messages ? "No numbers in these messages, so there is no chart." : "No message in this time.");
@@ -191,7 +191,7 @@ async function readings() {
 
 function showMessages(content) {
   const fresh = messages.add(content);
-  charts.append(fresh.filter(m => m.at > now() - span).map(m => [m.at, m.fields]));
+  charts.append(fresh.filter(m => m.at > now() - span).map(m => [m.at, leaves(m.fields, topic)]));
   $("older").hidden = messages.known.size === 0;
 }
 

@@ -1,6 +1,6 @@
 // The last messages of the chosen topic.
 
-import { cut, element, isolated, moment, payloadText, size, valueText, visible } from "./text.js";
+import { cut, element, isolated, leaves, moment, payloadText, size, valueText, visible } from "./text.js";
 
 const MOST = 200;
 
@@ -44,7 +44,7 @@ function show(message) {
     element("time", "", moment(message.at)),
     isolated(cut(one, 160), binary ? "what hex" : "what"),
     element("span", "tags", tag(`QoS ${message.qos}`), message.retained ? tag("retained", "strong") : null,
-      message.properties ? tag("MQTT 5") : null, binary && !message.fields ? tag("binary") : null));
+      message.properties ? tag("MQTT 5") : null, binary && message.fields === null ? tag("binary") : null));
   const row = element("li", "", element("details", "", summary));
   const shown = binary ? 4096 : message.size;
   row.dataset.at = message.at;
@@ -56,7 +56,7 @@ function show(message) {
     add("Received", new Date(message.at * 1000).toISOString());
     add("Payload", `${size(message.size)}${binary ? ", in hexadecimal" : ""}${message.size > 4096 ? ", the first 4 KiB of it" : ""}`);
     add("", block(visible(text, true), binary));
-    if (message.fields) add("Fields", table(message.fields));
+    if (message.fields !== null && typeof message.fields === "object") add("Fields", table(message.fields));
     if (message.properties) add("Properties", block(visible(pretty(message.properties), true)));
     row.firstChild.append(body);
   });
@@ -75,7 +75,7 @@ function block(text, binary = false) {
 
 function table(fields) {
   const made = element("table", "");
-  for (const [name, value] of Object.entries(fields).slice(0, 200)) {
+  for (const [name, value] of leaves(fields)) {
     const row = made.insertRow();
     row.append(element("th", "", isolated(cut(visible(name), 120))), element("td", "", isolated(cut(visible(String(value)), 400))));
     row.firstChild.scope = "row";

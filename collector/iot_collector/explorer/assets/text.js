@@ -33,10 +33,23 @@ export function payloadText(base64, size) {
   return { text: hex, binary: true };
 }
 
+// The values in a document, at most `most`: [path, value]. Paths are as in the view `readings`.
+export function leaves(document, topic = "", most = 200) {
+  const found = [], nested = document !== null && typeof document === "object";
+  const collect = (name, value) => {
+    if (found.length >= most) return;
+    if (value === null || typeof value !== "object") found.push([name, value]);
+    else if (Array.isArray(value)) value.forEach((each, i) => collect(`${name}[${i}]`, each));
+    else for (const [key, each] of Object.entries(value)) collect(name ? `${name}.${key}` : key, each);
+  };
+  if (document !== null) collect(nested ? "" : topic.split("/").at(-1), document);
+  return found;
+}
+
 // What a message says, on one line.
 export function valueText(fields, base64, size) {
-  if (fields !== null && typeof fields === "object") {
-    const entries = Object.entries(fields);
+  if (fields !== null) {
+    const entries = leaves(fields);
     if (entries.length === 1) return one(entries[0][1]);
     return entries.map(([name, value]) => `${name} ${one(value)}`).join("  ");
   }
