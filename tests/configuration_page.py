@@ -19,6 +19,7 @@ PAGE = ROLES.parent / "docs/configuration.md"
 GROUPS = {
     "Broker": ("mqtt",),
     "Delivery": ("packet", "message", "session", "batch", "buffer", "replay"),
+    "Payloads": ("cbor", "messagepack", "topic", "device"),
     "Database": ("database", "archive"),
     "HTTP, health and log": (),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import configuration_page
 import iot_collector
+import payloads_page
 import pytest
 import yaml
 from doc_pages import PAGES, PLAYBOOK_VARIABLES, ROOT, blocks, problems
@@ -127,6 +128,11 @@ def test_roles_of_the_playbooks_are_described() -> None:
 def test_configuration_is_current() -> None:
     written = configuration_page.PAGE.read_text()
     assert written == configuration_page.page(), "run: .venv/bin/python tests/configuration_page.py"
+
+
+def test_examples_of_payloads_are_current() -> None:
+    written = payloads_page.PAGE.read_text()
+    assert written == payloads_page.page(), "run: .venv/bin/python tests/payloads_page.py"
 
 
 def alerts() -> list[str]:

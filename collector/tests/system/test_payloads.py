@@ -1,5 +1,6 @@
 """What people can query: of the payloads that common devices send, and by the settings for it."""
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,9 +16,8 @@ from testing.mosquitto import Mosquitto
 from testing.postgres import Database
 from testing.publisher import Publisher, publish
 
-CORPUS: list[dict[str, Any]] = yaml.safe_load(
-    (Path(__file__).parents[1] / "payloads.yml").read_text()
-)
+ROOT = Path(__file__).parents[3]
+CORPUS: list[dict[str, Any]] = yaml.safe_load((ROOT / "collector/tests/payloads.yml").read_text())
 
 MakeCollector = Callable[..., Collector]
 
@@ -68,6 +68,8 @@ def test_what_common_devices_send(
             "SELECT name, value::float8, text FROM readings WHERE topic = %s", shape["topic"]
         )
         assert set(map(Reading._make, rows)) == expected(shape), shape["what"]
+    queries = re.findall(r"```sql\n(.*?)```", (ROOT / "docs/payloads.md").read_text(), re.DOTALL)
+    assert [len(database.query(sql)) for sql in queries] == [1, 1, 1]
 
 
 def test_binary_topics(
