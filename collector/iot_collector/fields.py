@@ -7,6 +7,7 @@ MessagePack.
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -14,6 +15,7 @@ import orjson
 # A number as JSON writes it (RFC 8259 §6), so that what is stored is what jsonb accepts.
 _NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _NAME = re.compile(rb"[A-Za-z_][\w.\- ]{0,127}")
+_MAX_CACHED = 32  # bytes
 _MAX_TEXT = 255  # bytes; longer text is no reading, and would be stored twice
 _NUL = b"\\u0000"  # jsonb cannot hold U+0000
 
@@ -52,11 +54,21 @@ def fields_of(payload: bytes) -> bytes | None:
 
     What is returned is valid for ``jsonb``, but for numbers beyond its own limits.
     """
+    if len(payload) <= _MAX_CACHED and payload[:1] not in (b"{", b"["):
+        return _fields_of_short(payload)
+    return _fields_of(payload)
+
+
+def _fields_of(payload: bytes) -> bytes | None:
     try:
         document = orjson.loads(payload)
     except orjson.JSONDecodeError:
         return _fields_of_text(payload.strip())
     return None if document is None or _NUL in payload else payload
+
+
+# Texts take longer than JSON and are often the same: on, off, online.
+_fields_of_short = lru_cache(4096)(_fields_of)
 
 
 def _fields_of_text(text: bytes) -> bytes | None:
