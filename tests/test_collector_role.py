@@ -58,6 +58,21 @@ def test_archive(tmp_path: Path) -> None:
     assert found["settings"]["IOT_ARCHIVE_TARGET"] == "/archive"
 
 
+def test_payloads(tmp_path: Path) -> None:
+    found = settings(
+        tmp_path,
+        {
+            "collector_topic_templates": ["plant/{site}/{device}", "+/{device}/#"],
+            "collector_device_time_keys": ["time:iso8601"],
+            "collector_cbor_topics": ["a/+", "b/#"],
+        },
+    )["settings"]
+    assert found["IOT_TOPIC_TEMPLATES"] == "plant/{site}/{device},+/{device}/#"
+    assert found["IOT_DEVICE_TIME_KEYS"] == "time:iso8601"
+    assert found["IOT_CBOR_TOPICS"] == "a/+,b/#"
+    assert "IOT_MESSAGEPACK_TOPICS" not in found
+
+
 def settings(folder: Path, variables: dict[str, object]) -> dict[str, Any]:
     play, found = folder / "play.yml", folder / "found"
     play.write_text(PLAY)

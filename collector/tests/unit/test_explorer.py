@@ -181,6 +181,20 @@ def test_readings_are_all_or_sampled(collector: Collector, database: Database) -
     assert value == 1
 
     database.query(
+        "INSERT INTO messages (received_at, topic, payload, fields, qos, retained) VALUES"
+        " (now(), 'a/nested', '', '{\"b\": {\"c\": [1, true, \"x\"]}}', 1, false),"
+        " (now(), 'a/array', '', '[{\"v\": 2}]', 1, false), (now(), 'a/single', '', '3', 1, false)"
+    )
+    for topic, name, value in (
+        ("nested", "b.c[0]", 1),
+        ("array", "[0].v", 2),
+        ("single", "single", 3),
+    ):
+        body = get(collector, f"/explorer/readings?topic=a/{topic}&seconds=60")[2]
+        series = json.loads(body)["series"]
+        assert {name: points[0][1] for name, points in series.items()} == {name: value}
+
+    database.query(
         "INSERT INTO messages (received_at, topic, payload, fields, qos, retained)"
         " SELECT now() - i * interval '1 s', 'busy', 'x', jsonb_build_object('n', i), 1, false"
         " FROM generate_series(1, 3000) i"

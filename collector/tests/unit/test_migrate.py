@@ -264,6 +264,16 @@ def test_limited_user(database: Database) -> None:
     store.close()
     assert database.payloads() == [b"a:1", b"a:2", b"a:3"]
     assert "messages_2040_05" in partitions(database)
+    wanted = settings_for(user, topic_templates="{site}/#", device_time_keys="t:s")
+    for granted in (False, True):  # without the right, it works nonetheless
+        if granted:
+            database.query(
+                f"GRANT SELECT, INSERT, DELETE ON topic_templates, device_time_keys TO {role}"
+            )
+        store = Store(wanted)
+        store.ping()
+        store.close()
+        assert database.count("topic_templates") == database.count("device_time_keys") == granted
     for forbidden in ("SELECT 1 FROM messages", "DELETE FROM messages", "TRUNCATE messages"):
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             user.query(forbidden)
