@@ -19,7 +19,12 @@ from iot_collector.binary_payloads import (
     message_pack,
     senml_cbor,
 )
+from iot_collector.client import BulkClient, StockClient
+from iot_collector.copy_format import decode_tuple, tuple_start
 from iot_collector.settings import Settings
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from test_client import FakeSocket, publish_packet
 
 _UUID = UUID(int=1)
 _NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -165,3 +170,29 @@ def test_topics() -> None:
     assert topics.decoder_of(b"a/b/c") is message_pack
     assert topics.decoder_of(b"b") is None
     assert not BinaryTopics(Settings())
+
+
+@pytest.mark.parametrize("kind", [StockClient, BulkClient])
+def test_content_type_of_a_message(kind: type[StockClient]) -> None:
+    """It decides for its message, and for no other one, nor for one of the next read."""
+
+    def fields_of_next(*content_types: str | None) -> list[bytes | None]:
+        packets = []
+        for mid, content_type in enumerate(content_types, 1):
+            properties = Properties(PacketTypes.PUBLISH)
+            if content_type:
+                properties.ContentType = content_type
+            packed = bytes(properties.pack())
+            packets.append(publish_packet(mid=mid, payload=b"\x61\x62", properties=packed))
+        client._sock = FakeSocket([b"".join(packets)])  # type: ignore[assignment]
+        while client._sock is not None and client.message_count < len(packets):
+            client.read()
+        rows = client.take_messages().rows
+        return [decode_tuple(tuple_start(0) + row).fields for row in rows]
+
+    client = kind(Settings(messagepack_topics=["iot/#"]))
+    assert fields_of_next("application/cbor", "text/plain") == [b'"b"', None]
+    assert fields_of_next(None, "application/cbor") == [None, b'"b"']
+    client = kind(Settings())
+    assert fields_of_next("application/cbor", None) == [b'"b"', b'"ab"']
+    assert fields_of_next(None) == [b'"ab"']
