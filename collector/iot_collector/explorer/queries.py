@@ -80,6 +80,8 @@ SELECT m.id, {_MESSAGE} FROM (
 ORDER BY m.received_at DESC, m.id DESC
 """  # noqa: S608 - no value in it
 
+# Arrays of ten thousand numbers are no readings to chart, and reading many of them takes long.
+_SMALL_FIELDS = "CASE WHEN octet_length(payload) <= 16384 THEN fields END AS fields"
 _NUMBERS = """
     (SELECT name, value FROM json_leaves(%(topic)s, m.fields)
      WHERE jsonb_typeof(value) = 'number' LIMIT 50)
@@ -100,7 +102,7 @@ FROM (SELECT) nothing
 # All readings of the newest messages in a span. It also answers whether these are all.
 READINGS = f"""
 WITH found AS MATERIALIZED (
-    SELECT received_at, fields FROM messages
+    SELECT received_at, {_SMALL_FIELDS} FROM messages
     WHERE topic = %(topic)s AND received_at > to_timestamp(%(start)s)
     ORDER BY received_at DESC LIMIT %(limit)s
 ), readings AS (
@@ -118,7 +120,7 @@ WITH found AS MATERIALIZED (
     FROM generate_series(0, %(steps)s - 1) i
     CROSS JOIN LATERAL (SELECT (%(start)s + i * %(step)s)::float8 AS at) b
     CROSS JOIN LATERAL (
-        SELECT fields FROM messages
+        SELECT {_SMALL_FIELDS} FROM messages
         WHERE topic = %(topic)s AND received_at >= to_timestamp(b.at)
           AND received_at < to_timestamp(b.at + %(step)s)
         ORDER BY received_at DESC LIMIT %(each)s) m
