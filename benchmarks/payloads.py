@@ -4,7 +4,8 @@ Two collectors run side by side, that of the working tree ("after") and that of 
 named ("before"), each with its own database. They get the same messages in turns, at full speed:
 flat JSON of 123 bytes, and the payloads of common devices (collector/tests/payloads.yml; binary
 ones as well, which without their content type are stored raw). What is reported is CPU time for a
-message, of the collector's process and of PostgreSQL.
+message, of the collector's process and of PostgreSQL (medians, and for the collector minimum to
+maximum), and what the message takes in the table with its indexes.
 
 Then a table is filled, and queries of the view `readings` of today and of the first release take
 turns. Writes PAYLOADS.md.
@@ -50,6 +51,10 @@ SELECT now() - i * interval '1 s', 'plant/north/device-' || i % 100, '',
        jsonb_build_object('temperature', i % 50, 'humidity', i % 100, 'unit', 'C', 'seq', i,
                           'ts', extract(epoch FROM now())::bigint - i), 1, false
 FROM generate_series(1, 500000) i"""
+_SIZE = (
+    "SELECT sum(pg_total_relation_size(inhrelid)) FROM pg_inherits"
+    " WHERE inhparent = 'messages'::regclass"
+)
 _QUERIES = {
     "one topic and name, a day (864 messages)": (
         "SELECT time, value FROM {view} WHERE topic = 'plant/north/device-7'"
@@ -98,10 +103,11 @@ class _Collector(Collector):
 
 
 class _Cost(NamedTuple):
-    """CPU microseconds for a message."""
+    """CPU microseconds for a message, and its bytes in the table with indexes."""
 
     collector: float
     database: float
+    size: float
 
 
 class _Side:
@@ -139,7 +145,9 @@ class _Side:
         )
         client = processes.cpu_of_tree(self.collector.pid) - client
         server = processes.cpu_of_tree(self.server.pid) - server
-        return _Cost(client / len(messages) * 1e6, server / len(messages) * 1e6)
+        [(size,)] = self.database.query(_SIZE)
+        count = len(messages)
+        return _Cost(client / count * 1e6, server / count * 1e6, float(size) / count)
 
     def _stored(self, goal: float) -> bool:
         time.sleep(0.2)  # asking costs the collector CPU time
@@ -242,14 +250,16 @@ def _page(ref: str, count: int, costs: dict[tuple[str, str], list[_Cost]], rows:
         f"{os.cpu_count()} cores. What is measured and how stands at the top of payloads.py. "
         f"Before: {ref}; {rounds} rounds of {count} messages each, in turns.",
         "",
-        "| messages | collector µs before | after | of medians | PostgreSQL µs before | after |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| messages | collector µs before | after | ratio | PostgreSQL µs before | after |"
+        " bytes before | after |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for kind in ("flat JSON", "corpus"):
         old, new = median(kind, "before"), median(kind, "after")
         lines.append(
             f"| {kind} | {spread(kind, 'before')} | {spread(kind, 'after')}"
-            f" | {new.collector / old.collector:.2f} | {old.database:.1f} | {new.database:.1f} |"
+            f" | {new.collector / old.collector:.2f} | {old.database:.1f} | {new.database:.1f}"
+            f" | {old.size:.0f} | {new.size:.0f} |"
         )
     flat, corpus = median("flat JSON", "after"), median("corpus", "after")
     lines += [
