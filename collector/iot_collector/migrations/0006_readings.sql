@@ -115,7 +115,8 @@ SELECT
         SELECT found.time FROM device_time_keys k
         CROSS JOIN LATERAL (SELECT device_time(m.fields #> k.path, k.unit) AS time) found
         WHERE found.time IS NOT NULL ORDER BY k.position LIMIT 1
-    ) AS device_time
+    ) AS device_time,
+    m.id
 FROM messages m CROSS JOIN LATERAL json_leaves(m.topic, m.fields) leaf;
 
 COMMENT ON VIEW readings IS 'Each number, boolean and text that devices sent, see docs/payloads.md';
