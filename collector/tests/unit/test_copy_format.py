@@ -53,6 +53,12 @@ def _json(user: list[tuple[str, str]], content_type: str | None) -> bytes | None
     return copy_format.properties_json(user, other)
 
 
+_documents = st.recursive(
+    st.one_of(_text, st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans())
+    | st.none(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_text, inner, max_size=4),
+)
+
 cases = st.builds(
     Case,
     # Within the partitions that the test has made.
@@ -68,6 +74,7 @@ cases = st.builds(
         st.dictionaries(_text, _text | st.integers(-(2**63), 2**63) | st.booleans()).map(
             lambda document: orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS)
         ),
+        _documents.map(lambda document: json.dumps(document).encode()),
     ),
     st.builds(_json, st.lists(st.tuples(_text, _text), max_size=3), st.none() | _text),
 )

@@ -326,6 +326,9 @@ def test_upgrade_of_a_filled_database(
         for table in ("messages", "dead_letters", "dead_letters_fallback", "ledger", "message_ids")
     }
     assert all(old.values())
+    readings = empty_database.query("SELECT topic, name, value FROM readings")
+    assert readings
+    empty_database.query("CREATE VIEW theirs AS SELECT * FROM readings")
     barrier = threading.Barrier(3)
 
     def run() -> list[str]:
@@ -340,8 +343,11 @@ def test_upgrade_of_a_filled_database(
         now = empty_database.query(f"SELECT * FROM {table} ORDER BY 1, 2")
         assert [row[:columns] for row in now] == rows, table
     collector = make_collector(broker, empty_database).start()
-    publish(broker, [("a", b"temperature:23")])
+    publish(broker, [("new", b'{"a":{"b":23}}')])
     collector.wait_settled(1)
+    now = empty_database.query("SELECT topic, name, value, text FROM readings ORDER BY id, name")
+    assert now[-1] == ("new", "a.b", 23, "23")
+    assert set(readings) <= {row[:3] for row in now}, "with text and booleans besides"
     [(newest, count)] = empty_database.query("SELECT max(id), count(*) FROM messages")
     assert (newest > 4, count) == (True, len(old["messages"]) + 1)
 
