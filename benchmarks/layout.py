@@ -4,7 +4,8 @@ Each variant gets the same messages of `iot-collector simulate`, as binary COPY 
 transaction into a partitioned table. 50 messages have the same time, as if they were read from the
 broker at once. The variants take turns, each with an empty table, three times; the tables show
 medians. CPU is that of all processes of PostgreSQL, with the checkpoint that ends each turn.
-Queries are run after VACUUM (ANALYZE), five times each. Writes LAYOUT.md, but for its text.
+Queries are run after VACUUM (ANALYZE), five times each. "Rebuild" is what REINDEX CONCURRENTLY of
+the indexes takes after that. Writes LAYOUT.md, but for its text.
 """
 
 import argparse
@@ -230,7 +231,9 @@ def _turn(database: services.Database, variant: Variant, data: Data) -> dict[str
     }
     for name, query in _QUERIES.items():
         result[name] = _milliseconds(database, query, data)
-    database.query("REINDEX TABLE stored_2026")
+    cpu = processes.cpu_of_tree(tree)
+    database.query("REINDEX TABLE CONCURRENTLY stored_2026")
+    result["rebuild µs"] = (processes.cpu_of_tree(tree) - cpu) / data.rows * 1e6
     result["b-tree rebuilt"] = database.query(_SIZES)[0][1] / data.rows
     return result
 
@@ -293,6 +296,7 @@ def main() -> None:
         "WAL",
         "CPU µs",
         "of the backend",
+        "rebuild µs",
         "rows/s",
     ]
     title = f"{options.rows / 1e6:g} M rows, {options.topics:,} topics, payload {options.payload}"

@@ -534,6 +534,25 @@ def test_index_of_a_month_that_is_over_is_rebuilt(database: Database, target: Pa
     assert indexes(database) == after
 
 
+def test_nobody_waits_while_an_index_is_rebuilt(database: Database, archiver: Archiver) -> None:
+    """Not even while REINDEX CONCURRENTLY itself waits, for an older transaction."""
+    index = make_last_month(database)
+    before = indexes(database)
+    with contextlib.closing(database.connect()) as reader, reader.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM messages")
+        archiver.launch()
+        eventually(lambda: waits_for_lock(database, "REINDEX"))
+        database.query(
+            "SET statement_timeout = '10s';"
+            "INSERT INTO messages (received_at, topic, payload, qos, retained)"
+            " SELECT received_at, topic, 'late', qos, retained FROM messages LIMIT 1"
+        )
+        reader.rollback()
+    assert archiver.wait() == 0, archiver.log()
+    assert database.payloads().count(b"late") == 1
+    assert indexes(database)[index] != before[index]
+
+
 def test_index_that_cannot_be_rebuilt_now(database: Database, target: Path) -> None:
     """Because of a transaction that is older. The next run removes what the first has left."""
     index = make_last_month(database)
