@@ -31,6 +31,7 @@ import structlog
 from .archive_files import SORTED_BY, Archive, ArchiveError, Row, lacking, merged, sql_expression
 from .database import connect, explain
 from .partitions import kept_until
+from .reindex import rebuild_indexes
 from .settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
@@ -142,7 +143,7 @@ def no_progress(rows: Iterable[Row], _what: str, _total: int) -> Iterable[Row]:
 def archive(
     settings: Settings, *, dry_run: bool = False, progress: Progress = no_progress
 ) -> Iterator[tuple[bool, str]]:
-    """Archive and drop what is older than the retention.
+    """Archive and drop what is older than the retention; rebuild the index of months that are over.
 
     :returns: for each month, whether all is well, and what was done.
     :raises SettingsError: IOT_ARCHIVE_TARGET is wrong.
@@ -165,8 +166,7 @@ def archive(
         due = list(_due(cursor, settings.archive_keep_months))
         if not due:
             yield True, f"no month is older than {settings.archive_keep_months} months"
-            return
-        if store and not dry_run:
+        elif store and not dry_run:
             store.check_writable()
         for partition in due:
             blockers = _blockers(cursor, partition)
@@ -180,6 +180,7 @@ def archive(
                 yield True, _plan(cursor, partition, target)
             else:
                 yield True, _archive(cursor, partition, store, progress)
+        yield from rebuild_indexes(cursor, dry_run=dry_run)
 
 
 def archive_for_ever(settings: Settings, hours: float) -> NoReturn:

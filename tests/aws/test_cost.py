@@ -85,7 +85,7 @@ def test_storage_grows_as_measured() -> None:
     measured = float(size) * 1e9 / (float(rows) * 1e6)
     assert table()["assumptions"]["stored_bytes"] == pytest.approx(measured, rel=0.01)
     one = Estimate(settings(), table(), USAGE)
-    assert one.stored_gib(12) == pytest.approx(12 * 50e6 * 329 / 2**30)
+    assert one.stored_gib(12) == pytest.approx(12 * 50e6 * 372 / 2**30)
     assert one.allocated_gib(1) == 50  # rds_storage_gib
     assert one.allocated_gib(12) == pytest.approx(one.stored_gib(12) / 0.9, abs=1)
 

@@ -482,6 +482,95 @@ def test_long_query_is_waited_for_and_then_left(database: Database, target: Path
     finish(database, target, 20)
 
 
+def make_last_month(database: Database) -> str:
+    """Fill last month and this one as many devices do; return the index of last month."""
+    for months in (1, 0):
+        database.query("SELECT ensure_partitions(now() - make_interval(months => %s), 0)", months)
+        database.query(
+            "INSERT INTO messages (received_at, topic, payload, qos, retained)"
+            " SELECT date_trunc('month', now() AT TIME ZONE 'UTC') AT TIME ZONE 'UTC'"
+            "        - make_interval(months => %s) + n * interval '1 second',"
+            "        'iot/device-' || n %% 100 || '/data', '', 0, false"
+            " FROM generate_series(1, 20000) n",
+            months,
+        )
+    [(index,)] = database.query(
+        "SELECT 'messages_' || to_char(now() AT TIME ZONE 'UTC' - interval '1 month', 'YYYY_MM')"
+        " || '_topic_received_at_idx'"
+    )
+    return str(index)
+
+
+def indexes(database: Database) -> dict[str, tuple[int, bool]]:
+    """The file and the validity of each index on topic and time."""
+    found = database.query(
+        "SELECT relname, relfilenode, indisvalid"
+        " FROM pg_index JOIN pg_class c ON c.oid = indexrelid"
+        " WHERE relname LIKE 'messages_20%_topic_received_at_idx%'"
+    )
+    return {name: (file, valid) for name, file, valid in found}
+
+
+def test_index_of_a_month_that_is_over_is_rebuilt(database: Database, target: Path) -> None:
+    """Once, and no other one."""
+    index = make_last_month(database)
+    month, before = index[: len(TABLE)], indexes(database)
+    planned = archive(database, target, "--dry-run")
+    assert f"{month}: index of " in planned.stdout
+    assert "would be rebuilt" in planned.stdout
+    assert indexes(database) == before
+    size = "SELECT pg_relation_size(%s)"
+    [(large,)] = database.query(size, index)
+    done = archive(database, target)
+    [(small,)] = database.query(size, index)
+    assert done.stdout == (
+        "no month is older than 12 months\n"
+        f"{month}: index rebuilt, {large} bytes before and {small} after\n"
+    )
+    assert small < 0.8 * large
+    after = indexes(database)
+    assert {name for name in after if after[name] != before.get(name)} == {index}
+    assert archive(database, target).stdout == "no month is older than 12 months\n"
+    assert indexes(database) == after
+
+
+def test_nobody_waits_while_an_index_is_rebuilt(database: Database, archiver: Archiver) -> None:
+    """Not even while REINDEX CONCURRENTLY itself waits, for an older transaction."""
+    index = make_last_month(database)
+    before = indexes(database)
+    with contextlib.closing(database.connect()) as reader, reader.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM messages")
+        archiver.launch()
+        eventually(lambda: waits_for_lock(database, "REINDEX"))
+        database.query(
+            "SET statement_timeout = '10s';"
+            "INSERT INTO messages (received_at, topic, payload, qos, retained)"
+            " SELECT received_at, topic, 'late', qos, retained FROM messages LIMIT 1"
+        )
+        reader.rollback()
+    assert archiver.wait() == 0, archiver.log()
+    assert database.payloads().count(b"late") == 1
+    assert indexes(database)[index] != before[index]
+
+
+def test_index_that_cannot_be_rebuilt_now(database: Database, target: Path) -> None:
+    """Because of a transaction that is older. The next run removes what the first has left."""
+    index = make_last_month(database)
+    before = indexes(database)
+    with contextlib.closing(database.connect()) as reader, reader.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM messages")
+        done = run_command(
+            "archive", **settings(database, target), IOT_DATABASE_TIMEOUT_SECONDS="1"
+        )
+    assert done.returncode == 0
+    assert "index not rebuilt" in done.stdout
+    left = set(indexes(database)) - set(before)
+    assert left in ({f"{index}_ccnew"}, {f"{index}_ccold"})
+    assert archive(database, target).returncode == 0
+    assert set(indexes(database)) == set(before)
+    assert all(valid for _, valid in indexes(database).values())
+
+
 def test_every_so_often(tmp_path: Path, database: Database, target: Path) -> None:
     archiver = Archiver(tmp_path, database, target, "--every", "0.0003")
     archiver.environment["IOT_LOG_FORMAT"] = "json"
