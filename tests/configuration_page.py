@@ -17,7 +17,7 @@ PAGE = ROLES.parent / "docs/configuration.md"
 
 # The first word of a setting's name says what it is about; the last group has all others.
 GROUPS = {
-    "Broker": ("mqtt",),
+    "Broker": ("mqtt", "broker"),
     "Delivery": ("packet", "message", "session", "batch", "buffer", "replay"),
     "Payloads": ("cbor", "messagepack", "topic", "device"),
     "Database": ("database", "archive"),

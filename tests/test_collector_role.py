@@ -43,6 +43,7 @@ def test_iot_core(tmp_path: Path, variables: dict[str, object]) -> None:
     assert found["settings"]["IOT_MQTT_URL"] == ENDPOINT
     assert int(found["settings"]["IOT_MQTT_MAX_INFLIGHT"]) == 100
     assert "IOT_MQTT_USERNAME" not in found["settings"]
+    assert "IOT_BROKER_METRICS" not in found["settings"]
 
 
 def test_mosquitto(tmp_path: Path) -> None:
@@ -50,6 +51,7 @@ def test_mosquitto(tmp_path: Path) -> None:
     assert (found["extras"], found["marker"]) == ("", "checksum")
     assert int(found["settings"]["IOT_MQTT_MAX_INFLIGHT"]) == 10_000
     assert found["settings"]["IOT_MQTT_USERNAME"] == "iot-collector"
+    assert found["settings"]["IOT_BROKER_METRICS"] == "true"
 
 
 def test_archive(tmp_path: Path) -> None:

@@ -97,6 +97,11 @@ def faults(settings: "Settings") -> list[str]:
             "IOT_PACKET_LEDGER: AWS IoT Core does not mark what it sends again; set false or leave "
             "it out, and set IOT_MESSAGE_ID_KEY"
         )
+    if settings.broker_metrics:
+        found.append(
+            "IOT_BROKER_METRICS: AWS IoT Core publishes none; set false or leave it out, and see "
+            "docs/aws-metrics.md for those of CloudWatch"
+        )
     client_id = settings.mqtt_client_id
     if len(client_id.encode()) > CLIENT_ID_BYTES or client_id.startswith("$"):
         found.append(

@@ -7,6 +7,7 @@ import time
 import structlog
 
 from . import __version__
+from .broker_metrics import BrokerMetricsThread
 from .buffer import Buffer
 from .health import Health
 from .metrics import Metrics
@@ -41,6 +42,9 @@ def run(settings: Settings) -> int:
     serve(settings, health)
     writer.start()
     network.start()
+    broker_metrics = BrokerMetricsThread(settings) if settings.broker_metrics else None
+    if broker_metrics is not None:
+        broker_metrics.start()
     log.info(
         "collector started",
         version=__version__,
@@ -64,6 +68,8 @@ def run(settings: Settings) -> int:
     # What is not stored in time is not acknowledged, so the broker keeps it.
     writer.stop(max(0.0, deadline - time.monotonic()))
     network.stop(max(0.0, deadline - time.monotonic()) + _DISCONNECT_SECONDS)
+    if broker_metrics is not None:
+        broker_metrics.stop()
     counts = buffer.counts()
     log.info("stopped", received=counts.received, stored=counts.inserted)
     return 0

@@ -205,6 +205,9 @@ class Settings(BaseSettings):
         "is away (with MQTT 3.1.1 the broker decides: set the same here); ids of messages are kept "
         "a day longer, at least 8 days; 4294967295: for ever, both (AWS IoT Core: 3600)", ge=60,
         le=0xFFFFFFFF)
+    broker_metrics: bool = _setting(
+        False, "Export metrics of the broker, as Mosquitto publishes them below $SYS/broker/, over "
+        "a second connection with -metrics after the client id; needs the right to read $SYS/#")
 
     packet_ledger: bool = _setting(
         True, "Store a message once that the broker sends again; needs a broker that sends it with "

@@ -87,7 +87,8 @@ def test_collector_is_on_iot_core_and_rds(deployed: Deployment) -> None:
     assert settings["IOT_DATABASE_PASSWORD_SECRET"] == rds["CollectorSecretArn"]
     assert settings["AWS_REGION"] == "eu-west-1"
     # The collector takes what IoT Core's quotas allow, and has no other account.
-    for name in ("IOT_MQTT_MAX_INFLIGHT", "IOT_MQTT_USERNAME", "IOT_DATABASE_PASSWORD_FILE"):
+    absent = ("IOT_MQTT_MAX_INFLIGHT", "IOT_MQTT_USERNAME", "IOT_BROKER_METRICS")
+    for name in (*absent, "IOT_DATABASE_PASSWORD_FILE"):
         assert name not in settings
     workload = named(deployed, "StatefulSet", "collector")["spec"]
     assert workload["replicas"] == 1

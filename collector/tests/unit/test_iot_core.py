@@ -233,6 +233,7 @@ SLASHES = "/".join("abcdefgh")  # seven of them
         ("IOT_MQTT_KEEPALIVE_SECONDS", "1201", "30 to 1200"),
         ("IOT_MQTT_SESSION_EXPIRY_SECONDS", "604801", "604800"),
         ("IOT_PACKET_LEDGER", "true", "IOT_MESSAGE_ID_KEY"),
+        ("IOT_BROKER_METRICS", "true", "docs/aws-metrics.md"),
         ("IOT_MQTT_CLIENT_ID", "x" * 129, "128 bytes"),
         ("IOT_MQTT_CLIENT_ID", "$x", "no $"),
         ("IOT_MQTT_TOPICS", ",".join(f"t/{n}" for n in range(51)), "51 filters"),

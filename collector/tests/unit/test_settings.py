@@ -67,6 +67,7 @@ FULL = {
     "IOT_LIVE_PAGE_HOSTS": ("iot.example, iot", ["iot.example", "iot"]),
     "IOT_LIVE_PAGE_DATABASE_URL": ("host=db user=reader", "host=db user=reader"),
     "IOT_UNHEALTHY_AFTER_SECONDS": ("5", 5.0),
+    "IOT_BROKER_METRICS": ("true", True),
     "IOT_DRAIN_SECONDS": ("0", 0.0),
     "IOT_LOG_FORMAT": ("json", "json"),
     "IOT_LOG_LEVEL": ("debug", "debug"),
