@@ -11,7 +11,7 @@ from testing.postgres import Database, Postgres, postgres_binary
 from testing.service import HOST
 
 ROLES = Path(__file__).parent.parent / "roles"
-OWNER, READER, DATABASE = "iot_collector", "iot_reader", "iot"
+OWNER, READER, MONITOR, DATABASE = "iot_collector", "iot_reader", "iot_monitor", "iot"
 
 
 def render(template: str, **variables: object) -> str:
@@ -31,9 +31,11 @@ def render(template: str, **variables: object) -> str:
 class Roles:
     """roles.sql for one server, with its password files in the server's directory."""
 
+    has_monitor = True
+
     def __init__(self, server: Postgres) -> None:
         self.server = server
-        self.passwords = {OWNER: "owner-secret", READER: "reader-secret"}
+        self.passwords = {OWNER: "owner-secret", READER: "reader-secret", MONITOR: "monitor-secret"}
 
     def file(self, role: str) -> Path:
         """The file with the password of a role."""
@@ -50,8 +52,12 @@ class Roles:
                 postgres_database=DATABASE,
                 postgres_owner=OWNER,
                 postgres_reader=READER,
+                postgres_monitor=MONITOR,
                 __postgres_owner_password_file=str(self.file(OWNER)),
                 __postgres_reader_password_file=str(self.file(READER)),
+                __postgres_monitor_password_file=str(self.file(MONITOR))
+                if self.has_monitor
+                else "",
             )
         )
 

@@ -77,6 +77,7 @@ class Machine:
                             "ansible_python_interpreter": "/usr/bin/python3",
                             "mosquitto_port": self.port,
                             "postgres_port": free_port(),
+                            "postgres_exporter_enabled": False,
                             "collector_http_port": free_port(),
                         },
                     }

@@ -5,13 +5,14 @@ from functools import partial
 import psycopg2
 import pytest
 from psycopg2.errors import InsufficientPrivilege
-from rendering import DATABASE, OWNER, READER, Roles
+from rendering import DATABASE, MONITOR, OWNER, READER, Roles
 
 from testing.collector import run_command
 from testing.postgres import Database, Postgres
 from testing.service import eventually
 
-ALL = f"created role {OWNER}\ncreated role {READER}\ncreated database {DATABASE}\n"
+ALL = "".join(f"created role {role}\n" for role in (OWNER, READER, MONITOR))
+ALL += f"created database {DATABASE}\n"
 
 LOG_EVERYTHING = {
     "log_statement": "all",
@@ -74,7 +75,7 @@ def test_upgrades_a_database_of_the_version_before(roles: Roles) -> None:
     Database(roles.server, DATABASE).query("GRANT CREATE ON SCHEMA public TO PUBLIC")
 
     done = roles.apply()
-    assert (done.returncode, done.stdout) == (0, f"created role {READER}\n")
+    assert (done.returncode, done.stdout) == (0, f"created role {READER}\ncreated role {MONITOR}\n")
     reader = roles.database(READER)
     assert reader.query("SELECT topic, name, value FROM readings") == [
         ("iot/data", "temperature", 23)
@@ -95,7 +96,7 @@ def test_a_new_password_in_the_file_is_the_new_password(roles: Roles) -> None:
         old.query("SELECT 1")
 
 
-@pytest.mark.parametrize("role", [OWNER, READER])
+@pytest.mark.parametrize("role", [OWNER, READER, MONITOR])
 def test_stops_without_a_password(roles: Roles, role: str) -> None:
     roles.passwords[role] = ""
     done = roles.apply()
@@ -154,9 +155,20 @@ def test_the_reader_reads_and_does_nothing_else(roles: Roles) -> None:
     assert reader.query("SHOW statement_timeout") == [("30s",)]
 
 
+def test_the_monitor_reads_statistics_and_no_table(roles: Roles) -> None:
+    roles.apply()
+    migrate(roles)
+    monitor = roles.database(MONITOR)
+    assert monitor.query("SELECT pg_has_role('pg_read_all_stats', 'USAGE')") == [(True,)]
+    assert monitor.query("SELECT pg_database_size('postgres') > 0") == [(True,)]
+    for statement in (*DENIED, "SELECT * FROM messages", "SELECT * FROM readings"):
+        with pytest.raises(InsufficientPrivilege):
+            monitor.query(f"BEGIN READ WRITE; {statement}")
+
+
 @pytest.mark.parametrize("database", ["postgres", "template1"])
 def test_other_databases_are_closed(roles: Roles, database: str) -> None:
     roles.apply()
-    for role in (OWNER, READER):
+    for role in (OWNER, READER, MONITOR):
         with pytest.raises(psycopg2.OperationalError, match="permission denied for database"):
             roles.server.connect(database, role, roles.passwords[role])

@@ -160,7 +160,7 @@ def test_the_archive_job_is_confined_and_reaches_the_database(cluster: Cluster) 
 def test_passwords_are_files_and_nothing_else(cluster: Cluster) -> None:
     data = cluster.object("Secret", "iot-passwords")["data"]
     passwords = [base64.b64decode(value).decode() for value in data.values()]
-    assert len(passwords) == 6
+    assert len(passwords) == 7
     assert all(re.fullmatch("[A-Za-z0-9]{40}", password) for password in passwords)
     for manifest in cluster.objects():
         if manifest["kind"] != "Secret":

@@ -48,7 +48,7 @@ class Pod(Postgres):
         self.set_passwords("first")
 
     def set_passwords(self, word: str) -> None:
-        for role in ("collector", "reader"):
+        for role in ("collector", "reader", "monitor"):
             (self.secrets / f"{role}_db_password").write_text(f"{role}-{word}")
         if IS_ROOT:
             for path in [self.folder, *self.folder.rglob("*")]:

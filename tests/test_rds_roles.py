@@ -28,6 +28,8 @@ DENIED_ON_RDS = [statement for statement in DENIED if "lo_create" not in stateme
 class RdsRoles(Roles):
     """roles.sql, run by the master role, with verifiers in the files."""
 
+    has_monitor = False
+
     def __init__(self, server: Postgres) -> None:
         super().__init__(server)
         server.query("CREATE ROLE rds_superuser CREATEROLE CREATEDB NOLOGIN")

@@ -20,7 +20,10 @@ from ansible_runs import ROOT, playbook
 
 from testing.service import HOST, IS_ROOT, eventually, free_port
 
-PORTS = ("mosquitto_port", "postgres_port", "collector_http_port", "prometheus_port")
+PORTS = (
+    *("mosquitto_port", "postgres_port", "postgres_exporter_port"),
+    *("collector_http_port", "prometheus_port"),
+)
 # How pip gets to its packages from here.
 NEEDED_BY_PIP = ("PIP_", "SSL_CERT", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 
