@@ -16,19 +16,25 @@ SCRAPE_SECONDS = 1
 
 
 class Prometheus(Service):
-    """A Prometheus that scrapes one address, a collector's or another one."""
+    """A Prometheus that scrapes one address, a collector's or another one.
+
+    :param more: the addresses of other jobs, by their name.
+    """
 
     name = "prometheus"
 
-    def __init__(self, folder: Path, target: str, job_name: str = "collector") -> None:
+    def __init__(self, folder: Path, target: str, job_name: str = "collector", **more: str) -> None:
         super().__init__(folder)
         self.address = f"{HOST}:{free_port()}"
         self.target = target
         self.config = folder / "prometheus.yml"
-        job = {"job_name": job_name, "static_configs": [{"targets": [self.target]}]}
+        jobs = [
+            {"job_name": name, "static_configs": [{"targets": [address]}]}
+            for name, address in {job_name: target, **more}.items()
+        ]
         self.config.write_text(
             yaml.safe_dump(
-                {"global": {"scrape_interval": f"{SCRAPE_SECONDS}s"}, "scrape_configs": [job]}
+                {"global": {"scrape_interval": f"{SCRAPE_SECONDS}s"}, "scrape_configs": jobs}
             )
         )
 
