@@ -65,6 +65,10 @@ def thresholds(steps: Steps) -> dashboard.ThresholdsConfig:
     return dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(base + more)
 
 
+def color(mode: model.FieldColorModeId) -> dashboard.FieldColor:
+    return dashboard.FieldColor().mode(mode)
+
+
 def options(words: Mapping[int, tuple[str, str]]) -> list[model.ValueMapping]:
     """Words and colors in the place of numbers."""
     results = {
@@ -94,6 +98,7 @@ def number(
         common_model.BigValueGraphMode.AREA if trend else common_model.BigValueGraphMode.NONE
     )
     panel = panel.color_mode(common_model.BigValueColorMode.VALUE)
+    panel = panel.color_scheme(color(model.FieldColorModeId.THRESHOLDS)).no_value("-")
     return panel.with_target(target or prometheus_query(str(query), title, "A", instant=not trend))
 
 
@@ -120,6 +125,7 @@ def graph(
     panel = timeseries.Panel().title(title).description(description).unit(unit)
     panel = panel.span(span).height(8).legend(legend).tooltip(tooltip).thresholds_style(style)
     panel = panel.thresholds(thresholds({} if limit is None else {limit: RED}))
+    panel = panel.color_scheme(color(model.FieldColorModeId.PALETTE_CLASSIC))
     panel = panel.fill_opacity(10).line_width(1).show_points(common_model.VisibilityMode.AUTO)
     panel = panel.datasource(POSTGRES if isinstance(queries, Sql) else PROMETHEUS)
     if isinstance(queries, Sql):
@@ -139,7 +145,8 @@ def rows(
 ) -> table.Panel:
     """A table; ``units`` are those of its columns."""
     panel = table.Panel().title(title).description(description).unit("none")
-    panel = panel.span(span).height(10).datasource(POSTGRES).thresholds(thresholds({}))
+    panel = panel.filterable(True).span(span).height(10)
+    panel = panel.datasource(POSTGRES).thresholds(thresholds({}))
     for column, unit in (units or {}).items():
         panel = panel.override_by_name(column, [model.DynamicConfigValue("unit", unit)])
     return panel.with_target(Sql(sql, "table"))
