@@ -428,6 +428,16 @@ INSTANCE = (
 OF_TOPIC = "topic = ANY (ARRAY[${topic:sqlstring}])"
 OF_NAME = "name = ANY (ARRAY[${name:sqlstring}])"
 
+# The topics of the time shown, with their levels as in the view `readings` (docs/payloads.md).
+TOPICS = """
+SELECT topic, (
+  SELECT jsonb_object(t.names, regexp_match(topic, t.pattern))
+  FROM topic_templates t WHERE topic ~ t.pattern ORDER BY t.position LIMIT 1
+) AS levels
+FROM (SELECT DISTINCT topic FROM messages WHERE $__timeFilter(received_at)) seen
+""".strip()
+ANY_LEVEL = "(any)"
+
 READINGS: dict[str, list[Panel]] = {
     "": [
         number(
@@ -487,7 +497,7 @@ FROM (
 SELECT $__timeGroup(time, $__interval) AS time, concat(topic, ' ', name) AS metric,
        avg(value) AS value
 FROM readings
-WHERE $__timeFilter(time) AND {OF_TOPIC} AND {OF_NAME}
+WHERE $__timeFilter(time) AND {OF_TOPIC} AND {OF_NAME} AND value IS NOT NULL
 GROUP BY 1, 2
 ORDER BY 1
 """,
@@ -500,9 +510,9 @@ ORDER BY 1
             "Latest readings",
             "The last value of each chosen reading in the time shown, and its age.",
             f"""
-SELECT topic, name, value, time, extract(epoch FROM now() - time) AS age
+SELECT topic, name, value, text, time, extract(epoch FROM now() - time) AS age
 FROM (
-  SELECT DISTINCT ON (topic, name) topic, name, value, time
+  SELECT DISTINCT ON (topic, name) topic, name, value, text, time
   FROM readings
   WHERE $__timeFilter(time) AND {OF_TOPIC} AND {OF_NAME}
   ORDER BY topic, name, time DESC
@@ -578,10 +588,43 @@ def sql_choice(name: str, label: str, description: str, sql: str) -> Any:
 
 READINGS_VARIABLES = [
     sql_choice(
+        "level",
+        "Topic level",
+        "A named level of topics (collector_topic_templates), to choose topics by",
+        f"""
+SELECT name
+FROM (SELECT 0 AS place, '{ANY_LEVEL}' AS name
+      UNION SELECT 1, unnest(names) FROM topic_templates) levels
+ORDER BY place, name
+""".strip(),
+    )
+    .multi(False)
+    .include_all(False)
+    .current(model.VariableOption(None, ANY_LEVEL, ANY_LEVEL)),
+    sql_choice(
+        "level_value",
+        "Value of the level",
+        "The first 500 values of this level in the time shown",
+        f"""
+SELECT DISTINCT levels ->> ${{level:sqlstring}}
+FROM ({TOPICS}) topics
+WHERE levels ->> ${{level:sqlstring}} IS NOT NULL
+ORDER BY 1
+LIMIT 500
+""".strip(),
+    ),
+    sql_choice(
         "topic",
         "Topic",
-        "The first 500 topics, by name, with a message in the time shown",
-        "SELECT DISTINCT topic FROM messages WHERE $__timeFilter(received_at) ORDER BY 1 LIMIT 500",
+        "The first 500 topics, by name, with a message in the time shown and the chosen level",
+        f"""
+SELECT topic
+FROM ({TOPICS}) topics
+WHERE ${{level:sqlstring}} = '{ANY_LEVEL}'
+   OR levels ->> ${{level:sqlstring}} = ANY (ARRAY[${{level_value:sqlstring}}])
+ORDER BY 1
+LIMIT 500
+""".strip(),
     ),
     sql_choice(
         "name",

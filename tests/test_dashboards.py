@@ -77,6 +77,8 @@ CHOSEN = {
     "${topic:sqlstring}": "'iot/device-0','iot/device-1','iot/it''s gone'",
     "${name:sqlstring}": "'temperature'",
     "$silent_after": "3 seconds",
+    "${level:sqlstring}": "'(any)'",
+    "${level_value:sqlstring}": "''",
 }
 
 
@@ -138,7 +140,11 @@ def installation(
         broker = Mosquitto(tmp_path_factory.mktemp("broker"), "sys_interval 1")
         stack.enter_context(contextlib.closing(broker)).start()
         collector = Collector(
-            tmp_path_factory.mktemp("collector"), broker, owner, IOT_BROKER_METRICS="true"
+            tmp_path_factory.mktemp("collector"),
+            broker,
+            owner,
+            IOT_BROKER_METRICS="true",
+            IOT_TOPIC_TEMPLATES="iot/{device}",
         )
         stack.enter_context(contextlib.closing(collector)).start()
         exporter = PostgresExporter(
@@ -271,13 +277,28 @@ def test_instances_to_choose_from(installation: Installation) -> None:
     assert values == [installation.prometheus.target]
 
 
-@pytest.mark.parametrize(("name", "found"), [("topic", 13), ("name", 1)])
-def test_topics_and_names_to_choose_from(name: str, found: int, installation: Installation) -> None:
+def choices(name: str, installation: Installation, **chosen: str) -> list[str]:
+    """What there is to choose from of a variable of *Readings*."""
     (sql,) = [
         one["query"] for one in DASHBOARDS["readings"]["templating"]["list"] if one["name"] == name
     ]
-    values = installation.reader.query(sql_query(sql, installation.start, installation.end))
-    assert len(values) == found
+    for variable, value in chosen.items():
+        sql = sql.replace(f"${{{variable}:sqlstring}}", value)
+    rows = installation.reader.query(sql_query(sql, installation.start, installation.end))
+    return [value for (value,) in rows]
+
+
+def test_topics_and_names_to_choose_from(installation: Installation) -> None:
+    assert len(choices("topic", installation)) == 13
+    assert choices("name", installation) == ["temperature"]
+
+
+def test_topics_are_chosen_by_level(installation: Installation) -> None:
+    assert choices("level", installation) == ["(any)", "device"]
+    devices = choices("level_value", installation, level="'device'")
+    assert len(devices) == 13
+    chosen = {"level": "'device'", "level_value": "'device-3','it''s gone'"}
+    assert choices("topic", installation, **chosen) == ["iot/device-3", "iot/it's gone"]
 
 
 # Structure -----------------------------------------------------------------------------------
