@@ -65,6 +65,8 @@ class Metrics:
         self.mqtt_reconnects = Counter("mqtt_reconnects", "Connections to the broker but the first")
         Info("build", "Version of the collector").info({"version": __version__})
         self.partition_times: PartitionTimes | None = None  # not known yet
+        self.summaries_behind: float | None = None  # seconds
+        self.silent_topics: int | None = None
         REGISTRY.register(self)
 
     def collect(self) -> Iterator[core.Metric]:
@@ -88,3 +90,9 @@ class Metrics:
             yield gauge("db_partitions_until_timestamp_seconds", text, times.until)
             text = "When the next partition is to be archived, in Unix time; +Inf for never"
             yield gauge("db_partition_due_timestamp_seconds", text, times.due)
+        if self.summaries_behind is not None:
+            text = "How far the summaries are behind the messages"
+            yield gauge("db_summaries_behind_seconds", text, self.summaries_behind)
+        if self.silent_topics is not None:
+            text = "Topics that have sent nothing for ten times their usual interval"
+            yield gauge("silent_topics", text, self.silent_topics)

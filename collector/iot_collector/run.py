@@ -14,6 +14,7 @@ from .metrics import Metrics
 from .network import NetworkThread
 from .server import serve
 from .settings import Settings
+from .summaries import SummariesThread
 from .writer import WriterThread
 
 log = structlog.get_logger(__name__)
@@ -40,11 +41,14 @@ def run(settings: Settings) -> int:
     writer = WriterThread(settings, buffer, metrics, network.acknowledge)
     health = Health(settings, buffer, network, writer)
     serve(settings, health)
+    summaries = SummariesThread(settings, buffer, metrics)
     writer.start()
     network.start()
     broker_metrics = BrokerMetricsThread(settings) if settings.broker_metrics else None
     if broker_metrics is not None:
         broker_metrics.start()
+    if settings.summary_seconds:
+        summaries.start()
     log.info(
         "collector started",
         version=__version__,
@@ -61,6 +65,7 @@ def run(settings: Settings) -> int:
         if failures > MAX_FAILED_CHECKS or not (network.is_alive() and writer.is_alive()):
             log.critical("exiting to be restarted", problems=problems)
             return 1
+    summaries.stop(0)
     log.info("draining", in_flight=buffer.counts().in_flight)
     deadline = time.monotonic() + settings.drain_seconds
     if settings.leave_on_stop and not network.leave_session(settings.drain_seconds):

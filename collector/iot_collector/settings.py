@@ -257,6 +257,10 @@ class Settings(BaseSettings):
         64 << 20, "Memory for messages that are not stored yet; when it is full, the broker waits",
         ge=1 << 20)
 
+    summary_seconds: float = _setting(
+        10, "How often the summaries (latest, topics, readings_by_minute, readings_by_hour) are "
+        "updated; 0: never", ge=0, le=3600)
+
     replay_queue: Annotated[str, AfterValidator(_valid_queue)] | None = _setting(
         None, "ARN of the SQS queue to which an AWS IoT rule copies every message, for "
         "`iot-collector replay`; ids of messages are then kept at least 15 days",

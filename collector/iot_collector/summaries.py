@@ -1,0 +1,90 @@
+"""The summaries thread: latest values, topics and rollups, a few seconds behind the messages.
+
+The summaries are computed in the database, from messages that are stored, by the function
+``update_summaries`` of migrations/0007_summaries.sql. So they cost the message path nothing,
+however fast messages come, and a crash at any moment leaves them right: every step is one
+transaction, which moves on by a stretch of time.
+
+A stretch may be processed when nothing in it is still to be stored. Each collector says so for its
+own messages, with a *bound*; the lowest bound of all collectors counts. A message that is stored
+after its stretch was processed has its whole hour processed again.
+"""
+
+import threading
+import time
+from contextlib import closing
+
+import psycopg2
+import psycopg2.extensions
+import structlog
+
+from .buffer import Buffer
+from .database import connect, explain
+from .metrics import Metrics
+from .settings import Settings
+
+log = structlog.get_logger(__name__)
+
+# Longer than the network thread takes from a message's timestamp until it is in the buffer.
+_MARGIN_SECONDS = 2.0
+# At most this part of the time is spent with updates.
+_SHARE = 0.2
+_RETRY_SECONDS = 60.0
+# A topic counts as silent when this many messages would usually have come.
+SILENT_INTERVALS = 10
+_COUNT_SECONDS = 60.0
+
+
+class SummariesThread(threading.Thread):
+    """Updates the summaries every ``summary_seconds``, on a connection of its own."""
+
+    def __init__(self, settings: Settings, buffer: Buffer, metrics: Metrics) -> None:
+        super().__init__(name="summaries", daemon=True)
+        self._settings = settings
+        self._buffer = buffer
+        self._metrics = metrics
+        self._stop = threading.Event()
+        self._next_count = 0.0  # of silent topics
+
+    def run(self) -> None:
+        """Update until stopped; after an error, connect again a minute later."""
+        while not self._stop.is_set():
+            try:
+                with closing(connect(self._settings)) as connection, connection.cursor() as cursor:
+                    self._update_for_ever(cursor)
+            except psycopg2.Error as error:
+                log.warning(
+                    "summaries are not updated; messages are stored all the same",
+                    error=explain(error),
+                    retry_seconds=_RETRY_SECONDS,
+                )
+                self._stop.wait(_RETRY_SECONDS)
+
+    def stop(self, timeout: float) -> None:
+        """End the thread; an update that takes longer than ``timeout`` seconds is rolled back."""
+        self._stop.set()
+        if self.is_alive():
+            self.join(timeout)
+
+    def _update_for_ever(self, cursor: psycopg2.extensions.cursor) -> None:
+        while not self._stop.is_set():
+            started = time.monotonic()
+            behind = self._update(cursor)
+            pause = (time.monotonic() - started) * (1 / _SHARE - 1)
+            if behind < 60 + 2 * self._settings.summary_seconds:
+                pause = max(pause, self._settings.summary_seconds)
+            self._stop.wait(pause)
+
+    def _update(self, cursor: psycopg2.extensions.cursor) -> float:
+        """Take a step, of ten minutes at most; return how many seconds are left to process."""
+        bound = time.time() - self._buffer.oldest_age() - _MARGIN_SECONDS
+        cursor.execute(
+            "SELECT update_summaries(%s, to_timestamp(%s))", (self._settings.mqtt_client_id, bound)
+        )
+        behind = max(0.0, (cursor.fetchone() or (0.0,))[0])
+        self._metrics.summaries_behind = behind
+        if time.monotonic() > self._next_count:
+            cursor.execute("SELECT count_silent_topics(%s)", (SILENT_INTERVALS,))
+            self._metrics.silent_topics = (cursor.fetchone() or (None,))[0]
+            self._next_count = time.monotonic() + _COUNT_SECONDS
+        return behind

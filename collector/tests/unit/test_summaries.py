@@ -1,0 +1,201 @@
+"""The summaries: latest values, topics and rollups equal what the messages say."""
+
+from __future__ import annotations
+
+import random
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from iot_collector.migrate import migrations
+
+from testing.postgres import Database
+
+START = datetime(2026, 3, 1, 10, 0, tzinfo=UTC)  # of the summaries
+LATEST = "SELECT topic, name, time, value, text FROM latest ORDER BY 1, 2"
+TRUE_LATEST = (
+    "SELECT DISTINCT ON (topic, name) topic, name, time, value, text FROM readings"
+    " ORDER BY topic, name, time DESC, id DESC"
+)
+ROLLUP = (
+    "SELECT topic, name, time, count, round(average::numeric, 6), minimum, maximum"
+    " FROM readings_by_{0} ORDER BY 1, 2, 3"
+)
+TRUE_ROLLUP = (
+    "SELECT topic, name, date_trunc('{0}', time, 'UTC'), count(value), round(avg(value), 6),"
+    " min(value)::float8, max(value)::float8 FROM readings WHERE value IS NOT NULL"
+    " GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+)
+TOPICS = "SELECT topic, first_seen, last_seen, messages FROM topics ORDER BY 1"
+TRUE_TOPICS = (
+    "SELECT topic, min(received_at), max(received_at), count(*) FROM messages"
+    " WHERE NOT retained GROUP BY 1 ORDER BY 1"
+)
+INSERT = (
+    "INSERT INTO messages (received_at, topic, payload, fields, qos, retained)"
+    " VALUES (%s, %s, '', %s, 1, %s)"
+)
+
+
+@pytest.fixture
+def summaries(database: Database) -> Database:
+    database.query("SELECT ensure_partitions(%s, 0)", START)
+    database.query("UPDATE summary_progress SET processed_until = %s", START)
+    return database
+
+
+def store(
+    database: Database, seconds: float, topic: str, fields: str, retained: bool = False
+) -> None:
+    database.query(INSERT, START + timedelta(seconds=seconds), topic, fields, retained)
+
+
+def update(database: Database, seconds: float, client: str = "a") -> float:
+    """A step by a collector that has stored all of its messages until then."""
+    bound = START + timedelta(seconds=seconds)
+    behind: float = database.query("SELECT update_summaries(%s, %s)", client, bound)[0][0]
+    return behind
+
+
+def finish(database: Database, seconds: float) -> None:
+    for _ in range(1000):
+        if update(database, seconds) <= 0:
+            return
+    pytest.fail("the summaries are never up to date")
+
+
+def check(database: Database) -> None:
+    assert database.query(LATEST) == database.query(TRUE_LATEST)
+    assert database.query(TOPICS) == database.query(TRUE_TOPICS)
+    for unit in ("minute", "hour"):
+        kept, true = ROLLUP.format(unit), TRUE_ROLLUP.format(unit)
+        assert database.query(kept) == database.query(true)
+
+
+def random_message(chance: random.Random) -> tuple[str, str]:
+    name, value = chance.choice("xy"), chance.choice((1, -2.5, 0.001, 7))
+    return f"t/{chance.randrange(3)}", f'{{"{name}": {value}, "on": true, "s": "é"}}'
+
+
+def test_summaries_equal_the_messages(summaries: Database) -> None:
+    """In the order of time, with pauses of up to a quarter of an hour."""
+    chance, seconds = random.Random(1), 0.0
+    for _ in range(40):
+        for _ in range(chance.randrange(6)):
+            store(summaries, seconds, *random_message(chance))
+            seconds += chance.choice((0, 1, 70, 900))
+        update(summaries, seconds)
+    finish(summaries, seconds + 1)
+    check(summaries)
+
+
+def test_late_messages(summaries: Database) -> None:
+    """A collector is taken for gone, and comes back with old messages."""
+    chance = random.Random(2)
+    gone: list[tuple[float, str, str]] = []
+    for seconds in range(0, 9000, 100):
+        store(summaries, seconds, *random_message(chance))
+        gone.append((seconds + 50, *random_message(chance)))
+        if seconds == 3000:
+            update(summaries, 0, "gone")
+            summaries.query("UPDATE summary_bounds SET renewed_at = now() - interval '1 hour'")
+        if seconds > 3000:
+            update(summaries, seconds)
+    finish(summaries, 9000)
+    check(summaries)
+    for n, message in enumerate(gone):
+        if n % 10 == 0:
+            assert update(summaries, message[0], "gone") > 0
+        store(summaries, *message)
+    update(summaries, 9001, "gone")
+    finish(summaries, 9001)
+    summaries.query("DELETE FROM topics")  # their number is that of the messages in time
+    summaries.query(f"INSERT INTO topics {TRUE_TOPICS}")
+    check(summaries)
+
+
+def test_nothing_is_processed_while_a_collector_still_has_it(summaries: Database) -> None:
+    store(summaries, 5, "t", '{"x": 1}')
+    update(summaries, 10, "slow")
+    store(summaries, 20, "t", '{"x": 2}')
+    update(summaries, 100, "fast")
+    assert summaries.query(LATEST)[0][3] == 1
+    store(summaries, 15, "u", '{"x": 3}')
+    update(summaries, 100, "slow")
+    update(summaries, 100, "fast")
+    check(summaries)
+
+
+def test_a_retained_message_is_no_sign_of_life(summaries: Database) -> None:
+    store(summaries, 1, "t", '{"x": 1}')
+    store(summaries, 2, "t", '{"x": 1}', True)
+    store(summaries, 3, "u", '{"x": 1}', True)
+    finish(summaries, 10)
+    check(summaries)
+    assert [row[:1] + row[3:] for row in summaries.query(TOPICS)] == [("t", 1)]
+
+
+def test_what_cannot_be_indexed_is_left_out(summaries: Database) -> None:
+    """Random text, because PostgreSQL compresses what it puts into an index."""
+    noise = "".join(map(chr, random.Random(3).choices(range(0x4E00, 0x9FFF), k=3000)))
+    store(summaries, 1, "t", f'{{"{noise}": 1, "x": 2}}')
+    store(summaries, 2, noise[:800], '{"x": 1}')
+    store(summaries, 3, "t", '{"huge": 1e400, "tiny": 1e-400, "deep": [[{"x": -1e9999}]]}')
+    finish(summaries, 10)
+    assert summaries.query("SELECT topic, name FROM latest ORDER BY 1, 2") == [
+        ("t", "deep[0][0].x"),
+        ("t", "huge"),
+        ("t", "tiny"),
+        ("t", "x"),
+    ]
+    averages = summaries.query("SELECT average FROM readings_by_hour ORDER BY name")
+    assert averages == [(-1e150,), (1e150,), (0.0,), (2.0,)]
+
+
+def test_silent_topics(summaries: Database) -> None:
+    summaries.query("SELECT ensure_partitions(now() - interval '1 day', 1)")
+    summaries.query("UPDATE summary_progress SET processed_until = now() - interval '9 minutes'")
+    for topic, interval, until in (("often", 1, 60), ("rarely", 60, 5), ("alive", 2, 1)):
+        summaries.query(
+            "INSERT INTO messages (received_at, topic, payload, qos, retained)"
+            " SELECT now() - make_interval(secs => %s + %s * n), %s, '', 0, false"
+            " FROM generate_series(1, 5) n",
+            *(until, interval, topic),
+        )
+    summaries.query("SELECT update_summaries('a', now())")
+    ((topic, interval, missed),) = summaries.query(
+        "SELECT topic, usual_interval, intervals_missed FROM silent_topics"
+    )
+    assert (topic, interval) == ("often", timedelta(seconds=1))
+    assert 60 < missed < 90
+    assert summaries.query("SELECT count_silent_topics(10), count_silent_topics(100)") == [(1, 0)]
+
+
+def test_a_pause_counts_little_in_the_usual_interval(summaries: Database) -> None:
+    for seconds in (0, 10, 20, 30, 4000, 4010, 4020):
+        store(summaries, seconds, "t", "{}")
+        finish(summaries, seconds + 1)
+    ((usual,),) = summaries.query("SELECT usual_seconds FROM topics")
+    assert 10 < usual < 20
+
+
+def test_minutes_are_kept_for_a_month_and_hours_for_ever(summaries: Database) -> None:
+    store(summaries, 1, "t", '{"x": 1}')
+    finish(summaries, 10)
+    later = START + timedelta(days=32)
+    summaries.query("UPDATE summary_progress SET processed_until = %s", later)
+    finish(summaries, timedelta(days=33).total_seconds())
+    assert (summaries.count("readings_by_minute"), summaries.count("readings_by_hour")) == (0, 1)
+
+
+def test_the_summaries_of_an_existing_database_start_with_its_oldest_partition(
+    own_database: Database,
+) -> None:
+    """As the migration finds it."""
+    own_database.query("SELECT ensure_partitions('2026-01-01 00:00+00', 1)")
+    sql = next(sql for name, sql in migrations() if name.endswith("_summaries"))
+    start = sql[sql.index("INSERT INTO summary_progress") :].partition(";")[0]
+    own_database.query("DELETE FROM summary_progress")
+    own_database.query(start)
+    assert own_database.query("SELECT processed_until FROM summary_progress") == [
+        (datetime(2026, 1, 1, tzinfo=UTC),)
+    ]
