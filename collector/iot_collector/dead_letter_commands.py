@@ -23,6 +23,7 @@ from .database import connect
 from .dead_letters import attempt, reason_of
 from .message_ids import fields_and_ids
 from .settings import Settings
+from .summaries import summarize_again
 
 Cursor = psycopg2.extensions.cursor
 
@@ -146,6 +147,7 @@ def _store(cursor: Cursor, letter: DeadLetter, binary_topics: BinaryTopics) -> s
         refusal = attempt(cursor, step)
         if refusal is None:
             cursor.execute("DELETE FROM dead_letters WHERE id = %s", (letter.id,))
+            summarize_again(cursor, letter.timestamp, letter.timestamp)
             return None
     if refusal is None:
         raise AssertionError("there is always a way to try")

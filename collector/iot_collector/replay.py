@@ -47,6 +47,7 @@ from .message_ids import drop_known, fields_and_ids
 from .partitions import create_partitions
 from .replay_queue import HIDDEN_SECONDS, RECEIVE_MAX, Copy, Queue, Received, parse
 from .settings import Settings
+from .summaries import summarize_again
 
 log = structlog.get_logger(__name__)
 
@@ -363,6 +364,8 @@ class Replay:
                 reads = drop_known(cursor, reads)
             rows = [tuple_start(read.timestamp) + row for read in reads for row in read.rows]
             restored = store_valid(cursor, rows, letters) if rows else 0
+            if reads:
+                summarize_again(cursor, reads[0].timestamp, reads[-1].timestamp)
             cursor.execute(
                 "UPDATE replay_copies SET topic = NULL, payload = NULL WHERE trace_id = ANY(%s)",
                 (list(batch),),

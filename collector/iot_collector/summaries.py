@@ -19,7 +19,8 @@ import psycopg2.extensions
 import structlog
 
 from .buffer import Buffer
-from .database import connect, explain
+from .database import connect, kind_of
+from .log import one_line
 from .metrics import Metrics
 from .settings import Settings
 
@@ -30,9 +31,21 @@ _MARGIN_SECONDS = 2.0
 # At most this part of the time is spent with updates.
 _SHARE = 0.2
 _RETRY_SECONDS = 60.0
+_PERMISSION_HINT = (
+    "grant the user of IOT_DATABASE_URL EXECUTE on update_summaries, summarize_again and "
+    "count_silent_topics, or set IOT_SUMMARY_SECONDS=0"
+)
 # A topic counts as silent when this many messages would usually have come.
 SILENT_INTERVALS = 10
 _COUNT_SECONDS = 60.0
+
+
+def summarize_again(cursor: psycopg2.extensions.cursor, first: float, last: float) -> None:
+    """Have the hours of messages that are stored late processed again, if they are already.
+
+    :param first: Unix time of the earliest of them; ``last``, of the latest.
+    """
+    cursor.execute("SELECT summarize_again(to_timestamp(%s), to_timestamp(%s))", (first, last))
 
 
 class SummariesThread(threading.Thread):
@@ -48,17 +61,20 @@ class SummariesThread(threading.Thread):
 
     def run(self) -> None:
         """Update until stopped; after an error, connect again a minute later."""
-        while not self._stop.is_set():
+        pause = self._settings.summary_seconds
+        while not self._stop.wait(pause):
             try:
                 with closing(connect(self._settings)) as connection, connection.cursor() as cursor:
+                    cursor.execute("SET application_name = 'iot-collector summaries'")
                     self._update_for_ever(cursor)
             except psycopg2.Error as error:
+                pause = _RETRY_SECONDS
+                hint = _PERMISSION_HINT if kind_of(error) == "permission" else None
                 log.warning(
-                    "summaries are not updated; messages are stored all the same",
-                    error=explain(error),
-                    retry_seconds=_RETRY_SECONDS,
+                    "summaries are not updated, will retry; messages are stored all the same",
+                    error=one_line(error),
+                    hint=hint,
                 )
-                self._stop.wait(_RETRY_SECONDS)
 
     def stop(self, timeout: float) -> None:
         """End the thread; an update that takes longer than ``timeout`` seconds is rolled back."""

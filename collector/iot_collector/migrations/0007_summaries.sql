@@ -64,12 +64,6 @@ INSERT INTO summary_progress
 SELECT coalesce(min(substring(pg_get_expr(relpartbound, oid) FROM 'FROM \(''(.+?)''\)')::timestamptz), now())
 FROM pg_inherits JOIN pg_class ON oid = inhrelid WHERE inhparent = 'messages'::regclass;
 
--- A number of any size as a double, which is what averages are computed with.
-CREATE FUNCTION as_double(value numeric) RETURNS float8
-LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
-    SELECT CASE WHEN abs(value) < 1e-150 THEN 0 ELSE least(greatest(value, -1e150), 1e150)::float8 END
-$$;
-
 -- The usual seconds between messages, after some more came in this time. The last ten count most, and a
 -- pause counts as ten intervals at most.
 CREATE FUNCTION moving_average(usual float8, seconds float8, messages bigint) RETURNS float8
@@ -82,14 +76,17 @@ $$;
 -- be added once. counted: these are added again, and are in the number of messages of their topics. What
 -- is too long for an index is left out.
 CREATE FUNCTION add_to_summaries(from_time timestamptz, until_time timestamptz, counted boolean) RETURNS void
-LANGUAGE sql SET search_path FROM CURRENT AS $$
+LANGUAGE sql SET search_path FROM CURRENT SET jit = off SET work_mem = '32MB' AS $$
 WITH seen AS (
     SELECT topic, min(received_at) AS first_seen, max(received_at) AS last_seen, count(*) AS messages
     FROM messages
     WHERE received_at >= from_time AND received_at < until_time AND NOT retained AND octet_length(topic) <= 2000
     GROUP BY topic
 ), new AS MATERIALIZED (
-    SELECT time, id, topic, name, value, text FROM readings
+    SELECT time, id, topic, name, value, text,
+           CASE WHEN abs(value) >= 1e-150 THEN least(greatest(value, -1e150), 1e150)::float8  -- JSON's have no limits
+                WHEN value IS NOT NULL THEN 0 END AS number
+    FROM readings
     WHERE time >= from_time AND time < until_time AND octet_length(topic) + octet_length(name) <= 2000
 ), in_topics AS (
     INSERT INTO topics AS old
@@ -109,8 +106,8 @@ WITH seen AS (
     ON CONFLICT (topic, name) DO UPDATE SET time = excluded.time, value = excluded.value, text = excluded.text
     WHERE excluded.time >= old.time
 ), minutes AS MATERIALIZED (
-    SELECT topic, name, date_trunc('minute', time) AS time, count(*) AS count, avg(as_double(value)) AS average,
-           min(as_double(value)) AS minimum, max(as_double(value)) AS maximum
+    SELECT topic, name, date_trunc('minute', time) AS time, count(*) AS count, avg(number) AS average,
+           min(number) AS minimum, max(number) AS maximum
     FROM new WHERE value IS NOT NULL
     GROUP BY 1, 2, 3
 ), in_minutes AS (

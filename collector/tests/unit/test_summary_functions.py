@@ -6,7 +6,9 @@ import random
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from iot_collector.dead_letter_commands import retry
 from iot_collector.migrate import migrations
+from iot_collector.settings import Settings
 
 from testing.postgres import Database
 
@@ -111,6 +113,22 @@ def test_late_messages(summaries: Database) -> None:
     summaries.query("DELETE FROM topics")  # their number is that of the messages in time
     summaries.query(f"INSERT INTO topics {TRUE_TOPICS}")
     check(summaries)
+
+
+def test_a_retried_dead_letter_is_summarized(summaries: Database) -> None:
+    store(summaries, 10, "t", '{"x": 1}')
+    finish(summaries, 4000)
+    summaries.query(
+        "INSERT INTO dead_letters (received_at, topic, payload, qos, retained, reason, sqlstate)"
+        " VALUES (%s, 't', '{\"x\": 5}', 1, false, '', '')",
+        START + timedelta(seconds=20),
+    )
+    ((letter_id,),) = summaries.query("SELECT id FROM dead_letters")
+    settings = Settings(database_url=summaries.url, database_password=summaries.password)
+    assert list(retry(settings, [letter_id])) == [(letter_id, None)]
+    finish(summaries, 4000)
+    assert summaries.query("SELECT value FROM latest") == [(5,)]
+    assert summaries.query("SELECT count, average FROM readings_by_hour") == [(2, 3.0)]
 
 
 def test_nothing_is_processed_while_a_collector_still_has_it(summaries: Database) -> None:
