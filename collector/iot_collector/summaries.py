@@ -97,7 +97,7 @@ class SummariesThread(threading.Thread):
         cursor.execute(
             "SELECT update_summaries(%s, to_timestamp(%s))", (self._settings.mqtt_client_id, bound)
         )
-        behind = max(0.0, (cursor.fetchone() or (0.0,))[0])
+        behind: float = max(0.0, *(cursor.fetchone() or ()))
         self._metrics.summaries_behind = behind
         if time.monotonic() > self._next_count:
             cursor.execute("SELECT count_silent_topics(%s)", (SILENT_INTERVALS,))

@@ -7,28 +7,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from testing.postgres import Database
 
 PAGE = Path(__file__).parents[3] / "docs/queries.md"
 RECIPES = dict(re.findall(r"## ([^\n]+)\n(?:[^#]*?)```sql\n(.*?)```", PAGE.read_text(), re.DOTALL))
 ALL = re.findall(r"```sql\n(.*?)```", PAGE.read_text(), re.DOTALL)
-# Four months of 20 devices, a message each in 10 minutes; device 7 has a gap of two hours.
+# Two months of 20 devices, a message each in 10 minutes; device 7 has a gap of two hours.
 FILL = """
-SELECT ensure_partitions(now() - interval '3 months', 3);
+SELECT ensure_partitions(now() - interval '2 months', 2);
 INSERT INTO messages (received_at, topic, payload, fields, qos, retained)
 SELECT at, 'iot/device-00' || lpad(device::text, 2, '0') || '/data', 'x',
        jsonb_build_object('temperature', 20 + device, 'on', true), 1, false
-FROM generate_series(now() - interval '3 months', now() - interval '1 second', '10 minutes') at,
+FROM generate_series(now() - interval '2 months', now() - interval '1 second', '10 minutes') at,
      generate_series(1, 20) device
-WHERE device <> 7 OR at NOT BETWEEN now() - interval '26 hours' AND now() - interval '24 hours';
-UPDATE summary_progress SET processed_until = now() - interval '3 months';
-DO $$ BEGIN
-    FOR step IN 1..24 * 6 * 93 LOOP
-        EXIT WHEN (SELECT update_summaries('a', now())) <= 0;
-    END LOOP;
-END $$;
+WHERE device <> 7 OR at NOT BETWEEN now() - interval '30 hours' AND now() - interval '28 hours';
+SELECT add_to_summaries(now() - interval '4 months', now(), false);
 ANALYZE
 """
 DEVICE = "iot/device-0007/data"
@@ -39,25 +32,29 @@ def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read(database: Database, sql: str) -> tuple[set[str], int]:
-    """The tables that a query reads from one end to the other, and the rows that it reads in all."""
+    """The tables that a query reads as a whole, and the rows that it reads in all."""
     ((plan,),) = database.query(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}")
     scans = [
         node
         for node in nodes((json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"])
         if node["Node Type"].endswith("Scan") and node["Actual Loops"]
     ]
-    whole = {node["Relation Name"] for node in scans if node["Node Type"] == "Seq Scan"}
+    whole = {
+        node["Relation Name"]
+        for node in scans
+        if node["Node Type"] == "Seq Scan"
+        and node["Actual Rows"] + node.get("Rows Removed by Filter", 0)  # it is not empty
+    }
     rows = sum(
         node["Actual Rows"] * node["Actual Loops"] for node in scans if "Relation Name" in node
     )
     return whole, rows
 
 
-@pytest.mark.timeout(300)
 def test_recipes(own_database: Database) -> None:
     own_database.query(FILL)
     messages = own_database.count()
-    assert messages > 200_000
+    assert messages > 150_000
     assert own_database.query("SELECT sum(messages) FROM topics") == [(messages,)]
 
     found = own_database.query(RECIPES["Latest value of each device"])
@@ -68,12 +65,14 @@ def test_recipes(own_database: Database) -> None:
     assert len(hours) in (718, 719, 720)  # a gap of two hours
     assert {row[1:] for row in hours} == {(27.0, 27.0, 27.0)}
     day = own_database.query(RECIPES["A day of one device"])
-    assert len(day) == 2 * 6 * 24
+    assert len(day) in (2 * 143, 2 * 144)
     ((_, _, gap),) = own_database.query(RECIPES["Gaps"])
     assert 120 <= gap.total_seconds() / 60 <= 140
     assert len(own_database.query(RECIPES["Top talkers"])) == 20
 
     for sql in ALL:
         whole, rows = read(own_database, sql)
-        assert not any(table.startswith("messages") for table in whole), sql
+        # A query for all topics of the last hour may read a small month as a whole.
+        months = {table for table in whole if table.startswith("messages")}
+        assert len(months) <= (0 if "topic = " in sql else 1), f"{months}\n{sql}"
         assert rows < 20_000, f"{rows} rows read of {messages}\n{sql}"
