@@ -3,11 +3,13 @@
 Rows go through the collector's own `Store`, in batches of 5000 that were read 50 at a time, with
 times of a steady 4 messages a second from 100 devices: a million rows are three days, and
 partitions come as months do. At each size, the indexes of months that are over are rebuilt, as
-`iot-collector archive` does, and the queries of people and dashboards are run five times. Writes
-GROWTH.md.
+`iot-collector archive` does, and the queries of people and dashboards are run five times. At the
+last size, the summaries are computed, a day at a time, and the SQL of docs/queries.md is run.
+Writes GROWTH.md.
 """
 
 import argparse
+import re
 import statistics
 import tempfile
 import time
@@ -46,6 +48,32 @@ _QUERIES = {
     ),
     "all messages, counted": "SELECT count(*) FROM messages",
 }
+
+
+_PAGE = Path(__file__).parents[1] / "docs/queries.md"
+_RECIPE = r"## ([^\n]+)\n[^#]*?```sql\n(.*?)```"
+
+
+def _summarize(database: services.Database, messages: int) -> float:
+    """Compute the summaries of all messages; return PostgreSQL's CPU in µs a message."""
+    before = processes.cpu_of_tree(database.server.pid)
+    for day in range(int(messages * _EVERY / 86_400) + 1):
+        start = _START + timedelta(days=day)
+        with database.connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT add_to_summaries(%s, %s, false)", (start, start + timedelta(days=1))
+            )
+    database.query("ANALYZE")
+    return (processes.cpu_of_tree(database.server.pid) - before) / messages * 1e6
+
+
+def _recipes(database: services.Database, now: datetime) -> dict[str, float]:
+    """Run each recipe of docs/queries.md as if it were ``now``; return milliseconds by heading."""
+    recipes = re.findall(_RECIPE, _PAGE.read_text(), re.DOTALL)
+    return {
+        name: _milliseconds(database, sql.replace("now()", "%(now)s::timestamptz"), now)
+        for name, sql in recipes
+    }
 
 
 def _read(first: int, prefixes: RowPrefixes) -> ReadBatch:
@@ -117,7 +145,9 @@ def main() -> None:
             table[f"{size / 1e6:g} M"] = column
             done = size
             print(f"{size / 1e6:g} M rows:", ", ".join(column), flush=True)
-    (Path(__file__).parent / "GROWTH.md").write_text(_page(table))
+        cpu = _summarize(database, done)
+        recipes = _recipes(database, now)
+    (Path(__file__).parent / "GROWTH.md").write_text(_page(table, cpu, recipes))
 
 
 _SIZE = (
@@ -131,7 +161,7 @@ _INDEXES = (  # of the months that have rows, the oldest first
 _PARTITIONS = "SELECT count(DISTINCT tableoid) FROM messages"
 
 
-def _page(table: dict[str, list[str]]) -> str:
+def _page(table: dict[str, list[str]], cpu: float, recipes: dict[str, float]) -> str:
     names = [
         "inserted rows/s, one writer",
         "PostgreSQL CPU µs/row",
@@ -152,6 +182,14 @@ def _page(table: dict[str, list[str]]) -> str:
             f"| {name} | " + " | ".join(column[i] for column in table.values()) + " |"
             for i, name in enumerate(names)
         ),
+        "",
+        f"At the last size, the summaries took {cpu:.1f} µs of PostgreSQL's CPU a message (three "
+        "values each), and the first query under each heading of "
+        "[docs/queries.md](../docs/queries.md):",
+        "",
+        "| query | ms |",
+        "|---|---:|",
+        *(f"| {name} | {milliseconds:.1f} |" for name, milliseconds in recipes.items()),
         "",
     ]
     return "\n".join(lines)
