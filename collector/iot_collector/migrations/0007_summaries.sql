@@ -176,10 +176,10 @@ BEGIN
 END
 $$;
 
--- How many topics have missed that many messages.
+-- How many topics have missed that many messages. After a week of silence, they are taken for gone.
 CREATE FUNCTION count_silent_topics(intervals float8) RETURNS bigint
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path FROM CURRENT AS $$
-    SELECT count(*) FROM silent_topics WHERE intervals_missed > intervals
+    SELECT count(*) FROM silent_topics WHERE intervals_missed > intervals AND last_seen > now() - interval '7 days'
 $$;
 
 REVOKE EXECUTE ON FUNCTION count_silent_topics(float8) FROM PUBLIC;
