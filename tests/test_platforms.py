@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,19 @@ def test_same_but_for_addresses_and_paths(rendered: dict[str, Path], name: str) 
             ]
             texts[target] = yaml.safe_dump(document)
     assert comparable(texts["host"]) == comparable(texts["local"])
+
+
+def test_alerts_are_sent_to_the_alertmanagers(rendered: dict[str, Path]) -> None:
+    file = rendered["host"] / "prometheus.yml"
+    done = subprocess.run(
+        ["promtool", "check", "config", "--syntax-only", file],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (alertmanager,) = yaml.safe_load(file.read_text())["alerting"]["alertmanagers"]
+    assert alertmanager == {"static_configs": [{"targets": ["alerts.example:9093"]}]}
 
 
 def test_the_comparison_sees_what_matters(rendered: dict[str, Path]) -> None:
