@@ -30,8 +30,8 @@ class Answer(NamedTuple):
 Metrics = dict[str, float]
 
 
-def law(metrics: Metrics) -> None:
-    """Assert the law of the account: received = stored + duplicates + dead letters + in flight."""
+def assert_balanced(metrics: Metrics) -> None:
+    """Assert that the counts balance: received = stored + duplicates + dead letters + in flight."""
     settled = (
         metrics["db_inserts_total"]
         + metrics["db_duplicates_total"]
@@ -143,7 +143,7 @@ class Collector(Service):
 
         def settled() -> Metrics | None:
             metrics = self.metrics()
-            law(metrics)
+            assert_balanced(metrics)
             done = metrics["mqtt_messages_total"] >= received and not metrics["messages_in_flight"]
             return metrics if done else None
 

@@ -163,9 +163,9 @@ class Postgres(Service):
 
     def copy(self, folder: Path) -> "Postgres":
         """Return a server of its own from this one's data directory; this one must be stopped."""
-        twin = Postgres(folder)
-        subprocess.run(["cp", "-a", str(self.data), str(twin.data)], check=True)
-        return twin
+        copied = Postgres(folder)
+        subprocess.run(["cp", "-a", str(self.data), str(copied.data)], check=True)
+        return copied
 
     def command(self) -> Sequence[str]:
         return [postgres_binary("postgres"), "-D", str(self.data), "-p", str(self.port)]

@@ -15,7 +15,7 @@ def run_ansible(
 ) -> subprocess.CompletedProcess[str]:
     """Run one of Ansible's programs; return what it printed, both streams in one."""
     inherited = os.environ | {"ANSIBLE_NOCOLOR": "1", "LC_ALL": "C.UTF-8"}
-    # Each task starts a Python; compiling what it imports anew takes longer than most of them.
+    # Each task starts a Python; compiling what it imports takes longer than most of them.
     inherited.pop("PYTHONDONTWRITEBYTECODE", None)
     return subprocess.run(
         [Path(sys.executable).with_name(program), *arguments],

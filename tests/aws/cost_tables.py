@@ -1,4 +1,4 @@
-"""The tables of costs in docs/aws.md. ``python tests/aws/cost_tables.py`` writes them anew."""
+"""The tables of costs in docs/aws.md. ``python tests/aws/cost_tables.py`` updates them."""
 
 from __future__ import annotations
 

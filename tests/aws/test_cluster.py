@@ -210,7 +210,7 @@ def test_summary_says_how_to_reach_it(deployed: Deployment) -> None:
 
 
 def test_changed_passwords_are_applied_by_the_next_run(deployed: Deployment) -> None:
-    """It makes a Job anew; with nothing changed, none is made (test_deployment.py)."""
+    """It starts a new Job; with nothing changed, none is made (test_deployment.py)."""
     tags = ("--tags", "postgres_configure,postgres_run")
     secrets = deployed.account.client("secretsmanager")
     # As long as those that AWS makes up: other tests look at them.

@@ -20,7 +20,7 @@ INSERT = (
 )
 
 
-def bury(
+def add_dead_letter(
     database: Database,
     payload: bytes = b"temperature:23",
     *,
@@ -39,8 +39,10 @@ def dead_letters(database: Database, *arguments: object) -> subprocess.Completed
 
 def test_retry_stores_every_byte_once(database: Database) -> None:
     properties = b'{"user": {"a": ["1", "2"]}, "content_type": "x"}'
-    first = bury(database, NASTY, topic="größe/\u2603".encode(), properties=properties, qos=2)
-    second = bury(database, b"temperature:23", retained=True)
+    first = add_dead_letter(
+        database, NASTY, topic="größe/\u2603".encode(), properties=properties, qos=2
+    )
+    second = add_dead_letter(database, b"temperature:23", retained=True)
     done = dead_letters(database, "retry", first, second)
     assert (done.returncode, done.stdout) == (0, "2 stored, 0 refused again\n"), done.stderr
     assert database.rows() == [
@@ -57,7 +59,7 @@ def test_retry_stores_every_byte_once(database: Database) -> None:
 
 
 def test_refused_again_keeps_the_new_reason(database: Database) -> None:
-    bad, good = bury(database, b"poison"), bury(database, b"fine")
+    bad, good = add_dead_letter(database, b"poison"), add_dead_letter(database, b"fine")
     database.query("ALTER TABLE messages ADD CONSTRAINT no_poison CHECK (payload <> 'poison')")
     done = dead_letters(database, "retry", "--all")
     assert (done.returncode, done.stdout) == (1, "1 stored, 1 refused again\n")
@@ -72,14 +74,14 @@ def test_refused_again_keeps_the_new_reason(database: Database) -> None:
 
 def test_fields_that_are_refused_are_left_out(database: Database) -> None:
     """As the collector does it: jsonb refuses the number, the message itself is fine."""
-    bury(database, b'{"a": 1e200000}')
+    add_dead_letter(database, b'{"a": 1e200000}')
     assert dead_letters(database, "retry", "--all").returncode == 0
     assert database.rows() == [Row("iot/data", b'{"a": 1e200000}', 1, False, None, None)]
 
 
 def test_retries_at_once_store_once(database: Database) -> None:
     for n in range(30):
-        bury(database, b"n:%d" % n)
+        add_dead_letter(database, b"n:%d" % n)
     with ThreadPoolExecutor(3) as pool:
         done = [pool.submit(dead_letters, database, "retry", "--all") for _ in range(3)]
     assert {future.result().returncode for future in done} == {0}
@@ -88,7 +90,7 @@ def test_retries_at_once_store_once(database: Database) -> None:
 
 
 def test_show(database: Database) -> None:
-    letter = bury(database, NASTY, topic=b"a\x1b[31m\xff")
+    letter = add_dead_letter(database, NASTY, topic=b"a\x1b[31m\xff")
     raw = subprocess.run(
         [iot_collector(), "dead-letters", "show", "--raw", str(letter)],
         env=clean_environment() | database.environment(),
@@ -108,7 +110,7 @@ def test_show(database: Database) -> None:
 def test_list(database: Database) -> None:
     assert dead_letters(database, "list").stdout.startswith("0 of 0 dead letters")
     for n in range(3):
-        bury(database, b"x" * (1000 + n))
+        add_dead_letter(database, b"x" * (1000 + n))
     database.query("INSERT INTO dead_letters_fallback (reason) VALUES ('x')")
     done = dead_letters(database, "list", "--limit", 2)
     assert done.returncode == 0, done.stderr
@@ -120,7 +122,7 @@ def test_list(database: Database) -> None:
 
 
 def test_purge_asks(database: Database) -> None:
-    first, second = bury(database), bury(database)
+    first, second = add_dead_letter(database), add_dead_letter(database)
     asked = dead_letters(database, "purge", first)  # there is nobody to answer
     assert asked.returncode == 1
     assert "Delete 1 dead letters for good?" in asked.stdout + asked.stderr

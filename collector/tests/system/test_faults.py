@@ -24,7 +24,7 @@ from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion
 
 from testing.certificates import make_certificates
-from testing.collector import FAULTY_COLLECTOR, Collector, law
+from testing.collector import FAULTY_COLLECTOR, Collector, assert_balanced
 from testing.mosquitto import Mosquitto
 from testing.postgres import Database
 from testing.proxy import Proxy, Wire
@@ -158,7 +158,7 @@ def well(*collectors: Collector) -> None:
             what=f"nothing is in flight\n{collector.log()[-2000:]}",
         )
         metrics = collector.metrics()
-        law(metrics)
+        assert_balanced(metrics)
         bugs = {name: count for name, count in metrics.items() if 'kind="bug"' in name and count}
         assert not bugs, collector.log()[-2000:]
         assert collector.get("/livez").status == 200
@@ -455,7 +455,7 @@ def test_database_hangs_beyond_keepalive(
                     ),
                     what="a message has waited for more than twice the keepalive",
                 )
-                law(collector.metrics())
+                assert_balanced(collector.metrics())
                 assert collector.get("/livez").status == 200
             waiting, grown = nil.metrics()["messages_in_flight"], resident(nil.pid) - before
             window = one.metrics()["messages_in_flight"]
@@ -506,7 +506,7 @@ def test_no_connections_left_and_read_only(
         )
         assert collector.get("/livez").status == 200
         assert collector.get("/readyz").status == 503
-        law(collector.metrics())
+        assert_balanced(collector.metrics())
 
     with Load(broker) as load:
         load.more(100)

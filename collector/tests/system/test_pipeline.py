@@ -15,7 +15,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from testing.certificates import make_certificates
-from testing.collector import Collector, law
+from testing.collector import Collector, assert_balanced
 from testing.mosquitto import DynamicSecurity, Mosquitto, write_passwords
 from testing.postgres import Database, Letter, Postgres, Row
 from testing.proxy import Proxy
@@ -48,7 +48,7 @@ def settled(collector: Collector, database: Database, acknowledged: set[bytes]) 
         what=f"{len(acknowledged)} messages are stored\n{collector.log()[-2000:]}",
     )
     eventually(lambda: not collector.metrics()["messages_in_flight"], what="nothing is in flight")
-    law(collector.metrics())
+    assert_balanced(collector.metrics())
     each_once(database, acknowledged)
 
 
@@ -481,7 +481,7 @@ def test_counts_add_up_in_every_scrape(
         seen = 0
         for _ in range(100):
             metrics = collector.metrics()
-            law(metrics)
+            assert_balanced(metrics)
             seen = max(seen, int(metrics["messages_in_flight"]))
             accounting = collector.health()["accounting"]
             assert accounting["received"] == (
@@ -525,7 +525,7 @@ def test_database_absent_at_start(
     eventually(lambda: collector.metrics()["mqtt_connected"], what="it subscribes all the same")
     acknowledged = publish(broker, numbered(300))
     eventually(lambda: collector.metrics()["messages_in_flight"] == 300, what="they wait")
-    law(collector.metrics())
+    assert_balanced(collector.metrics())
     server.start()
     settled(collector, own_database, acknowledged)
     collector.wait_ready()

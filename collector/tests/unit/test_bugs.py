@@ -17,7 +17,7 @@ from iot_collector.settings import Settings
 from iot_collector.subscriptions import Subscriptions, _Request
 from iot_collector.writer import WriterThread
 
-from testing.collector import FAULTY_COLLECTOR, Collector, law
+from testing.collector import FAULTY_COLLECTOR, Collector, assert_balanced
 from testing.mosquitto import Mosquitto
 from testing.postgres import Database
 from testing.publisher import publish
@@ -67,7 +67,7 @@ def test_bug(
     assert sorted(database.payloads()) == sorted(WAITING), "each once"
     collector.wait_ready()
     metrics = collector.metrics()
-    law(metrics)
+    assert_balanced(metrics)
     for metric in (WRITER, NETWORK):
         assert metrics[metric] == (3 if metric == BUGS[bug] else 0)
     logged = [e for e in collector.events() if "a bug for the test" in e.get("exception", "")]
@@ -102,7 +102,7 @@ def test_bug_again_and_again(
         )
 
     eventually(failing, what=f"/livez fails\n{collector.log()[-2000:]}")
-    law(collector.metrics())
+    assert_balanced(collector.metrics())
     collector.kill()
     with_bug(collector, f"{bug}, and it ends", 1000).launch()
     assert collector.wait() == 1, "where there is no probe, it ends itself"

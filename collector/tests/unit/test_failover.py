@@ -3,7 +3,7 @@
 Two PostgreSQL servers, the second a synchronous standby of the first, listen on 127.0.0.2 and
 127.0.0.3. The collector has an /etc/hosts of its own (a mount namespace); libpq resolves the name
 as it always does. Where the kernel allows no namespaces (most containers), a TCP proxy changes its
-target instead, which does not show that the name is resolved anew. Neither shows how long RDS
+target instead, which does not show that the name is resolved again. Neither shows how long RDS
 takes, nor a resolver that caches the old address.
 """
 

@@ -548,7 +548,7 @@ def test_no_credentials(endpoint: Endpoint, make_named: MakeNamed, tmp_path: Pat
 
 
 def expiring(secret: Secret, key: str = KEY) -> str:
-    """What a program prints for credentials that are to be asked for anew each time."""
+    """What a program prints for credentials that are to be asked for again each time."""
     soon = datetime.now(UTC) + timedelta(minutes=5)  # botocore renews ten minutes before
     return json.dumps(
         {
