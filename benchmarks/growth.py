@@ -4,8 +4,8 @@ Rows go through the collector's own `Store`, in batches of 5000 that were read 5
 times of a steady 4 messages a second from 100 devices: a million rows are three days, and
 partitions come as months do. At each size, the indexes of months that are over are rebuilt, as
 `iot-collector archive` does, and the queries of people and dashboards are run five times. At the
-last size, the summaries are computed, a day at a time, and the SQL of docs/queries.md is run.
-Writes GROWTH.md.
+last size, the summaries of the last 31 days are computed, a day at a time, and the SQL of
+docs/queries.md is run. Writes GROWTH.md.
 """
 
 import argparse
@@ -54,16 +54,17 @@ _PAGE = Path(__file__).parents[1] / "docs/queries.md"
 _RECIPE = r"## ([^\n]+)\n[^#]*?```sql\n(.*?)```"
 
 
-def _summarize(database: services.Database, messages: int) -> float:
-    """Compute the summaries of all messages; return PostgreSQL's CPU in µs a message."""
+def _summarize(database: services.Database, now: datetime) -> float:
+    """Compute the summaries of the last 31 days; return PostgreSQL's CPU in µs a message."""
     before = processes.cpu_of_tree(database.server.pid)
-    for day in range(int(messages * _EVERY / 86_400) + 1):
-        start = _START + timedelta(days=day)
+    for day in range(31, 0, -1):
+        start = now - timedelta(days=day)
         with database.connection.cursor() as cursor:
             cursor.execute(
                 "SELECT add_to_summaries(%s, %s, false)", (start, start + timedelta(days=1))
             )
     database.query("ANALYZE")
+    messages = float(database.query("SELECT sum(messages) FROM topics")[0][0])
     return (processes.cpu_of_tree(database.server.pid) - before) / messages * 1e6
 
 
@@ -145,7 +146,7 @@ def main() -> None:
             table[f"{size / 1e6:g} M"] = column
             done = size
             print(f"{size / 1e6:g} M rows:", ", ".join(column), flush=True)
-        cpu = _summarize(database, done)
+        cpu = _summarize(database, now)
         recipes = _recipes(database, now)
     (Path(__file__).parent / "GROWTH.md").write_text(_page(table, cpu, recipes))
 
