@@ -398,7 +398,7 @@ def test_qos_and_retain(
         publish(broker, [(f"q/{qos}", b"x")] * 10, qos=qos)
     metrics = collector.wait_settled(31)
     rows = database.rows()
-    assert rows[0] == Row("state/1", b"old", 1, True, None, None)
+    assert rows[0] == Row("state/1", b"old", 1, True, "old", None)
     assert [row.qos for row in rows[1:]] == [0] * 10 + [1] * 10 + [2] * 10
     assert not any(row.retained for row in rows[1:])
     assert metrics["db_inserts_total"] == 31

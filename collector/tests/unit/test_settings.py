@@ -74,6 +74,7 @@ FULL = {
     "IOT_REPLAY_QUEUE": (QUEUE, QUEUE),
     "IOT_ARCHIVE_TARGET": ("s3://bucket/iot", "s3://bucket/iot"),
     "IOT_ARCHIVE_KEEP_MONTHS": ("24", 24),
+    "IOT_SUMMARY_SECONDS": ("30", 30.0),
 }
 
 
