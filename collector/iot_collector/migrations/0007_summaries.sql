@@ -176,10 +176,13 @@ BEGIN
 END
 $$;
 
--- How many topics have missed that many messages. After a week of silence, they are taken for gone.
+-- How many topics have missed that many messages, of those that sent for more than an hour. After a week
+-- of silence, they are taken for gone.
 CREATE FUNCTION count_silent_topics(intervals float8) RETURNS bigint
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path FROM CURRENT AS $$
-    SELECT count(*) FROM silent_topics WHERE intervals_missed > intervals AND last_seen > now() - interval '7 days'
+    SELECT count(*) FROM silent_topics JOIN topics USING (topic, last_seen)
+    WHERE intervals_missed > intervals AND last_seen > now() - interval '7 days'
+        AND last_seen - first_seen > interval '1 hour'
 $$;
 
 REVOKE EXECUTE ON FUNCTION count_silent_topics(float8) FROM PUBLIC;
