@@ -2,7 +2,8 @@
 
 Two collectors run side by side, that of the working tree ("after") and that of the commit that is
 named ("before"), each with its own database. They get the same messages in turns, at full speed:
-flat JSON of 123 bytes, and the payloads of common devices (collector/tests/payloads.yml; binary
+flat JSON of 123 bytes, the same documents in CBOR and MessagePack (topics of IOT_CBOR_TOPICS and
+IOT_MESSAGEPACK_TOPICS), and the payloads of common devices (collector/tests/payloads.yml; binary
 ones as well, which without their content type are stored raw). What is reported is CPU time for a
 message, of the collector's process and of PostgreSQL (medians, and for the collector minimum to
 maximum), and what the message takes in the table with its indexes.
@@ -13,6 +14,7 @@ turns. Writes PAYLOADS.md.
 
 import argparse
 import itertools
+import json
 import os
 import socket
 import statistics
@@ -26,6 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cbor2
+import msgpack
 import yaml
 
 from testing.collector import Collector, clean_environment
@@ -128,6 +132,8 @@ class _Side:
             IOT_MQTT_TOPICS=f"{name}/#",
             IOT_MQTT_CLIENT_ID=name,
             IOT_LOG_LEVEL="warning",
+            IOT_CBOR_TOPICS=f"{name}/cbor",
+            IOT_MESSAGEPACK_TOPICS=f"{name}/messagepack",
         )
         command = [*self.collector.command()[:-1], "migrate"]
         subprocess.run(command, env=self.collector.options()["env"], check=True, stdout=-3)
@@ -194,13 +200,19 @@ def _receive(sock: socket.socket, size: int) -> None:
 
 
 def _messages(count: int) -> dict[str, list[tuple[str, bytes]]]:
-    flat = [("iot/data", wire.payload(n % 100, n, time.time_ns() // 1000)) for n in range(count)]
+    payloads = [wire.payload(n % 100, n, time.time_ns() // 1000) for n in range(count)]
+    documents = [json.loads(payload) for payload in payloads]
     shapes = yaml.safe_load((_ROOT / "collector/tests/payloads.yml").read_text())
     corpus = [
         (s["topic"], bytes.fromhex(s["hex"]) if "hex" in s else s["payload"].encode())
         for s in shapes
     ]
-    return {"flat JSON": flat, "corpus": list(itertools.islice(itertools.cycle(corpus), count))}
+    return {
+        "flat JSON": [("json", payload) for payload in payloads],
+        "flat CBOR": [("cbor", cbor2.dumps(document)) for document in documents],
+        "flat MessagePack": [("messagepack", msgpack.packb(document)) for document in documents],
+        "corpus": list(itertools.islice(itertools.cycle(corpus), count)),
+    }
 
 
 def _milliseconds(database: Database, sql: str) -> float:
@@ -254,18 +266,23 @@ def _page(ref: str, count: int, costs: dict[tuple[str, str], list[_Cost]], rows:
         " bytes before | after |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for kind in ("flat JSON", "corpus"):
+    for kind in dict.fromkeys(kind for kind, _ in costs):
         old, new = median(kind, "before"), median(kind, "after")
         lines.append(
             f"| {kind} | {spread(kind, 'before')} | {spread(kind, 'after')}"
             f" | {new.collector / old.collector:.2f} | {old.database:.1f} | {new.database:.1f}"
             f" | {old.size:.0f} | {new.size:.0f} |"
         )
-    flat, corpus = median("flat JSON", "after"), median("corpus", "after")
+    flat = median("flat JSON", "after").collector
+    others = [
+        f"{kind} {median(kind, 'after').collector / flat:.2f}"
+        for kind in dict.fromkeys(kind for kind, _ in costs)
+        if kind != "flat JSON"
+    ]
     lines += [
         "",
-        f"A message of the corpus takes {corpus.collector / flat.collector:.2f} times the CPU time "
-        "of the collector that a flat one does.",
+        "CPU time of the collector today, as a multiple of that for flat JSON: "
+        f"{', '.join(others)}.",
         "",
         "Queries of a table of 500 000 flat messages, medians of seven, in turns:",
         "",
