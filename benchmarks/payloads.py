@@ -2,11 +2,12 @@
 
 Two collectors run side by side, that of the working tree ("after") and that of the commit that is
 named ("before"), each with its own database. They get the same messages in turns, at full speed:
-flat JSON of 123 bytes, the same documents in CBOR and MessagePack (topics of IOT_CBOR_TOPICS and
-IOT_MESSAGEPACK_TOPICS), and the payloads of common devices (collector/tests/payloads.yml; binary
-ones as well, which without their content type are stored raw). What is reported is CPU time for a
-message, of the collector's process and of PostgreSQL (medians, and for the collector minimum to
-maximum), and what the message takes in the table with its indexes.
+flat JSON of 123 bytes, and the payloads of common devices (collector/tests/payloads.yml; binary
+ones as well, which without their content type are stored raw). A third collector, of the working
+tree, has the settings IOT_CBOR_TOPICS and IOT_MESSAGEPACK_TOPICS ("binary"). It gets flat JSON too,
+and the same documents in CBOR and MessagePack. The summaries are turned off. What is reported is
+CPU time for a message, of the collector's process and of PostgreSQL (medians, and for the collector
+minimum to maximum), and what the message takes in the table with its indexes.
 
 Then a table is filled, and queries of the view `readings` of today and of the first release take
 turns. Writes PAYLOADS.md.
@@ -59,6 +60,12 @@ _SIZE = (
     "SELECT sum(pg_total_relation_size(inhrelid)) FROM pg_inherits"
     " WHERE inhparent = 'messages'::regclass"
 )
+_KINDS = {
+    "before": ["flat JSON", "corpus"],
+    "after": ["flat JSON", "corpus"],
+    "binary": ["flat JSON", "flat CBOR", "flat MessagePack"],
+}
+_BINARY = {"IOT_CBOR_TOPICS": "binary/cbor", "IOT_MESSAGEPACK_TOPICS": "binary/messagepack"}
 _QUERIES = {
     "one topic and name, a day (864 messages)": (
         "SELECT time, value FROM {view} WHERE topic = 'plant/north/device-7'"
@@ -117,7 +124,9 @@ class _Cost(NamedTuple):
 class _Side:
     """A collector with its database."""
 
-    def __init__(self, name: str, source: Path, work: Path, broker: Mosquitto) -> None:
+    def __init__(
+        self, name: str, source: Path, work: Path, broker: Mosquitto, **settings: str
+    ) -> None:
         self.name = name
         self.broker = broker
         (work / name).mkdir()
@@ -132,8 +141,7 @@ class _Side:
             IOT_MQTT_TOPICS=f"{name}/#",
             IOT_MQTT_CLIENT_ID=name,
             IOT_LOG_LEVEL="warning",
-            IOT_CBOR_TOPICS=f"{name}/cbor",
-            IOT_MESSAGEPACK_TOPICS=f"{name}/messagepack",
+            **settings,
         )
         command = [*self.collector.command()[:-1], "migrate"]
         subprocess.run(command, env=self.collector.options()["env"], check=True, stdout=-3)
@@ -163,6 +171,16 @@ class _Side:
         """End both."""
         self.collector.close()
         self.server.close()
+
+
+def _sides(source: Path, work: Path, broker: Mosquitto) -> list[_Side]:
+    summaries = {"IOT_SUMMARY_SECONDS": "0"}  # GROWTH.md says what they cost
+    known = "summary_seconds" in (source / "collector/iot_collector/settings.py").read_text()
+    return [
+        _Side("before", source, work, broker, **(summaries if known else {})),
+        _Side("after", _ROOT, work, broker, **summaries),
+        _Side("binary", _ROOT, work, broker, **summaries, **_BINARY),
+    ]
 
 
 def _directory(path: Path) -> Path:
@@ -266,23 +284,26 @@ def _page(ref: str, count: int, costs: dict[tuple[str, str], list[_Cost]], rows:
         " bytes before | after |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for kind in dict.fromkeys(kind for kind, _ in costs):
+    for kind in _KINDS["before"]:
         old, new = median(kind, "before"), median(kind, "after")
         lines.append(
             f"| {kind} | {spread(kind, 'before')} | {spread(kind, 'after')}"
             f" | {new.collector / old.collector:.2f} | {old.database:.1f} | {new.database:.1f}"
             f" | {old.size:.0f} | {new.size:.0f} |"
         )
-    flat = median("flat JSON", "after").collector
-    others = [
-        f"{kind} {median(kind, 'after').collector / flat:.2f}"
-        for kind in dict.fromkeys(kind for kind, _ in costs)
-        if kind != "flat JSON"
-    ]
     lines += [
         "",
-        "CPU time of the collector today, as a multiple of that for flat JSON: "
-        f"{', '.join(others)}.",
+        "| messages | collector µs | ratio to flat JSON after | PostgreSQL µs | bytes |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    flat = median("flat JSON", "after").collector
+    for kind, side in [("corpus", "after"), *((kind, "binary") for kind in _KINDS["binary"])]:
+        cost = median(kind, side)
+        lines.append(
+            f"| {kind}, {side} | {spread(kind, side)} | {cost.collector / flat:.2f}"
+            f" | {cost.database:.1f} | {cost.size:.0f} |"
+        )
+    lines += [
         "",
         "Queries of a table of 500 000 flat messages, medians of seven, in turns:",
         "",
@@ -312,10 +333,12 @@ def main() -> None:
         processes.run([*git, "worktree", "add", "--detach", str(source), ref])
         broker = Mosquitto(_directory(work / "mosquitto"), limits=_QUIET)
         broker.start()
-        sides = [_Side("before", source, work, broker), _Side("after", _ROOT, work, broker)]
+        sides = _sides(source, work, broker)
         try:
             for n in range(options.rounds + 1):
-                for kind, side in itertools.product(messages, sides):
+                for kind, side in itertools.product(messages, sides[:: 1 if n % 2 else -1]):
+                    if kind not in _KINDS[side.name]:
+                        continue
                     cost = side.round(messages[kind])
                     if n:  # the first round warms up
                         costs.setdefault((kind, side.name), []).append(cost)

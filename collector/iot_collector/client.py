@@ -21,9 +21,9 @@ from paho.mqtt.exception import MQTTException
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from .binary_payloads import BinaryTopics, Decoder, decoder_of
+from .binary_payloads import BinaryTopics, Decoder, PrefixDecoders, decoder_of
 from .buffer import FLAGS_SHIFT, PACKET_ID, QOS, QOS_1
-from .copy_format import RowPrefixes, encode_rows, properties_json, topic_of, with_properties
+from .copy_format import RowPrefixes, encode_rows, properties_json, with_properties
 from .message_ids import fields_and_ids, valid_id
 from .settings import Settings
 
@@ -73,6 +73,7 @@ class StockClient(Client):
         self._row_prefixes = [RowPrefixes(flags) for flags in range(8)]  # by QoS and RETAIN
         self._id_key = settings.message_id_key
         self._binary_topics = BinaryTopics(settings)
+        self._topic_decoders = PrefixDecoders(self._binary_topics)
         # Of the messages that were read and not taken:
         self._prefixes: list[bytes] = []
         self._payloads: list[bytes] = []
@@ -93,8 +94,8 @@ class StockClient(Client):
     def take_messages(self) -> Messages:
         """Return what was read since the last call."""
         if self._binary_topics:
-            for index, prefix in enumerate(self._prefixes):
-                if decoder := self._binary_topics.decoder_of(topic_of(prefix)):
+            for index, decoder in enumerate(map(self._topic_decoders.__getitem__, self._prefixes)):
+                if decoder:
                     self._decoders.setdefault(index, decoder)
         fields, ids = fields_and_ids(self._payloads, self._id_key, self._decoders)
         if ids is not None:

@@ -38,22 +38,26 @@ def fields_and_ids(
 
     :param decoders: of the payloads that are neither JSON nor text, by their index.
     """
-    ids: list[str | None] | None = None
-    fields: Sequence[bytes | None] = payloads
-    if key is None:
-        fields = fields_of_all(payloads)
-    elif (documents := documents_of(payloads)) is not None:
-        ids = [_id_in(document, key) for document in documents]
-    else:
-        fields = [fields_of(payload) for payload in payloads]
-        ids = [_id_of(payload, key) for payload in payloads]
-    if decoders:
-        fields = list(fields)
-        for index, decoder in decoders.items():
-            fields[index] = fields_of_binary(payloads[index], decoder)
-            if ids is not None:
-                ids[index] = _id_of(fields[index], key)
+    if not decoders:
+        return _fields_and_ids_of_text(payloads, key)
+    text = [payload for index, payload in enumerate(payloads) if index not in decoders]
+    found, ids = _fields_and_ids_of_text(text, key)
+    fields = list(found)
+    for index in sorted(decoders):
+        fields.insert(index, fields_of_binary(payloads[index], decoders[index]))
+        if ids is not None:
+            ids.insert(index, _id_of(fields[index], key))
     return fields, ids
+
+
+def _fields_and_ids_of_text(
+    payloads: list[bytes], key: str | None
+) -> tuple[Sequence[bytes | None], list[str | None] | None]:
+    if key is None:
+        return fields_of_all(payloads), None
+    if (documents := documents_of(payloads)) is not None:
+        return payloads, [_id_in(document, key) for document in documents]
+    return [fields_of(payload) for payload in payloads], [_id_of(p, key) for p in payloads]
 
 
 def _id_of(text: bytes | None, key: str | None) -> str | None:

@@ -8,11 +8,14 @@ from uuid import UUID
 
 import cbor2
 import msgpack
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from iot_collector import binary_payloads
 from iot_collector.binary_payloads import (
     BinaryTopics,
+    PrefixDecoders,
     cbor,
     decoder_of,
     fields_of_binary,
@@ -20,7 +23,8 @@ from iot_collector.binary_payloads import (
     senml_cbor,
 )
 from iot_collector.client import BulkClient, StockClient
-from iot_collector.copy_format import decode_tuple, tuple_start
+from iot_collector.copy_format import RowPrefixes, decode_tuple, tuple_start
+from iot_collector.message_ids import fields_and_ids
 from iot_collector.settings import Settings
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -196,3 +200,24 @@ def test_content_type_of_a_message(kind: type[StockClient]) -> None:
     client = kind(Settings())
     assert fields_of_next("application/cbor", None) == [b'"b"', b'"ab"']
     assert fields_of_next(None) == [b'"ab"']
+
+
+def test_decoder_of_a_prefix_is_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binary_payloads, "_MAX_PREFIXES", 2)
+    prefixes = RowPrefixes(0x32)
+    decoders = PrefixDecoders(BinaryTopics(Settings(cbor_topics=["a/+"])))
+    assert decoders[prefixes[b"a/" + b"x" * 600]] is cbor
+    assert len(decoders) == 0
+    for topic, expected in [(b"a/1", cbor), (b"b", None), (b"a/2", cbor), (b"b", None)]:
+        assert decoders[prefixes[topic]] is expected
+        assert len(decoders) <= 2
+
+
+@pytest.mark.parametrize("key", [None, "id"])
+def test_binary_payloads_among_others(key: str | None) -> None:
+    documents = [{"id": "0"}, {"id": "1"}, {"id": "2"}, {"id": "3"}]
+    encode = [orjson.dumps, cbor2.dumps, orjson.dumps, msgpack.packb]
+    payloads = [e(d) for e, d in zip(encode, documents, strict=True)]
+    fields, ids = fields_and_ids(payloads, key, {3: message_pack, 1: cbor})
+    assert [json.loads(f or b"") for f in fields] == documents
+    assert ids == (key and ["0", "1", "2", "3"])
