@@ -13,7 +13,7 @@ import psycopg2
 
 from . import __version__, log
 from .replay_command import replay
-from .settings import VARIABLES, Settings, SettingsError, load, valid_target
+from .settings import VARIABLES, Settings, SettingsError, load, valid_filter, valid_target
 
 
 class _WrongSetting(click.ClickException):
@@ -172,6 +172,53 @@ def simulate(**options: Any) -> None:
     from .simulate import simulate as run_simulation
 
     sys.exit(run_simulation(load_settings(), Plan(**options)))
+
+
+def _checked(_context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Return the URL or the topic filter that `top` is given."""
+    from .top import valid_url
+
+    try:
+        return value and (valid_url if parameter.name == "url" else valid_filter)(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _seconds(_context: click.Context, _parameter: click.Parameter, value: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?s?", value)
+    if match is None or not 0.2 <= float(match[1]) <= 3600:
+        raise click.BadParameter(f"{value!r} is no time from 0.2s to 3600s")
+    return float(match[1])
+
+
+@main.command()
+@click.argument("topic_filter", metavar="[FILTER]", default="#", callback=_checked)
+@click.option(
+    "--url",
+    callback=_checked,
+    help="Where the live page is; by default that of this machine, on the port of the settings.",
+)
+@click.option(
+    "--sort", default="rate", show_default=True, type=click.Choice(["rate", "topic", "age"])
+)
+@click.option(
+    "--interval", default="1s", show_default=True, callback=_seconds, help="Between two pictures."
+)
+@click.option("--once", is_flag=True, help="Print one picture as plain text, and end.")
+def top(topic_filter: str, url: str | None, sort: str, interval: float, *, once: bool) -> None:
+    """Show the topics and the state of the pipeline, as the live page does.
+
+    FILTER chooses topics, with MQTT's wildcards: 'plant/+/temperature', 'plant/#'. Sorted by topic,
+    they are a tree. Ctrl-C or q ends it. Where standard output is no terminal, it prints one
+    picture, as with --once.
+    """
+    from .top import TopError, default_url
+    from .top import top as show
+
+    try:
+        show(url or default_url(load_settings()), topic_filter, sort, interval, once=once)
+    except TopError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @contextmanager

@@ -70,7 +70,11 @@ def _valid_url(url: str) -> str:
     return url
 
 
-def _valid_filter(topic_filter: str) -> str:
+def valid_filter(topic_filter: str) -> str:
+    """Return a topic filter.
+
+    :raises ValueError: it is none.
+    """
     if not 0 < len(topic_filter.encode()) <= 65535 or not _FILTER.fullmatch(topic_filter):
         raise ValueError(
             f"{topic_filter[:80]!r} is no topic filter: 1 to 65535 bytes, no NUL; + must stand "
@@ -127,7 +131,7 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-Topic = Annotated[str, AfterValidator(_valid_filter)]
+Topic = Annotated[str, AfterValidator(valid_filter)]
 Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 Topics = Annotated[list[Topic], NoDecode, BeforeValidator(_split)]
 File = Annotated[Path, AfterValidator(_readable)] | None

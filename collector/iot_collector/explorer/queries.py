@@ -51,6 +51,29 @@ _PREVIEW = """
     octet_length(m.payload)
 """
 
+# Topics with their last message: the busiest of those that match, and others.
+FLAT_LIST = f"""
+WITH recent AS MATERIALIZED (
+    SELECT topic, count(*) AS n FROM messages
+    WHERE received_at > now() - make_interval(secs => %(window)s)
+      AND received_at <= now() + interval '1 minute'
+    GROUP BY topic
+), chosen AS (
+    (SELECT topic FROM recent WHERE topic ~ %(pattern)s
+     ORDER BY n DESC, topic LIMIT %(busiest)s)
+    UNION
+    SELECT unnest(%(others)s::text[])
+), total AS (SELECT coalesce(sum(n), 0)::bigint AS n FROM recent)
+SELECT total.n, json_build_object(
+    'window', %(window)s, 'matching', %(matching)s,
+    'rows', (SELECT coalesce(json_agg(json_build_array(
+        c.topic, coalesce(r.n, 0), round(extract(epoch FROM m.received_at), 3), {_PREVIEW})), '[]')
+    FROM chosen c LEFT JOIN recent r ON r.topic = c.topic CROSS JOIN LATERAL (
+        SELECT received_at, fields, payload FROM messages
+        WHERE topic = c.topic ORDER BY received_at DESC, id DESC LIMIT 1) m)
+)::text FROM total
+"""  # noqa: S608 - no value in it
+
 # The last message of each topic that is shown.
 LATEST = f"""
 SELECT coalesce(json_agg(json_build_array(

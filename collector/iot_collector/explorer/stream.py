@@ -10,6 +10,7 @@ import orjson
 import pydantic
 
 from . import queries
+from .flat_list import FlatList
 from .rates import EVERY, Rates
 from .reader import Reader, UnavailableError
 from .topics import Topics, oldest
@@ -45,6 +46,7 @@ class View(pydantic.BaseModel):
     open: list[Topic] = pydantic.Field(max_length=40)  # prefixes: empty, or ending in a slash
     watch: list[Topic] = pydantic.Field(default=[], max_length=50)  # topics outside of the tree
     topic: Topic | None = None
+    flat: FlatList | None = None  # in place of the tree
 
 
 class Stream:
@@ -131,7 +133,7 @@ class Stream:
         # Of the time before only what was late.
         self._since = asked - _OVERLAP / 5
         if self._is_due("activity", 1.0):
-            yield self._activity()
+            yield self._activity() if self._view.flat is None else self._flat(self._view.flat)
         if self._is_due("dead letters", _DEAD_LETTERS_EVERY):
             [[letters]] = self._reader.ask(queries.DEAD_LETTERS, {"limit": _DEAD_LETTERS})
             if letters != self._letters:
@@ -169,20 +171,26 @@ class Stream:
         return _event("tree", orjson.dumps(content))
 
     def _activity(self) -> bytes:
-        began = time.monotonic()
         # A topic that is found by search counts as a child of the node above it.
         prefixes = {*self._view.open, *(t[: t.rfind("/") + 1] for t in self._view.watch)}
-        values = {
-            "window": self._window,
-            "open": list(prefixes),
-            "shown": [*self._shown, *self._view.watch],
-        }
-        [[count, activity]] = self._reader.ask(queries.ACTIVITY, values)
-        rate = count / self._window
+        values = {"open": list(prefixes), "shown": [*self._shown, *self._view.watch]}
+        return _event("activity", self._count(queries.ACTIVITY, values))
+
+    def _flat(self, flat: FlatList) -> bytes:
+        window = self._window
+        content = self._count(queries.FLAT_LIST, flat.values(self._topics))
+        complete = b"true" if self._topics.complete and window == self._window else b"false"
+        return _event("flat", b'{"complete":%b,"list":%b}' % (complete, content))
+
+    def _count(self, query: str, values: dict[str, Any]) -> bytes:
+        """Return what a query counts in the window; choose the next window."""
+        began, window = time.monotonic(), self._window
+        [[count, content]] = self._reader.ask(query, {"window": window, **values})
+        rate = count / window
         fitting = (window for window in _WINDOWS if rate * window <= _MOST_COUNTED)
         self._window = next(fitting, _WINDOWS[-1])
         self._due["activity"] = began + max(1.0, (time.monotonic() - began) / _SHARE)
-        return _event("activity", activity.encode())
+        return bytes(content.encode())
 
 
 def _event(name: str, content: bytes) -> bytes:

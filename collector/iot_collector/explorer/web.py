@@ -113,7 +113,7 @@ class Explorer:
             kind, content, tag = self._assets[asset]
             return kind, content, ("Cache-Control", "no-cache"), ("ETag", tag)
         if self.mode != "full":
-            raise _RefusedError(HTTPStatus.NOT_FOUND, "not found")
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "IOT_LIVE_PAGE=metrics shows no topics")
         self._refuse_foreign(environ)
         if path == "/explorer/stream" and method == "POST":
             return self._stream(environ)
