@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from iot_collector.explorer.flat_list import FlatList, pattern
 from iot_collector.settings import Settings, valid_filter
@@ -271,6 +271,9 @@ FILTERS = st.lists(LEVELS | st.just("+"), min_size=1, max_size=4).flatmap(
 
 
 @given(FILTERS, TOPICS)
+@example("#", "$SYS/a")
+@example("+/a", "$SYS/a")
+@example("a/#", "a")
 def test_filters_match_as_mqtt_says(topic_filter: str, topic: str) -> None:
     expected = topic_matches_sub(topic_filter, topic)
     assert bool(re.fullmatch(pattern(topic_filter), topic, re.DOTALL)) == expected
