@@ -85,7 +85,7 @@ def _header(picture: Picture) -> list[Text]:
     if counts["in_flight"]:
         waits = f", the oldest for {delay_text(health['oldest_unacked_seconds'])}"
     lines = [
-        f"Collector {broker['client_id']} {health['version']}, these lines are its own: "
+        f"This collector ({broker['client_id']}, version {health['version']}): "
         f"broker {broker['address']} {_connected(broker)}, database {_connected(database)}",
         f"{_rates(picture.sample)}; {counts['in_flight']:,} in flight{waits}; {totals}",
     ]
@@ -117,41 +117,55 @@ def _about(picture: Picture, layout: Layout) -> str:
 
 
 def _table(picture: Picture, layout: Layout, room: int) -> list[Text]:
-    if picture.rows is None:
-        return [Text("The topics cannot be read" if picture.unread else "Reading the topics …")]
     if not picture.rows:
-        text = "No message has been stored since the start of last month"
-        if layout.filter != "#":
-            text = "No topic matches: + stands for one level, # for the rest"
-        return _wrapped([Text(text)], layout.width)
+        return _wrapped([Text(_why_empty(picture, layout))], layout.width)
     now = time.time() + picture.offset
     entries = list(itertools.islice(_entries(picture.rows, layout.sort), room))
-    numbers = [(f"LAST {picture.window} s", "RATE", "AGE")]
-    for _, row in entries:
-        count = f"{row.messages:,}" if row else ""
-        rate = rate_text(row.messages / picture.window) if row else ""
-        numbers.append((count, rate, age_text(now - row.at) if row else ""))
-    start = 1 if layout.width is not None and layout.width < _NARROW else 0
-    columns = [_right(column) for column in list(zip(*numbers, strict=True))[start:]]
-    starts = ["  ".join(cells) + "  " for cells in zip(*columns, strict=True)]
+    narrow = layout.width is not None and layout.width < _NARROW
+    head, *numbers = _numbers([row for _, row in entries], picture.window, now, narrow=narrow)
 
-    topic_width = max(cell_len(visible(label[:_MOST_TOPIC])) for label, _ in entries)
-    topic_width, value_width = min(max(5, topic_width), _MOST_TOPIC), _MOST_VALUE
+    longest = max(cell_len(visible(label[:_MOST_TOPIC])) for label, _ in entries)
+    topic_width, value_width = min(max(5, longest), _MOST_TOPIC), _MOST_VALUE
     if layout.width is not None:
-        rest = layout.width - len(starts[0]) - 2
-        values = max(10, *(len(row.value) for _, row in entries if row))
-        topic_width = min(topic_width, max(8, rest * 3 // 5, rest - values))
-        value_width = max(1, rest - topic_width)
-    lines = [Text(f"{starts[0]}{'TOPIC':{topic_width}}  LAST VALUE", style="reverse")]
-    for begin, (label, row) in zip(starts[1:], entries, strict=True):
-        topic = set_cell_size(cut_middle(label, topic_width), topic_width)
+        room = layout.width - len(head) - 2
+        values = max([10, *(len(row.value) for _, row in entries if row)])
+        topic_width = min(topic_width, max(8, room * 3 // 5, room - values))
+        value_width = max(1, room - topic_width)
+    lines = [Text(f"{head}{'TOPIC':{topic_width}}  LAST VALUE", style="reverse")]
+    for start, (label, row) in zip(numbers, entries, strict=True):
         old = row is not None and now - row.at > _OLD_SECONDS
-        line = Text(begin, style="dim" if old else "")
+        line = Text(start, style="dim" if old else "")
+        topic = set_cell_size(cut_middle(label, topic_width), topic_width)
         line.append(topic, style="cyan" if row else "")
         line.append("  " + cut(row.value, value_width) if row else "")
         line.rstrip()
         lines.append(line)
     return lines
+
+
+def _why_empty(picture: Picture, layout: Layout) -> str:
+    if picture.rows is None:
+        return "The topics cannot be read" if picture.unread else "Reading the topics …"
+    if layout.filter != "#":
+        return "No topic matches: + stands for one level, # for the rest"
+    stored = ", ".join(picture.health["broker"]["topics"]) if picture.health else ""
+    return (
+        "No message has been stored since the start of last month; the collector stores what is "
+        f"published under {visible(stored[:_MOST_FAULT])}"
+    )
+
+
+def _numbers(rows: list[Row | None], window: int, now: float, *, narrow: bool) -> list[str]:
+    """Return the head of the columns of numbers, and a line for each row."""
+    cells = [(f"LAST {window} s", "RATE", "AGE")]
+    for row in rows:
+        if row is None:
+            cells.append(("", "", ""))
+        else:
+            rate = rate_text(row.messages / window)
+            cells.append((f"{row.messages:,}", rate, age_text(now - row.at)))
+    columns = [_right(column) for column in zip(*cells, strict=True)]
+    return ["  ".join(line) + "  " for line in zip(*columns[narrow:], strict=True)]
 
 
 def _right(column: tuple[str, ...]) -> list[str]:

@@ -29,6 +29,7 @@ HEALTH: dict[str, Any] = {
     "broker": {
         "address": "127.0.0.1:1883",
         "connected": True,
+        "topics": ["iot/data", "plant/#"],
         "client_id": "collector-0",
         "error": None,
     },
@@ -85,8 +86,8 @@ def topics(shown: Picture, sort: str) -> list[str]:
 @given(
     st.lists(st.text() | st.sampled_from(HOSTILE), min_size=1, max_size=5),
     st.sampled_from(["rate", "topic", "age"]),
-    st.none() | st.integers(30, 130),
-    st.integers(8, 40),
+    st.none() | st.integers(20, 130),
+    st.integers(1, 40),
 )
 def test_nothing_reaches_the_terminal_raw(
     texts: list[str], sort: str, width: int | None, height: int
@@ -176,7 +177,7 @@ def test_fits_the_terminal() -> None:
 def test_the_state_in_words() -> None:
     assert lines(picture(row("a")))[:4] == [
         "Every message is being stored",
-        "Collector collector-0 1.2.3, these lines are its own: broker 127.0.0.1:1883 connected, "
+        "This collector (collector-0, version 1.2.3): broker 127.0.0.1:1883 connected, "
         "database connected",
         "Stored 2.5/s, received 3/s, delay 4 ms; 0 in flight; 1,234 stored of 1,300 received",
         "1 topic of all collectors, by rate",
@@ -203,7 +204,7 @@ def test_the_state_in_words() -> None:
 
 def test_an_empty_list_says_why() -> None:
     assert "No topic matches" in lines(picture(), filter="plant/#")[-1]
-    assert "No message has been stored" in lines(picture())[-1]
+    assert lines(picture())[-1].endswith("stores what is published under iot/data, plant/#")
     assert lines(Picture(HEALTH))[-1] == "Reading the topics …"
     assert lines(Picture(HEALTH, unread="it is down"))[-1] == "The topics cannot be read"
     assert lines(Picture(lost="no collector answers"))[0] == "no collector answers"
