@@ -104,7 +104,7 @@ test-faults: $(VENV)/.dev packages ## Kill, cut and hang everything, far more of
 	FAULTS=full $(VENV)/bin/python -m pytest -m faults -rP
 
 .PHONY: packages
-packages: PACKAGES += openssh-server python3-packaging chromium
+packages: PACKAGES += prometheus-alertmanager openssh-server python3-packaging chromium
 packages: $(VENV)/.deploy
 	@$(PLAYBOOK) tests/packages.yml --tags packages $(ASK_BECOME) $(EXTRA)
 

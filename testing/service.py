@@ -64,8 +64,8 @@ def binary(name: str, *folders: str) -> str:
     if path is None:
         raise ServiceError(
             f"{name} is not installed; `make test` installs what the tests need "
-            "(Debian packages mosquitto, mosquitto-clients, postgresql, prometheus and "
-            "prometheus-postgres-exporter)"
+            "(Debian packages mosquitto, mosquitto-clients, postgresql, prometheus, "
+            "prometheus-alertmanager and prometheus-postgres-exporter)"
         )
     return path
 

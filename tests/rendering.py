@@ -1,5 +1,6 @@
 """The roles' templates, rendered as Ansible renders them, and psql for the one that is SQL."""
 
+import json
 import shlex
 import subprocess
 from pathlib import Path
@@ -25,6 +26,8 @@ def render(template: str, **variables: object) -> str:
         autoescape=False,
     )
     environment.filters["quote"] = shlex.quote
+    environment.filters["to_json"] = json.dumps
+    environment.filters["bool"] = bool
     return environment.get_template(name).render(ansible_managed="Ansible managed", **variables)
 
 

@@ -19,6 +19,7 @@ DIFFERENCES = [
 FILES = [
     "accounts",
     "acl",
+    "alertmanager.yml",
     "dashboards.yml",
     "datasources.yml",
     "grafana.ini",
@@ -73,8 +74,7 @@ def test_same_but_for_addresses_and_paths(rendered: dict[str, Path], name: str) 
     assert comparable(texts["host"]) == comparable(texts["local"])
 
 
-def test_alerts_are_sent_to_the_alertmanagers(rendered: dict[str, Path]) -> None:
-    file = rendered["host"] / "prometheus.yml"
+def promtool_accepts(file: Path) -> None:
     done = subprocess.run(
         ["promtool", "check", "config", "--syntax-only", file],
         capture_output=True,
@@ -82,8 +82,14 @@ def test_alerts_are_sent_to_the_alertmanagers(rendered: dict[str, Path]) -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (alertmanager,) = yaml.safe_load(file.read_text())["alerting"]["alertmanagers"]
-    assert alertmanager == {"static_configs": [{"targets": ["alerts.example:9093"]}]}
+
+
+def test_alerts_are_sent_to_the_alertmanager(rendered: dict[str, Path]) -> None:
+    promtool_accepts(rendered["host"] / "prometheus.yml")  # Debian's does not know Kubernetes
+    for target, address in [("host", "127.0.0.1:9093"), ("local", "alertmanager-service:9093")]:
+        document = yaml.safe_load((rendered[target] / "prometheus.yml").read_text())
+        (alertmanager,) = document["alerting"]["alertmanagers"]
+        assert alertmanager == {"static_configs": [{"targets": [address]}]}
 
 
 def test_the_comparison_sees_what_matters(rendered: dict[str, Path]) -> None:
