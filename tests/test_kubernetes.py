@@ -23,7 +23,8 @@ from cluster import NAMESPACE, Cluster, Object, pod_spec
 
 from testing.kubernetes_api.process import running
 
-COMPONENTS = {"mosquitto", "postgres", "collector", "prometheus", "grafana"}
+COMPONENTS = {"mosquitto", "postgres", "collector", "prometheus", "grafana", "alertmanager"}
+RECEIVER = {"alertmanager_webhook_url": "https://chat.example/hooks/1"}
 VERSIONS = ("1.33", "1.34", "1.35", "1.36", "1.37")
 # What checkov asks for and we do not do: of which components, and why.
 CHECKOV_SKIPS = {
@@ -54,10 +55,19 @@ volume_errors = load_filter("volume_errors")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster with the whole system in it; the tests leave it so."""
+    """A cluster with the whole system in it, with Alertmanager; the tests leave it so."""
     with running(tmp_path_factory.mktemp("cluster") / "kubeconfig") as stand_in:
         cluster = Cluster(stand_in)
-        done = cluster.run("local")
+        # The next run completes one that did not.
+        stand_in.ask("never-ready", {"postgres/init": "CrashLoopBackOff"})
+        interrupted = cluster.run("local", iot_ready_seconds=3, **RECEIVER)
+        assert interrupted.returncode != 0
+        for text in ("postgres is not ready", "init: CrashLoopBackOff", "it goes on from here"):
+            assert text in interrupted.stdout
+        sets = {w["metadata"]["name"] for w in cluster.objects("StatefulSet")}
+        assert sets == {"mosquitto", "postgres"}  # nothing that comes after it
+        stand_in.ask("never-ready", {})
+        done = cluster.run("local", **RECEIVER)
         assert done.returncode == 0, done.stdout
         assert "kubectl --kubeconfig=" in done.stdout
         yield cluster
@@ -98,6 +108,7 @@ def test_names_and_ports_are_the_contract(cluster: Cluster) -> None:
     }
     del ports["collector"]  # headless: names for the pods
     assert ports == {
+        "alertmanager-service": [9093],
         "backend-service": [3000],
         "grafana-service": [3000],
         "prometheus-service": [9090],
@@ -228,10 +239,12 @@ def test_a_change_restarts_what_reads_it_and_nothing_else(cluster: Cluster) -> N
         "collector_live_page": "full",
         "mosquitto_max_queued_messages": 2000,
     }
-    done = cluster.run("local", **changes)
+    done = cluster.run("local", **changes)  # without a receiver
     assert done.returncode == 0, done.stdout
     after = cluster.revisions()
-    assert {name for name in before if before[name] != after[name]} == {"collector", "mosquitto"}
+    assert before.keys() - after.keys() == {"alertmanager"}
+    changed = {name for name in after if before[name] != after[name]}
+    assert changed == {"collector", "mosquitto", "prometheus"}
     assert cluster.object("Secret", "iot-passwords") == secret
     scaler = cluster.object("HorizontalPodAutoscaler", "collector")["spec"]
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (1, 3)
@@ -249,7 +262,7 @@ def test_a_change_restarts_what_reads_it_and_nothing_else(cluster: Cluster) -> N
     assert file == "/run/secrets/iot/reader_db_password"
     assert file.rpartition("/")[2] in {item["path"] for item in passwords}
 
-    done = cluster.run("local")
+    done = cluster.run("local", **RECEIVER)
     assert done.returncode == 0, done.stdout
     assert cluster.revisions() == before
     assert cluster.objects("HorizontalPodAutoscaler") == []
@@ -260,7 +273,7 @@ def test_a_volume_keeps_its_class_and_size(cluster: Cluster, mode: list[str]) ->
     before, classes = cluster.objects(), cluster.client.resources.get(kind="StorageClass")
     classes.create({"metadata": {"name": "fast"}, "provisioner": "x"})
     changes = {"iot_storage_class": "fast", "postgres_volume_size": "20Gi"}
-    done = cluster.run("local", *mode, **changes, mosquitto_volume_size="1Gi")
+    done = cluster.run("local", *mode, **changes, **RECEIVER, mosquitto_volume_size="1Gi")
     classes.delete(name="fast")
     assert done.returncode != 0
     shown = " ".join(done.stdout.replace("\\n", " ").split())
@@ -559,24 +572,6 @@ def test_no_reason_and_what_was_once() -> None:
     assert "ImagePullBackOff" in message
     # What is wrong now decides.
     assert "ask it why" in message.rpartition("Next: ")[2]
-
-
-@pytest.mark.timeout(400)
-def test_the_next_run_completes_a_half_finished_one(empty: Cluster) -> None:
-    empty.stand_in.ask("never-ready", {"postgres/init": "CrashLoopBackOff"})
-    done = empty.run("local", iot_ready_seconds=3)
-    assert done.returncode != 0
-    for text in ("postgres is not ready", "init: CrashLoopBackOff", "it goes on from here"):
-        assert text in done.stdout
-    # What comes after it has not been begun.
-    assert {w["metadata"]["name"] for w in empty.objects("StatefulSet")} == {
-        "mosquitto",
-        "postgres",
-    }
-    empty.stand_in.ask("never-ready", {})
-    done = empty.run("local")
-    assert done.returncode == 0, done.stdout
-    assert empty.revisions().keys() == COMPONENTS
 
 
 def create(cluster: Cluster, kind: str, body: Object) -> None:
