@@ -24,7 +24,7 @@ TARGET ?= host
 EXTRA ?=
 
 # What the roles install on this machine (tests/test_makefile.py compares). Only to know whether sudo is needed.
-PACKAGES := python3-venv mosquitto mosquitto-clients postgresql prometheus prometheus-postgres-exporter
+PACKAGES := python3-venv mosquitto mosquitto-clients postgresql prometheus prometheus-node-exporter prometheus-postgres-exporter
 SUDO := $(if $(ROOT),,sudo)
 # Asks for the sudo password only if a package is missing and sudo wants a password.
 ASK_BECOME = $(if $(ROOT),,$(shell dpkg-query --show $(PACKAGES) >/dev/null 2>&1 || sudo -n true 2>/dev/null || ! command -v sudo >/dev/null || echo --ask-become-pass))

@@ -103,7 +103,7 @@ def test_on_kubernetes(directory: Path) -> None:
 def test_on_the_host(directory: Path, tmp_path: Path) -> None:
     """In check mode; the scenario in molecule/default installs, runs and removes it."""
     names = ["mosquitto_port", "postgres_port", "postgres_exporter_port"]
-    names += ["collector_http_port", "prometheus_port"]
+    names += ["collector_http_port", "prometheus_port", "prometheus_node_exporter_port"]
     given = {"iot_state_dir": str(tmp_path / "iot")} | {name: free_port() for name in names}
     assert "unreachable=0    failed=0" in play(directory, "iot.platform.host", "--check", **given)
     play(directory, one_role_a_play(directory, "host"), "--check", **given)

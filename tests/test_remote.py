@@ -22,7 +22,7 @@ from testing.service import HOST, IS_ROOT, eventually, free_port
 
 PORTS = (
     *("mosquitto_port", "postgres_port", "postgres_exporter_port"),
-    *("collector_http_port", "prometheus_port"),
+    *("collector_http_port", "prometheus_port", "prometheus_node_exporter_port"),
 )
 # How pip gets to its packages from here.
 NEEDED_BY_PIP = ("PIP_", "SSL_CERT", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")

@@ -44,7 +44,7 @@ class Health:
                 "topics": self.settings.mqtt_topics,
                 "client_id": self.settings.mqtt_client_id,
                 "error": self._broker_error(),
-                "waiting_for": self._waiting_for(),
+                "waiting_for": self.network.waiting_for,
             },
             "database": {"connected": self.writer.error is None, "error": self.writer.error},
             "oldest_unacked_seconds": round(oldest, 3),
@@ -61,20 +61,16 @@ class Health:
 
         A pod that waits for pod 0 is ready: a StatefulSet replaces pod 0 only after the others are.
         """
-        waiting_for = self._waiting_for()
+        waiting_for = self.network.waiting_for
         return _report(self._dependencies()) | ({"waiting_for": waiting_for} if waiting_for else {})
 
     def _dependencies(self) -> list[str]:
         problems = []
-        if not self.network.connected and not self._waiting_for():
+        if not self.network.connected and not self.network.waiting_for:
             problems.append(f"broker: {self._broker_error() or 'not subscribed yet'}")
         if self.writer.error is not None:
             problems.append(f"database: {self.writer.error}")
         return problems
-
-    def _waiting_for(self) -> list[str]:
-        connected = self.network.connection is not None
-        return self.network.subscriptions.waiting_for if connected else []
 
     def _broker_error(self) -> str | None:
         refused = self.network.subscriptions.refused

@@ -62,6 +62,9 @@ class Metrics:
         for kind in ("bug", "connection"):
             self.mqtt_errors.labels(kind)
         self.mqtt_connected = Gauge("mqtt_connected", "1 when connected and subscribed")
+        self.mqtt_waiting = Gauge(
+            "mqtt_waiting", "1 while it waits for another collector to change its subscriptions"
+        )
         self.mqtt_reconnects = Counter("mqtt_reconnects", "Connections to the broker but the first")
         Info("build", "Version of the collector").info({"version": __version__})
         self.partition_times: PartitionTimes | None = None  # not known yet

@@ -80,11 +80,20 @@ class NetworkThread(threading.Thread):
         self.last_progress = time.monotonic()
         self.progress_timeout = 60.0  # a step takes about a second
         metrics.mqtt_connected.set_function(lambda: self.connected)
+        metrics.mqtt_waiting.set_function(lambda: bool(self.waiting_for))
 
     @property
     def connected(self) -> bool:
         """Whether the broker sends the messages of all filters of the settings."""
         return self.connection is not None and self.subscriptions.active
+
+    @property
+    def waiting_for(self) -> list[str]:
+        """The client ids of collectors that have to change their subscriptions first.
+
+        Meanwhile the session keeps the subscriptions that it has, and messages are received.
+        """
+        return self.subscriptions.waiting_for if self.connection is not None else []
 
     def acknowledge(self, items: Sequence[ReadBatch | Event]) -> None:
         """Queue what the writer has finished, to be acknowledged; any thread."""

@@ -458,6 +458,7 @@ def test_pod_waits_for_another(
     second.start()
     assert second.get("/readyz").json()["waiting_for"] == ["collector-0"]
     assert second.health()["broker"]["waiting_for"] == ["collector-0"]
+    assert second.metrics()["mqtt_waiting"] == 1
     assert second.status("/health") == 200
     assert "waiting until other pods" in second.log()
     settled(first, database, publish(broker, numbered(100)))

@@ -66,7 +66,9 @@ def linked(*sent: bytes) -> Iterator[tuple[NetworkThread, Connection, socket.soc
     """Yield a network thread that is not running, its connection, and the broker's end of it."""
     settings = Settings(mqtt_version="3.1.1", batch_linger_ms=LONG)
     buffer = Buffer(max_bytes=1 << 20)
-    metrics = Mock(spec_set=("mqtt_connected",))  # a process can have the real ones only once
+    metrics = Mock(
+        spec_set=("mqtt_connected", "mqtt_waiting")
+    )  # a process can have the real ones only once
     network, connection = NetworkThread(settings, buffer, metrics), Connection(settings)
     ours, broker = socket.socketpair()
     with ours, broker, network._wake_reader, network._wake_writer:
