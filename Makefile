@@ -6,7 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 # Ansible insists on UTF-8, and a minimal system has no other UTF-8 locale.
 export LC_ALL := C.UTF-8
-# Ansible starts a Python for each task; compiling what it imports anew takes longer than most of them.
+# Ansible starts a Python process for each task; without bytecode files, compiling its imports takes longer than most tasks.
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ ROOT := $(filter 0,$(shell id -u))
 STATE ?= $(if $(ROOT),/var/lib/iot-system,$(HOME)/.local/state/iot-system)
 PLAYBOOK = $(VENV)/bin/ansible-playbook $(if $(filter-out file,$(origin STATE)),-e iot_state_dir=$(STATE))
 
-# What verify and clean are about: this machine (host) or Kubernetes (local).
+# The platform that verify and clean act on: this machine (host) or Kubernetes (local).
 TARGET ?= host
 
 # More options for ansible-playbook: make up EXTRA='-e postgres_port=15432'
