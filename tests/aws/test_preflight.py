@@ -228,8 +228,8 @@ def test_playbook_stops_before_it_creates_anything(make_account: Callable[[], Em
         ("region=europe", "region is 'europe'"),
         ("aws_base_account=123456789012", "The credentials are those of account 000000000000"),
         ('{"iot_core_topics": ["#"]}', "none of them matching everything"),
-        ("rds_ca_bundle_url=file:///nowhere.pem", "name the file: -e rds_ca_bundle_url=file:///"),
-        ("rds_ca_bundle_url=file:///etc/hostname", "this is no certificate in PEM"),
+        ("rds_ca_bundle_url=file:///nowhere.pem", "set the file: -e rds_ca_bundle_url=file:///"),
+        ("rds_ca_bundle_url=file:///etc/hostname", "the file has no certificate in PEM format"),
         (
             '{"eks_deployer_access": true, "eks_deployer_address_url": "file:///etc/hostname"}',
             "is no IPv4 address. Name it, with -e eks_deployer_access=false",
