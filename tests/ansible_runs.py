@@ -5,9 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+# Mitogen keeps a Python for the tasks of a run, where Ansible starts one for each task: a run takes
+# half the CPU time. Users do not have it, so some runs are made without it: Molecule's scenario of
+# the host, the collection in an empty directory, the machine behind SSH, the first run on AWS.
+_MITOGEN = find_spec("ansible_mitogen")
+assert _MITOGEN is not None
+assert _MITOGEN.origin is not None
+MITOGEN = {
+    "ANSIBLE_STRATEGY": "mitogen_linear",
+    "ANSIBLE_STRATEGY_PLUGINS": str(Path(_MITOGEN.origin).parent / "plugins/strategy"),
+}
+WITHOUT_MITOGEN = {"ANSIBLE_STRATEGY": "linear"}
 
 
 def run_ansible(
@@ -29,5 +42,6 @@ def run_ansible(
 
 
 def playbook(path: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a playbook of the project."""
-    return run_ansible("ansible-playbook", ROOT / path, *arguments, directory=ROOT, **environment)
+    """Run a playbook of the project, with Mitogen."""
+    settings = MITOGEN | environment
+    return run_ansible("ansible-playbook", ROOT / path, *arguments, directory=ROOT, **settings)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ansible_runs import ROOT, run_ansible
+from ansible_runs import MITOGEN, ROOT, WITHOUT_MITOGEN, run_ansible
 
 SCENARIOS = sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.yml"))
 
@@ -17,5 +17,7 @@ SCENARIOS = sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.y
 def test_scenario(scenario: str) -> None:
     # It starts ansible-playbook by its name.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = run_ansible("molecule", "test", "-s", scenario, PATH=path)
+    strategy = WITHOUT_MITOGEN if scenario == "default" else MITOGEN
+    environment = {"PATH": path, **strategy}
+    done = run_ansible("molecule", "test", "-s", scenario, directory=ROOT, **environment)
     assert done.returncode == 0, done.stdout

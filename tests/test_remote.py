@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
-from ansible_runs import ROOT, playbook
+from ansible_runs import ROOT, WITHOUT_MITOGEN, playbook
 
 from testing.service import HOST, IS_ROOT, eventually, free_port
 
@@ -122,6 +122,7 @@ def test_deploys_verifies_and_removes(
             f"playbooks/{name}.yml",
             *inventory,
             *arguments,
+            **WITHOUT_MITOGEN,
         )
         assert done.returncode == 0, done.stdout
         return done.stdout

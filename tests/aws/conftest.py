@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ansible_runs import WITHOUT_MITOGEN
 from deployments import Deployment
 
 from testing.aws.emulator import PYTHON, Emulator
@@ -40,7 +41,7 @@ def deployed(make_account: Callable[..., Emulator]) -> Deployment:
     The account authorises calls, for those that are not the root user's.
     """
     deployment = Deployment(make_account(AUTH="true"))
-    deployment.first_run = deployment.deploy()
+    deployment.first_run = deployment.deploy(**WITHOUT_MITOGEN)
     deployment.first_calls = deployment.account.calls()
     return deployment
 

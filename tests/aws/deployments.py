@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from ansible_runs import MITOGEN, WITHOUT_MITOGEN
+
 from testing.aws.emulator import Call, Emulator
 from testing.kubernetes_api.process import StandIn
 from testing.service import eventually
@@ -74,7 +76,7 @@ class Deployment:
             if not name.startswith(("AWS_", "PYTHONDONTWRITEBYTECODE"))
         }
         ours = {"ANSIBLE_NOCOLOR": "1", "LC_ALL": "C.UTF-8", "HOME": str(self.home)}
-        return inherited | ours | self.account.environment
+        return inherited | ours | MITOGEN | self.account.environment
 
     def run(self, playbook: str, *options: str, **environment: str) -> Run:
         done = subprocess.run(
@@ -125,7 +127,8 @@ class Deployment:
             process = subprocess.Popen(
                 self.command(playbook, *options),
                 cwd=ROOT,
-                env=self.environment,
+                # Mitogen's processes are in a group of their own.
+                env=self.environment | WITHOUT_MITOGEN,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
