@@ -1,4 +1,4 @@
-"""Fixtures: one PostgreSQL server for all tests, and for each test what it asks for."""
+"""Fixtures: one PostgreSQL server for all tests; brokers, proxies and collectors for each test."""
 
 import contextlib
 import os
@@ -13,22 +13,23 @@ from testing.mosquitto import Mosquitto
 from testing.postgres import Database, Postgres
 from testing.proxy import Proxy
 
-# A busy machine fails no test: what must not take long has a timeout of its own.
+# No deadlines: a slow machine must not fail a test. Tests about time have timeouts of their own.
 settings.register_profile("here", deadline=None, max_examples=50)
 settings.load_profile("here")
 
 
-# These fixtures take long to make: the tests that use one of them run in one worker of xdist.
+# Fixtures that are slow to set up: all tests that use one of them run in the same worker.
 SHARED = ("deployed", "cluster", "image")
-# The tests of these files take longest and start first, so that no worker is left with one alone.
+# Files with the longest tests. They start first, so that all workers finish at about the same time.
 LONGEST = ("test_molecule.py", "test_boot.py", "aws", "test_kubernetes.py", "test_pods.py")
-# The tests of these files run in any worker; those of another file share fixtures of their module.
+# Files whose tests can run in any worker. The tests of any other file stay in one worker, because
+# they share module fixtures.
 INDEPENDENT = ("collector", "test_molecule.py", "test_interruptions.py", "test_kubernetes.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say what runs first, and what runs together."""
+    """Set the order of the tests, and which of them share a worker."""
 
     def parts(item: pytest.Item) -> set[str]:
         return {*item.path.relative_to(config.rootpath).parts}
@@ -68,7 +69,7 @@ def _initialised() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def postgres(_initialised: Postgres) -> Iterator[Postgres]:
-    """The server that tests share; none of them may stop it."""
+    """The server that tests share. No test may stop it."""
     with Postgres.directory() as folder:
         server = _initialised.copy(folder).start()
         yield server
@@ -77,7 +78,7 @@ def postgres(_initialised: Postgres) -> Iterator[Postgres]:
 
 @pytest.fixture
 def own_postgres(_initialised: Postgres) -> Iterator[Postgres]:
-    """A server of the test's own, to be stopped and killed."""
+    """A server for one test, which may stop and kill it."""
     with Postgres.directory() as folder:
         server = _initialised.copy(folder).start()
         yield server
@@ -86,7 +87,7 @@ def own_postgres(_initialised: Postgres) -> Iterator[Postgres]:
 
 @pytest.fixture
 def empty_database(postgres: Postgres) -> Database:
-    """A database without our schema."""
+    """A database without the schema."""
     return postgres.database()
 
 
@@ -98,13 +99,13 @@ def database(postgres: Postgres) -> Database:
 
 @pytest.fixture
 def own_database(own_postgres: Postgres) -> Database:
-    """A migrated database on a server of the test's own."""
+    """A migrated database on `own_postgres`."""
     return own_postgres.database(template="migrated")
 
 
 @pytest.fixture
 def make_broker(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
-    """Make brokers (see `Mosquitto`), not started; they end with the test."""
+    """Create brokers (see `Mosquitto`), not started. They are stopped after the test."""
     made: list[Mosquitto] = []
 
     def make(*settings: str, **options: object) -> Mosquitto:
@@ -120,20 +121,20 @@ def make_broker(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
 
 @pytest.fixture
 def broker(make_broker: Callable[..., Mosquitto]) -> Mosquitto:
-    """A running broker that lets anyone in."""
+    """A running broker that allows anonymous clients."""
     return make_broker().start()
 
 
 @pytest.fixture
 def make_proxy() -> Iterator[Callable[[int], Proxy]]:
-    """Make proxies (see `Proxy`) for a port; they end with the test."""
+    """Create proxies (see `Proxy`) to a port. They are stopped after the test."""
     with contextlib.ExitStack() as stack:
         yield lambda port: stack.enter_context(contextlib.closing(Proxy(port)))
 
 
 @pytest.fixture
 def make_collector(tmp_path: Path) -> Iterator[Callable[..., Collector]]:
-    """Make collectors (see `Collector`), not started; they end with the test."""
+    """Create collectors (see `Collector`), not started. They are stopped after the test."""
     made: list[Collector] = []
 
     def make(*parts: Mosquitto | Database, **settings: str) -> Collector:
@@ -151,5 +152,5 @@ def make_collector(tmp_path: Path) -> Iterator[Callable[..., Collector]]:
 def collector(
     make_collector: Callable[..., Collector], broker: Mosquitto, database: Database
 ) -> Collector:
-    """A collector that is ready, between ``broker`` and ``database``."""
+    """A running collector that stores messages of ``broker`` in ``database``."""
     return make_collector(broker, database).start()

@@ -1,4 +1,4 @@
-"""A certificate authority, and certificates that it signed."""
+"""A certificate authority (CA) and certificates that it signed."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from .service import HOST
 
 
 class Certificates(NamedTuple):
-    """Files of a CA, and what it signed."""
+    """Paths of a CA certificate, and of certificates and keys that the CA signed."""
 
     ca: Path
     server: Path
@@ -19,7 +19,7 @@ class Certificates(NamedTuple):
 
 
 def make_certificates(folder: Path, *names: str) -> Certificates:
-    """Make a CA, a server's certificate for 127.0.0.1 and for names, and a client's."""
+    """Create a CA, a server certificate for 127.0.0.1 and names, and a client certificate."""
     authority = trustme.CA()
     files = Certificates(
         *(folder / f for f in ("ca.crt", "server.crt", "server.key", "client.crt", "client.key"))

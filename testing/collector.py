@@ -18,7 +18,7 @@ from .service import HOST, PATIENCE, Service, binary, eventually, free_port
 
 
 class Answer(NamedTuple):
-    """An answer of the collector's HTTP server."""
+    """A response of the collector's HTTP server."""
 
     status: int
     body: bytes
@@ -41,7 +41,7 @@ def assert_balanced(metrics: Metrics) -> None:
     assert received == settled + metrics["messages_in_flight"], metrics
 
 
-# A collector with a fault built in, to be started as `Collector` is: see this file.
+# A collector with a built-in fault, started like `Collector`.
 FAULTY_COLLECTOR = Path(__file__).with_name("faulty_collector.py")
 
 
@@ -51,12 +51,12 @@ def iot_collector() -> str:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without the settings of whoever runs the tests."""
+    """Return the environment without the settings of the user who runs the tests."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("IOT_", "PG"))}
 
 
 def run_command(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run ``iot-collector`` with settings and return what it said and its status."""
+    """Run ``iot-collector`` with settings; return its output and exit status."""
     return subprocess.run(
         [iot_collector(), *arguments],
         env=clean_environment() | settings,
@@ -95,7 +95,7 @@ class Collector(Service):
         return self.status("/readyz") == 200
 
     def get(self, path: str) -> Answer:
-        """Ask its HTTP server."""
+        """Send a GET request to its HTTP server."""
         url = f"http://{HOST}:{self.settings['IOT_HTTP_PORT']}{path}"
         try:
             with urllib.request.urlopen(url, timeout=PATIENCE) as response:
@@ -105,14 +105,14 @@ class Collector(Service):
                 return Answer(error.code, error.read())
 
     def status(self, path: str) -> int:
-        """The HTTP status of a path; 0 when nothing listens yet."""
+        """Return the HTTP status of a path, or 0 if nothing listens yet."""
         try:
             return self.get(path).status
         except (urllib.error.URLError, ConnectionError):
             return 0
 
     def wait_listening(self) -> Self:
-        """Wait until its HTTP server answers, whatever it says."""
+        """Wait until its HTTP server responds, with any status."""
 
         def answers() -> int:
             assert self.running, f"the collector ended:\n{self.log()}"
@@ -130,7 +130,7 @@ class Collector(Service):
         return self.get("/health").json()
 
     def metrics(self) -> Metrics:
-        """The metrics by name, or name{label="value"} where there are labels."""
+        """Return the metrics by name, or by name{label="value"} if they have labels."""
         found: Metrics = {}
         for family in text_string_to_metric_families(self.get("/metrics").body.decode()):
             for sample in family.samples:
@@ -139,7 +139,7 @@ class Collector(Service):
         return found
 
     def wait_settled(self, received: int, timeout: float = PATIENCE) -> Metrics:
-        """Wait until it has received so many messages and settled each; return the metrics."""
+        """Wait until it has received so many messages and none is in flight; return the metrics."""
 
         def settled() -> Metrics | None:
             metrics = self.metrics()
@@ -152,5 +152,5 @@ class Collector(Service):
         )
 
     def events(self) -> list[dict[str, Any]]:
-        """Its log, a dict a line."""
+        """Return its log, one dict for each line."""
         return [json.loads(line) for line in self.log().splitlines()]

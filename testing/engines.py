@@ -1,4 +1,4 @@
-"""Engines that run containers, and the images of the tests."""
+"""Container engines (Podman, Docker), and the images that the tests build."""
 
 import re
 import shutil
@@ -13,16 +13,16 @@ DOCKERFILE = ROOT / "collector/Dockerfile"
 OWN_BASE = "localhost/iot-collector-test-base"  # stays in the engine's store for the next run
 _BASE = ("--include=python3-venv,ca-certificates", "bookworm")
 
-# An engine asks for more than this by default, and may not have it to give.
+# The default of an engine can be higher than what this machine allows.
 LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
 
 
 class EngineError(Exception):
-    """A command of an engine failed; the text is the end of what it said."""
+    """A command of an engine failed. The text is the end of its output."""
 
 
 class Engine(NamedTuple):
-    """Podman or Docker, and an image to build on."""
+    """Podman or Docker, and the base image of builds."""
 
     command: Sequence[str]
     base: str = ""
@@ -43,18 +43,18 @@ class Engine(NamedTuple):
 
     @property
     def read_only(self) -> list[str]:
-        """Options of a container for a root that is read-only, with nothing to write to in it."""
+        """Options for a container with a read-only root and no writable directory."""
         if self.command[0] == "podman":  # or it puts a tmpfs on /tmp, /run and /var/tmp
             return ["--read-only", "--read-only-tmpfs=false"]
         return ["--read-only"]
 
     def effective_rights(self, container: str) -> dict[str, str]:
-        """Return what the kernel says of a container's first process: Uid, CapEff, Seccomp, …"""
+        """Return fields of /proc/1/status in a container: Uid, CapEff, Seccomp, …"""
         status = self("exec", container, "cat", "/proc/1/status")
         return dict(line.split(":\t", 1) for line in status.splitlines())
 
     def inside(self, image: str, program: str, *arguments: str, user: str = "0") -> str:
-        """Return what a program prints in a container of the image."""
+        """Run a program in a container of the image; return its output."""
         options = (*LIMITS, f"--user={user}", f"--entrypoint={program}")
         return self("run", "--rm", *options, image, *arguments)
 
@@ -73,7 +73,7 @@ def output(command: Sequence[str], timeout: float) -> str:
 
 
 def _base(engine: Engine, folder: Path) -> str:
-    """Return the base image that the Dockerfile names, or where it is not reached, one of ours."""
+    """Return the base image of the Dockerfile, or one of ours if that cannot be pulled."""
     official: str
     (official,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
     for image in (official, OWN_BASE):
@@ -111,7 +111,7 @@ def find_engine(folder: Path) -> Engine:
     :raises EngineError: there is none; the text has the reason of each.
     """
     reasons = {}
-    # Podman's own choice of a runtime does not run everywhere that runc does.
+    # runc works on machines where Podman's default runtime does not.
     for command in (("podman",), ("podman", "--runtime=runc"), ("docker",)):
         if not shutil.which(command[0]):
             reasons[command[0]] = "not installed"
@@ -128,7 +128,7 @@ def find_engine(folder: Path) -> Engine:
 
 
 def build(engine: Engine, folder: Path, *options: str) -> str:
-    """Build with the repository as context, and return the id of the image."""
+    """Build with the repository as context; return the image id."""
     name = folder / "id"
     options = ("--network=host", LIMITS[0], f"--iidfile={name}", *options)
     engine("build", *options, ".", timeout=600)
@@ -232,7 +232,7 @@ def start_machine(engine: Engine, image: str, name: str, *options: str) -> None:
             "--volume=/sys/fs/cgroup:/sys/fs/cgroup",
         ]
         boot += [f"--tmpfs={path}" for path in ("/run", "/run/lock", "/tmp")]
-    # What systemd needs to give a unit its own view of the file system.
+    # systemd needs this to give a unit its own view of the file system.
     boot += [
         "--cap-add=SYS_ADMIN",
         "--security-opt=seccomp=unconfined",

@@ -26,7 +26,7 @@ _left = int(sys.argv[2]) if len(sys.argv) > 2 else 1
 
 
 def die_at(fault: str) -> None:
-    """End like in a power cut, if it is the time for it."""
+    """Exit without any cleanup, as in a power cut, if this is the chosen moment."""
     global _left
     if fault != FAULT:
         return
@@ -36,7 +36,7 @@ def die_at(fault: str) -> None:
 
 
 def bug_at(fault: str, error: type[Exception] = ValueError) -> None:
-    """Raise an error as a bug would, if it is the time for it."""
+    """Raise an error, as a bug would, if this is the chosen moment."""
     global _left
     if fault == FAULT and _left > 0:
         _left -= 1
@@ -44,7 +44,7 @@ def bug_at(fault: str, error: type[Exception] = ValueError) -> None:
 
 
 class Halves:
-    """A file that is read in two halves, with places to die at: half-way, and at its end.
+    """A file that is read in two halves. The process can exit half-way and at the end.
 
     The end of the file is what ends COPY, and with it lets the COMMIT take place.
     """
@@ -61,7 +61,7 @@ class Halves:
 
 
 class Cursor(WatchedCursor):
-    """A cursor with places to die at."""
+    """A cursor that can exit the process before or after a statement."""
 
     def execute(self, query: Any, values: Any = None) -> None:
         super().execute(query, values)
@@ -113,7 +113,7 @@ def complete(self: Buffer, *arguments: Any) -> None:
 
 
 class Asked(list[str]):
-    """Topic filters that the callback for SUBACK trips over."""
+    """Topic filters that make the SUBACK callback raise an error."""
 
     def __iter__(self) -> Iterator[str]:
         bug_at("bug in a callback of paho")

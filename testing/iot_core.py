@@ -25,7 +25,7 @@ CONNECT, PUBLISH, PUBACK, SUBSCRIBE = 1, 3, 4, 8
 
 
 def number(data: bytes | bytearray, at: int) -> tuple[int, int]:
-    """Return a length of MQTT (§1.5.5) and where it ends; -1 if it is not all there."""
+    """Return a Variable Byte Integer (MQTT 5 §1.5.5) and its end; -1 if bytes are missing."""
     value = 0
     for i, byte in enumerate(data[at : at + 4]):
         value |= (byte & 0x7F) << 7 * i
@@ -41,7 +41,7 @@ class Packets:
         self._frames, self._mqtt = bytearray(), bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Take what was read; return the packets that are complete now."""
+        """Add bytes that were read; return the packets that are now complete."""
         self._frames += data
         while self._frame():
             pass
@@ -66,14 +66,14 @@ class Packets:
             return False
         mask = frame[at : at + 4] if masked else bytes(4)
         payload = frame[end - length : end]
-        if frame[0] & 0x0F in (0, 2):  # binary, or more of it
+        if frame[0] & 0x0F in (0, 2):  # a binary or continuation frame
             self._mqtt += bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
         del frame[:end]
         return True
 
 
 class Endpoint:
-    """The stand-in, in a thread of its own, until it is closed.
+    """The stand-in. It runs in its own thread until it is closed.
 
     :param port: of Mosquitto's listener behind it, a WebSocket one for ``signed``.
     :param way: ``tls`` is for a broker behind it that does all the rest itself.
@@ -113,7 +113,7 @@ class Endpoint:
         self._loop.close()
 
     def cut(self) -> None:
-        """Reset all connections; what is under way is lost."""
+        """Reset all connections. Data in transit is lost."""
         self._run(self._cut())
 
     def _run(self, what: Coroutine[Any, Any, Any]) -> Any:
@@ -155,7 +155,7 @@ class Endpoint:
         writer.transport.abort()
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-        """Return what to send to Mosquitto first.
+        """Return the bytes to send to Mosquitto first.
 
         :raises RefusedError: the connection is not to be served.
         """
@@ -211,7 +211,7 @@ class Endpoint:
 
 
 class Look:
-    """What IoT Core would look at in one connection."""
+    """The checks that IoT Core makes on one connection."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -219,7 +219,7 @@ class Look:
         self._v5 = False
 
     def up(self, packets: list[bytes]) -> None:
-        """Look at what the client sends.
+        """Check the packets of the client.
 
         :raises ConnectionError: IoT Core would end the connection.
         """
@@ -233,7 +233,7 @@ class Look:
                 self._subscribe(packet, at)
 
     def down(self, packets: list[bytes]) -> None:
-        """Look at what the broker sends."""
+        """Check the packets of the broker."""
         self._in_flight += sum(
             packet[0] >> 4 == PUBLISH and packet[0] & 6 > 0 for packet in packets
         )

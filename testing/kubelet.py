@@ -1,4 +1,4 @@
-"""What a node's kubelet does with a pod, done with an engine's containers.
+"""A stand-in for the kubelet of a node: it runs pods as containers of Podman or Docker.
 
 As in a cluster: volumes with the owners and modes that a kubelet gives them, kept from the init
 containers, which run one by one, to the end of the pod, and claims beyond it; user, groups,
@@ -37,7 +37,7 @@ Entry = tuple[str, bytes, int, bytes]
 # What a kubelet adds for fsGroup: to files that are written to, to those that are not, to folders.
 GROUP_WRITES, GROUP_READS, GROUP_ENTERS = 0o660, 0o440, 0o2110
 
-# Fields without a meaning for containers in one machine's network.
+# Fields that mean nothing for containers in the network of one machine.
 UNUSED = {
     "pod": {"topologySpreadConstraints", "serviceAccountName", "automountServiceAccountToken"},
     "container": {"imagePullPolicy", "ports", "startupProbe", "readinessProbe", "livenessProbe"},
@@ -52,7 +52,7 @@ CONTAINER_SECURITY = {"allowPrivilegeEscalation", "readOnlyRootFilesystem", "cap
 
 
 def known(found: Object, names: set[str]) -> Object:
-    """Return ``found``, which has no other fields than these."""
+    """Return ``found`` after a check that it has no other fields than these."""
     assert found.keys() <= names, f"the kubelet of the tests does not know {found.keys() - names}"
     return found
 
@@ -89,7 +89,7 @@ class Kubelet:
         self._pods: list[Pod] = []
 
     def data(self, kind: str, name: str) -> dict[str, bytes]:
-        """Return what a ConfigMap or a Secret holds."""
+        """Return the data of a ConfigMap or Secret."""
         found = self._objects[kind, name]
         plain = {k: v.encode() for k, v in found.get("stringData", {}).items()}
         if kind == "Secret":
@@ -114,7 +114,7 @@ class Kubelet:
         return name, new
 
     def logs(self) -> str:
-        """Everything that all containers have said."""
+        """The output of all containers."""
         return "".join(pod.log() for pod in self._pods)
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ class Container(Service):
         return self._probe("startupProbe") and self._probe("readinessProbe")
 
     def wait_ready(self) -> None:
-        """Wait as long as the probe of the start lets it take."""
+        """Wait until the startup probe succeeds, as long as the probe allows."""
         probe = self.spec["startupProbe"]
 
         def ready_or_dead() -> bool:
@@ -245,7 +245,7 @@ class Pod:
         user, group = self.security["runAsUser"], self.security["runAsGroup"]
         assert self.security["runAsNonRoot"] is True
         assert user != 0, "container's runAsUser breaks non-root policy"
-        # The engine's own profile is what is asked for.
+        # RuntimeDefault is the profile of the engine.
         assert self.security["seccompProfile"] == {"type": "RuntimeDefault"}
         yield f"--user={user}:{group}"
         if "fsGroup" in self.security:
@@ -259,7 +259,7 @@ class Pod:
         self.main.launch()
 
     def stop(self) -> tuple[int, float]:
-        """End the pod as its deletion does; return the status and the seconds that it took."""
+        """Stop the pod as its deletion does; return the exit status and the seconds it took."""
         grace = self.spec.get("terminationGracePeriodSeconds", 30)
         begun = time.monotonic()
         self.kubelet.engine("stop", f"--time={grace}", self.main.id, timeout=grace + 30)
@@ -269,7 +269,7 @@ class Pod:
         return status, seconds
 
     def exec(self, *command: str) -> str:
-        """Return what a program prints in the pod's container."""
+        """Run a program in the container of the pod; return its output."""
         return self.kubelet.engine("exec", self.main.id, *command)
 
     def log(self) -> str:

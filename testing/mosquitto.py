@@ -52,7 +52,7 @@ class Mosquitto(Service):
             f"listener {self.port} {HOST}",
         ]
         if IS_ROOT:
-            lines.insert(0, "user root")  # or it gives up the rights to its files
+            lines.insert(0, "user root")  # another user could not read its files
         if scheme != "mqtt":
             lines += [f"listener {self._collector_port} {HOST}", *listener]
         self.config = folder / "mosquitto.conf"
@@ -75,7 +75,7 @@ class Mosquitto(Service):
             return sock.connect_ex((HOST, self.port)) == 0
 
     def reload(self) -> None:
-        """Have it read its password and ACL files again."""
+        """Make it read its password and ACL files again (SIGHUP)."""
         self.signal(signal.SIGHUP)
 
 
@@ -120,7 +120,7 @@ class DynamicSecurity:
         return [f"plugin {plugins[0]}", f"plugin_opt_config_file {self.file}"]
 
     def allow(self, broker: "Mosquitto", topic_filter: str) -> None:
-        """Allow everyone to subscribe to what was denied."""
+        """Allow the subscriptions that were denied."""
         command = {
             "command": "removeRoleACL",
             "rolename": "anyone",

@@ -1,4 +1,6 @@
-"""``iot-collector`` for which a name of AWS is a port here: named_collector.py NAME PORT COMMAND.
+"""``iot-collector`` that connects to a local port in place of a host name of AWS.
+
+Usage: named_collector.py NAME PORT COMMAND.
 
 The product has no hooks for tests; this script replaces the name resolution. OVERLAP shortens the
 time that a replaced filter stays.

@@ -1,4 +1,4 @@
-"""PostgreSQL: servers and databases of a test's own."""
+"""PostgreSQL servers and databases for tests."""
 
 import contextlib
 import os
@@ -110,7 +110,7 @@ timezone = 'Pacific/Chatham'   # an unusual offset: 12:45
 
 
 class Postgres(Service):
-    """A PostgreSQL server. As root it runs as the user ``postgres``: it refuses root."""
+    """A PostgreSQL server. It refuses to run as root, so root starts it as ``postgres``."""
 
     name = "postgres"
 
@@ -122,13 +122,13 @@ class Postgres(Service):
 
     @staticmethod
     def identity() -> dict[str, Any]:
-        """The arguments of Popen that make PostgreSQL's programs run as whom they accept."""
+        """Return arguments of Popen that start a program as ``postgres`` if root runs the tests."""
         return {"user": "postgres", "group": "postgres", "extra_groups": []} if IS_ROOT else {}
 
     @classmethod
     @contextlib.contextmanager
     def directory(cls) -> Iterator[Path]:
-        """A directory that the server's user owns; pytest's own are root's alone."""
+        """Create a directory that the server's user owns; those of pytest belong to root."""
         with tempfile.TemporaryDirectory(prefix="iot-test-", dir="/tmp") as name:
             if IS_ROOT:
                 shutil.chown(name, "postgres", "postgres")
@@ -162,7 +162,7 @@ class Postgres(Service):
         return self
 
     def copy(self, folder: Path) -> "Postgres":
-        """Return a server of its own from this one's data directory; this one must be stopped."""
+        """Return a new server with a copy of this data directory. This server must be stopped."""
         copied = Postgres(folder)
         subprocess.run(["cp", "-a", str(self.data), str(copied.data)], check=True)
         return copied
@@ -199,7 +199,7 @@ class Postgres(Service):
         return Database(self, name)
 
     def stop(self) -> int:
-        """End it in the "fast" way: open sessions are cut, open transactions rolled back."""
+        """Stop it in "fast" mode: sessions are disconnected, open transactions are rolled back."""
         self.signal(signal.SIGINT)
         return self.wait()
 

@@ -11,7 +11,7 @@ from .service import HOST, Service, binary, free_port
 
 
 class PostgresExporter(Service):
-    """The exporter, as a role with the given password file."""
+    """The exporter, logged in as the user of ``database`` with a password file."""
 
     name = "postgres-exporter"
 

@@ -47,7 +47,7 @@ class Prometheus(Service):
         ]
 
     def get(self, path: str, **parameters: object) -> Any:
-        """Ask its API and return the data of the answer."""
+        """Send a request to its API; return the data of the response."""
         url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         with urllib.request.urlopen(url, timeout=10) as answer:
             return json.load(answer)["data"]
@@ -59,7 +59,7 @@ class Prometheus(Service):
             return False
 
     def numbers(self, query: str, start: float, end: float) -> list[float]:
-        """All numbers of all series of a query from start to end, without NaN."""
+        """Return all values of all series of a query from start to end, without NaN."""
         result = self.get("query_range", query=query, start=start, end=end, step=1)["result"]
         values = [float(value) for series in result for _, value in series["values"]]
         return [value for value in values if not math.isnan(value)]

@@ -11,7 +11,8 @@ from typing import Literal
 HOST = "127.0.0.1"
 _TICK = 0.02  # seconds within which a change of mode is noticed
 
-# drop: read and thrown away; stuck: not read; lose: thrown away, and the connection is cut.
+# drop: bytes are read and discarded; stuck: bytes are not read; lose: bytes are discarded and the
+# connection is reset.
 Mode = Literal["pass", "drop", "stuck", "lose"]
 Way = Literal["up", "down"]
 
@@ -25,7 +26,7 @@ class Wire:
         self._end = threading.Event()
         self._lock = threading.Lock()
         self._running = 2
-        self.up: Mode | None = None  # a mode of its own, or the proxy's
+        self.up: Mode | None = None  # the mode of this connection; None: that of the proxy
         self.down: Mode | None = None
         for sock in self._sockets:
             sock.setblocking(False)
@@ -35,14 +36,14 @@ class Wire:
             thread.start()
 
     def cut(self) -> None:
-        """Reset the connection on both sides; what is under way is lost."""
+        """Reset the connection on both sides. Data in transit is lost."""
         for sock in self._sockets:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._end.set()
 
     def join(self) -> None:
-        """Wait for the end of a connection that was cut."""
+        """Wait until a connection that was reset has ended."""
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(10)
@@ -104,15 +105,15 @@ class Proxy:
         self.port: int = self._server.getsockname()[1]
         self.up: Mode = "pass"
         self.down: Mode = "pass"
-        self.refusing = False  # new connections are ended at once
-        self.rate: float | None = None  # bytes per second and way
-        # Called with what goes up, before it does, in the wire's own thread.
+        self.refusing = False  # new connections are closed at once
+        self.rate: float | None = None  # bytes per second in each direction
+        # Called with bytes to the service before they are sent, in the thread of the connection.
         self.on_up: Callable[[Wire, bytes], None] | None = None
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
     def cut(self) -> None:
-        """Reset every connection; new ones are let through."""
+        """Reset every connection. New ones work."""
         wires, self._wires = self._wires, []
         for wire in wires:
             wire.cut()
@@ -128,7 +129,7 @@ class Proxy:
 
     def _accept(self) -> None:
         while not self._closed.is_set():
-            with contextlib.suppress(OSError):  # TimeoutError is one: nobody has come
+            with contextlib.suppress(OSError):  # TimeoutError included: no new connection
                 client, _ = self._server.accept()
                 if self.refusing:
                     client.close()

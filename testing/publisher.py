@@ -1,4 +1,4 @@
-"""Devices: MQTT connections that publish, and count what the broker has acknowledged."""
+"""Devices: MQTT clients that publish and record the acknowledged messages."""
 
 import threading
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ class Broker(Protocol):
 
 @dataclass
 class Publisher:
-    """A device: a connection that counts what the broker has acknowledged.
+    """A device: an MQTT client that records the messages that the broker has acknowledged.
 
     It reconnects and sends again, as paho does, when the broker goes away.
     """

@@ -15,22 +15,22 @@ from typing import Any, Self, TypeVar
 
 HOST = "127.0.0.1"
 IS_ROOT = os.geteuid() == 0
-PATIENCE = 60.0  # seconds: far more than anything takes, so that a busy machine fails no test
+PATIENCE = 60.0  # seconds; far more than anything takes, even on a slow machine
 
 T = TypeVar("T")
 
 
 class ServiceError(AssertionError):
-    """A program is missing, ended, or did not do something in time; the text says which and what.
+    """A program is missing, has ended, or was too slow. The text names the program and the problem.
 
     A failure for pytest, and for the benchmark the one thing that it shows.
     """
 
 
 def eventually(predicate: Callable[[], T | None], timeout: float = PATIENCE, what: str = "") -> T:
-    """Return the predicate's first true value; fail when there was none in time.
+    """Call the predicate until its value is true; return the value. Fail after ``timeout`` seconds.
 
-    The one way in which these tests wait.
+    Tests wait in no other way.
     """
     until = time.monotonic() + timeout
     while not (value := predicate()):
@@ -40,16 +40,16 @@ def eventually(predicate: Callable[[], T | None], timeout: float = PATIENCE, wha
     return value
 
 
-# Each worker of pytest-xdist has a range of its own, below the ports that Linux gives to outgoing
-# connections and those that Molecule's scenarios listen on: nobody else takes a port between
-# `free_port` and the start of the service.
+# Each worker of pytest-xdist has its own range of ports, so that no other process takes a port
+# between `free_port` and the start of the service. The ranges are below the ephemeral ports of
+# Linux and the ports of the Molecule scenarios.
 _RANGE = 1000
 _FIRST = 20000 + _RANGE * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8)
 _offsets = itertools.count(random.randrange(_RANGE))
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing listens on, each time another one."""
+    """Return a TCP port that nothing listens on, a different one each time."""
     for offset in itertools.islice(_offsets, _RANGE):
         port = _FIRST + offset % _RANGE
         with contextlib.suppress(OSError), socket.socket() as sock:
@@ -59,7 +59,7 @@ def free_port() -> int:
 
 
 def binary(name: str, *folders: str) -> str:
-    """Return the path of a program; fail, never skip, when it is not installed."""
+    """Return the path of a program; fail if it is not installed."""
     path = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
     if path is None:
         raise ServiceError(
@@ -71,7 +71,7 @@ def binary(name: str, *folders: str) -> str:
 
 
 def children(pid: int) -> list[int]:
-    """Return the process ids of a process's children."""
+    """Return the process ids of the children of a process."""
     try:
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -88,7 +88,7 @@ def alive(pid: int) -> bool:
 
 
 class Service:
-    """A process that is started, killed and started again with the same files and port."""
+    """A process that can be started and killed repeatedly, with the same files and port."""
 
     name = "service"
 
@@ -101,11 +101,11 @@ class Service:
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
-        """More arguments of Popen."""
+        """Additional arguments of Popen."""
         return {}
 
     def ready(self) -> bool:
-        """Whether the process does its work."""
+        """Whether the process is ready for use."""
         return True
 
     @property
@@ -159,11 +159,11 @@ class Service:
         return self.wait()
 
     def kill(self) -> None:
-        """End the process as a power cut does."""
+        """Kill the process (SIGKILL)."""
         self.signal(signal.SIGKILL)
         self.wait()
 
     def close(self) -> None:
-        """End the process, if it runs, without ceremony."""
+        """Kill the process if it runs."""
         if self.running:
             self.kill()

@@ -1,4 +1,4 @@
-"""AWS's Signature Version 4 as a server checks it, written from AWS's description of it.
+"""The server side of AWS Signature Version 4, written after the AWS documentation.
 
 https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
 It shares no code with botocore. collector/tests/test_iot_core.py compares it with signatures that
@@ -17,7 +17,7 @@ EMPTY = hashlib.sha256(b"").hexdigest()  # of a request without a body
 
 
 class RefusedError(Exception):
-    """The request is not signed as it has to be."""
+    """The signature of the request is wrong."""
 
 
 class Secret(NamedTuple):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# Mitogen keeps a Python for the tasks of a run, where Ansible starts one for each task: a run takes
-# half the CPU time. Users do not have it, so some runs are made without it: Molecule's scenario of
-# the host, the collection in an empty directory, the machine behind SSH, the first run on AWS.
+# Mitogen keeps one Python for all tasks of a run. Ansible alone starts a Python for each task,
+# which takes more CPU time. Users do not have Mitogen, so some tests run without it: the Molecule
+# scenario of the host, the collection in an empty directory, the machine behind SSH, and on AWS the
+# first and second run.
 _MITOGEN = find_spec("ansible_mitogen")
 assert _MITOGEN is not None
 assert _MITOGEN.origin is not None

@@ -33,7 +33,7 @@ def metric_name(namespace: str, metric: str, statistic: str) -> str:
 
 
 def series(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Name and labels of each series of static jobs."""
+    """Return name and labels of each series of the static jobs."""
     for job in config["static"]:
         labels = {"name": job["name"], "account_id": "111122223333", "region": job["regions"][0]}
         labels |= {f"dimension_{d['name']}": d["value"] for d in job["dimensions"]}
@@ -43,7 +43,7 @@ def series(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def exposition(config: dict[str, Any]) -> str:
-    """What /metrics answers, when CloudWatch has a value for each metric."""
+    """Return the response of /metrics if CloudWatch has a value for each metric."""
     lines = []
     for name, labels in series(config):
         inner = ",".join(f'{label}="{value}"' for label, value in labels.items())

@@ -26,7 +26,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
 
 class Call(NamedTuple):
-    """A call to the account: where, and what, as IAM names it (``ec2:DescribeVpcs``)."""
+    """An API call to the account: region, and action as IAM names it (``ec2:DescribeVpcs``)."""
 
     region: str
     action: str
@@ -61,7 +61,7 @@ class Emulator(Service):
             "TMPDIR": str(self.folder),
             "GATEWAY_PORT": str(self.port),
             "BIND_HOST": HOST,
-            "IOT_MTLS_ENABLED": "0",  # would listen on all addresses
+            "IOT_MTLS_ENABLED": "0",  # it would listen on all addresses
             "DOCKER_HOST": "unix:///nonexistent",  # it starts containers where it finds Docker
             "AWS_EC2_METADATA_DISABLED": "true",
             "CALLS": str(self.folder / "calls"),
@@ -86,7 +86,7 @@ class Emulator(Service):
 
     @property
     def rds_certificates(self) -> Path:
-        """What AWS serves at truststore.pki.rds.amazonaws.com."""
+        """The certificates that AWS serves at truststore.pki.rds.amazonaws.com."""
         return self.folder / "rds-bundle.pem"
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class Emulator(Service):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What lets Ansible, boto3 and the AWS CLI talk to it, and to nothing else."""
+        """Environment that directs Ansible, boto3 and the AWS CLI to this emulator."""
         return {
             **KEYS,
             "AWS_ENDPOINT_URL": self.url,
@@ -118,24 +118,24 @@ class Emulator(Service):
         )
 
     def scenario(self, **entries: Any) -> None:
-        """What goes wrong from now on, see shims.py; nothing by default."""
+        """Set the failures from now on, see shims.py; none by default."""
         temporary = self.folder / "scenario.new"
         temporary.write_text(json.dumps(entries))
         temporary.rename(self.folder / "scenario.json")
 
     def calls(self) -> list[Call]:
-        """What the playbooks have asked for."""
+        """Return the API calls of the playbooks."""
         lines = (self.folder / "calls").read_text().splitlines()
         found = [Call(*line.split()) for line in lines]
         return [call for call in found if call.access_key != OBSERVER]
 
     def stacks(self, region: str = "eu-west-1") -> dict[str, str]:
-        """Status of each stack, by name, without those that are deleted."""
+        """Return the status of each stack by name, without deleted stacks."""
         found = self.client("cloudformation", region).describe_stacks()["Stacks"]
         return {stack["StackName"]: stack["StackStatus"] for stack in found}
 
     def has_stack(self, name: str, status: str, region: str = "eu-west-1") -> Callable[[], bool]:
-        """A question to be asked until the answer is yes."""
+        """Return a predicate for `eventually`."""
         return lambda: self.stacks(region).get(name) == status
 
 

@@ -20,13 +20,13 @@ FAULT = sys.argv.pop(1)
 
 
 def die_at(moment: str) -> None:
-    """End like in a power cut, if it is the time for it."""
+    """Exit without any cleanup, as in a power cut, if this is the chosen moment."""
     if moment == FAULT:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Cursor(WatchedCursor):
-    """A cursor with places to die at."""
+    """A cursor that can exit the process before or after a statement."""
 
     def execute(self, query: Any, values: Any = None) -> None:
         if isinstance(query, str) and query.startswith("UPDATE replay_copies"):

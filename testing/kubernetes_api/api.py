@@ -6,7 +6,7 @@ from typing import Any
 from . import defaults, errors
 from .controllers import Controllers
 from .kinds import BY_NAME, Kind
-from .merge import merge, without, without_nulls
+from .merge import merge, without_nulls
 from .store import Store, field_filter, label_filter
 
 Object = dict[str, Any]
@@ -14,11 +14,7 @@ Object = dict[str, Any]
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 # What a client may send back but cannot change.
 _SERVER_SIDE = ("uid", "creationTimestamp", "generation", "resourceVersion", "deletionTimestamp")
-# The kinds of patch, and whether they merge lists item by item.
-_BY_ITEM = {
-    "application/merge-patch+json": False,
-    "application/strategic-merge-patch+json": True,
-}
+_MERGE_PATCH = "application/merge-patch+json"
 
 
 class Api:
@@ -26,8 +22,6 @@ class Api:
 
     def __init__(self, store: Store, controllers: Controllers) -> None:
         self._store, self._controllers = store, controllers
-        # What each field manager applied last, by uid and manager.
-        self._applied: dict[tuple[str, str], Object] = {}
 
     def read(self, kind: Kind, namespace: str, name: str) -> Object:
         obj = self._store.get(kind.kind, namespace, name)
@@ -71,44 +65,17 @@ class Api:
             self._controllers.reconcile()
         return obj
 
-    def replace(self, kind: Kind, namespace: str, name: str, body: Object, dry: bool) -> Object:
-        old = self.read(kind, namespace, name)
-        return self._change(kind, old, self._decoded(kind, namespace, body), dry)
-
     def patch(
         self, kind: Kind, namespace: str, name: str, body: Object, content_type: str, dry: bool
     ) -> Object:
-        if content_type not in _BY_ITEM:
+        if content_type != _MERGE_PATCH:
             raise errors.ApiError(
                 *(415, "UnsupportedMediaType"),
                 f"the body of the request was in an unknown format - accepted media types include: "
-                f"{', '.join(_BY_ITEM)}",
+                f"{_MERGE_PATCH}",
             )
         old = self.read(kind, namespace, name)
-        new = merge(deepcopy(old), body, by_item=_BY_ITEM[content_type])
-        return self._change(kind, old, new, dry)
-
-    def apply(
-        self, kind: Kind, namespace: str, name: str, body: Object, manager: str, dry: bool
-    ) -> Object:
-        """Server-side apply: merges, and takes away what this manager applied before and left out
-        now. Conflicts between managers are not found, and managedFields are not kept.
-
-        https://kubernetes.io/docs/reference/using-api/server-side-apply/
-        """
-        if not manager:
-            raise errors.invalid('PatchOptions.meta.k8s.io "" is invalid: fieldManager: Required')
-        body = without_nulls(body)
-        old = self._store.get(kind.kind, namespace, name)
-        if old is None:
-            result = self.create(kind, namespace, deepcopy(body), dry)
-        else:
-            before = self._applied.get((old["metadata"]["uid"], manager), {})
-            kept = without(deepcopy(old), before, body)
-            result = self._change(kind, old, merge(kept, body, by_item=True), dry)
-        if not dry:
-            self._applied[result["metadata"]["uid"], manager] = body
-        return result
+        return self._change(kind, old, merge(deepcopy(old), body), dry)
 
     def delete(self, kind: Kind, namespace: str, name: str, dry: bool) -> Object:
         obj = self.read(kind, namespace, name)

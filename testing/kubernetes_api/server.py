@@ -101,11 +101,6 @@ class Server:
                 if kind.kind == "Namespace":
                     self._controllers.finish(obj)
                 return obj
-            case "PUT", True:
-                return api.replace(kind, namespace, name, given, dry)
-            case "PATCH", True if content_type == "application/apply-patch+yaml":
-                manager = query.get("fieldManager", "")
-                return api.apply(kind, namespace, name, given, manager, dry)
             case "PATCH", True:
                 return api.patch(kind, namespace, name, given, content_type, dry)
             case "DELETE", True:
