@@ -201,7 +201,7 @@ def assert_stored_once(
     assert_healthy(*collectors)
     found = stored(database)
     del found[end]
-    assert set(found) <= load.sent, "stored but never sent"
+    assert set(found) <= load.sent, "only sent messages are stored"
     repeated = {payload for payload, count in found.items() if count > 1}
     assert repeated <= (twice or set()), f"{len(repeated)} of {len(acknowledged)} stored twice"
     return found
@@ -463,8 +463,8 @@ def test_connections_stay_up_while_the_database_hangs_beyond_keepalive(
             window = qos1.metrics()["messages_in_flight"]
             holder.rollback()
         # Besides its payload, a message takes about 150 bytes for its row and objects.
-        assert waiting * (size + 150) >= 1 << 20, "reading stopped before the buffer was full"
-        assert waiting * 4000 <= 4 << 20, "far more is held than the size of the buffer"
+        assert waiting * (size + 150) >= 1 << 20, "the buffer was full before reading stopped"
+        assert waiting * 4000 <= 4 << 20, "about as much as the buffer size is held"
         assert grown < 20 << 20, f"{grown >> 20} MiB more memory for 40 MB of messages"
         # Mosquitto before 2.0.21 sends more than its window. Then only the buffer limits it.
         assert window > 100
@@ -942,7 +942,7 @@ LOCK_MESSAGES = "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE"
 
 LOSS = pytest.mark.xfail(
     strict=True,
-    reason="with DUP, the packet id and the content of a stored message: seen as it (ADR 1)",
+    reason="has DUP, and packet id and content of a stored message: looks redelivered (ADR 1)",
 )
 
 
