@@ -21,7 +21,7 @@ from .trial import Result
 
 _HERE = Path(__file__).parent
 _QUICK = "collector,stock,naive,sub,limit"
-_PACED = ("collector", "node", "go", "bridge")  # whose delays are worth their time
+_PACED = ("collector", "node", "go", "bridge")  # the competitors for mode fixed
 _MODES = ("drain", "live", "fixed", "idle", "memory")
 
 
@@ -48,7 +48,7 @@ def _list_of(
 @click.option("--idle-seconds", default=20.0)
 @click.option("--repetitions", default=1)
 @click.option("--full", is_flag=True, help="All competitors and modes, three times, longer runs.")
-@click.option("--profile", is_flag=True, help="Record where ours spends its time, with py-spy.")
+@click.option("--profile", is_flag=True, help="Profile the collector with py-spy.")
 @click.option("--mosquitto", default="mosquitto", help="The broker to start.")
 @click.option("--port", default=31_001, help="The first of three ports on 127.0.0.1.")
 @click.option("--work", type=click.Path(path_type=Path), default=_HERE / ".work")
@@ -95,7 +95,7 @@ def main(
                 memory_count,
                 idle_seconds,
             )
-            source = _source()  # now: others may commit while this runs
+            source = _source()  # now, because commits may be made during the run
             results, failed = _run(stage, chosen, plan, repetitions)
     except ServiceError as error:
         raise click.ClickException(str(error)) from error
@@ -129,7 +129,7 @@ def _prepare(
 
 @dataclass(frozen=True)
 class Step:
-    """One mode with its figures."""
+    """A mode with its parameters."""
 
     name: str
     run: Callable[[trial.Stage, Competitor], Result]
@@ -152,7 +152,7 @@ def _plan(
         )
 
     steps = {
-        # A backlog of at most ten seconds for the slow ones.
+        # Slow competitors get a backlog of at most ten seconds.
         "drain": [Step("drain", lambda s, c: trial.drain(s, c, min(count, c.speed * 10)))],
         "live": [Step("live", lambda stage, c: trial.live(stage, c, seconds))],
         "fixed": [fixed(rate) for rate in rates],
@@ -171,7 +171,7 @@ def _plan(
 def _run(
     stage: trial.Stage, competitors: list[Competitor], plan: list[Step], repetitions: int
 ) -> tuple[list[Result], list[str]]:
-    """Run everything; competitors take turns, so that what changes in time hits all alike."""
+    """Run everything. Competitors take turns, so that changes over time affect all of them."""
     results, failed = [], []
     for step in plan:
         for repetition in range(repetitions if step.name not in ("idle", "memory") else 1):
@@ -189,7 +189,7 @@ def _run(
 
 
 def _source() -> str:
-    """Say which collector is measured: the installed one, which need not be the checkout's."""
+    """Name the commit of the installed collector, which may differ from the working tree."""
     git = ["git", "-C", str(_HERE.parent)]
     installed = Path(iot_collector.__file__).parent
     files = {
@@ -215,7 +215,7 @@ def _holds(command: list[str], content: bytes) -> bool:
 
 
 def _header(versions: dict[str, str], repetitions: int, source: str) -> str:
-    """Describe the machine, the versions and the command."""
+    """Describe the command, the machine and the versions."""
     cpu = next(
         (
             line.partition(":")[2].strip()
@@ -229,17 +229,17 @@ def _header(versions: dict[str, str], repetitions: int, source: str) -> str:
     return f"""# Results
 
 Written by `python -m benchmarks {shlex.join(sys.argv[1:])}`
-on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, with {source}. How it is measured: [README](README.md).
+on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, with {source}. Method: [README](README.md).
 
 {os.cpu_count()} cores ({cpu}), {memory:.0f} GB, {platform.system()} {platform.release()}; \
 {repetitions} repetitions; ranges are from minimum to maximum.
 
 {names}
 
-Ranges are of few runs on a shared machine: where other programs used more than some tenths of a
-core, take differences below a factor of two for noise. The C subscriber is no upper limit in live
-mode: it reads each message as it comes, and so takes more from the broker's cores than those who
-wait a little and read many.
+The ranges come from few runs on a shared machine. Where other programs used more than some tenths
+of a core, differences below a factor of two are noise. In mode live, the C subscriber is not an
+upper limit: it reads each message at once, and so takes more CPU time from the broker than
+competitors that wait and read many messages together.
 
 """
 

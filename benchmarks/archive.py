@@ -1,8 +1,8 @@
-"""What the archive of a month takes: `python -m benchmarks.archive 2 10` (millions of messages).
+"""The cost of archiving a month: `python -m benchmarks.archive 2 10` (millions of messages).
 
-The messages are those of `iot-collector simulate`, text and JSON alike, from 100 devices at a
-steady rate over one month. `iot-collector archive` and `restore` run as processes; while the first
-one runs, and for 10 seconds before, a thread inserts single rows. Writes ARCHIVE.md.
+The messages are from `iot-collector simulate`, with text and with JSON payloads, from 100 devices
+at a constant rate over one month. `iot-collector archive` and `restore` run as processes. During
+archive, and for 10 seconds before, a thread inserts single rows. Writes ARCHIVE.md.
 """
 
 import argparse
@@ -39,11 +39,11 @@ _SIZE = "SELECT pg_total_relation_size('messages_2020_02')"
 
 def _lines(count: int, payload: str) -> Iterator[bytes]:
     """Yield the messages in COPY's text format."""
-    dice = random.Random(1)
+    rng = random.Random(1)
     source = messages(Plan(devices=100, payload=payload, topic=_TOPIC))
     for n, (topic, body) in enumerate(itertools.islice(source, count)):
-        # Devices and networks are not punctual to the microsecond.
-        received = _MONTH.timestamp() + (n + dice.random()) * _SECONDS / (count + 1)
+        # Real messages do not arrive at exactly regular times.
+        received = _MONTH.timestamp() + (n + rng.random()) * _SECONDS / (count + 1)
         moment = datetime.fromtimestamp(received, UTC).isoformat()
         [fields] = fields_of_all([body])
         text = "\\N" if fields is None else fields.decode().replace("\\", "\\\\")
@@ -51,7 +51,7 @@ def _lines(count: int, payload: str) -> Iterator[bytes]:
 
 
 class _Inserter(threading.Thread):
-    """Inserts a row of today every 5 ms, and notes how long each takes, in milliseconds."""
+    """Inserts a row with the current time every 5 ms, and records the milliseconds of each."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -79,7 +79,7 @@ class _Inserter(threading.Thread):
 
 
 def _run(settings: dict[str, str], *arguments: str) -> tuple[float, float]:
-    """Run iot-collector; return the seconds that it took, and the most memory, in MB."""
+    """Run iot-collector; return its duration in seconds and its maximum memory in MB."""
     started = time.perf_counter()
     process = subprocess.Popen([iot_collector(), *arguments], env=os.environ | settings)
     _, status, usage = os.wait4(process.pid, 0)
@@ -145,10 +145,10 @@ def main() -> None:
 def _page(rows: list[str]) -> str:
     return "\n".join(
         [
-            "# What the archive of a month takes",
+            "# The cost of archiving a month",
             "",
-            f"Written by `python -m benchmarks.archive` on {datetime.now(UTC):%Y-%m-%d}. What is "
-            "measured and how stands at the top of archive.py.",
+            f"Written by `python -m benchmarks.archive` on {datetime.now(UTC):%Y-%m-%d}. The head "
+            "of archive.py describes the method.",
             "",
             "| messages | payload | bytes in the table, with indexes | bytes in the archive |"
             " archived/s | restored/s | memory of archive, MB |"

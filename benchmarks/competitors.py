@@ -1,4 +1,4 @@
-"""Who is measured, and how each is built and started."""
+"""The competitors, and how each is built and started."""
 
 import json
 import os
@@ -19,7 +19,7 @@ CLIENT_ID = "benchmark-collector"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run happens."""
+    """Paths, ports and database of a run."""
 
     work: Path
     broker_port: int
@@ -28,21 +28,21 @@ class Place:
 
     @property
     def count_file(self) -> Path:
-        """Where a subscriber that stores nothing leaves a trace of what it received."""
+        """The file to which a competitor that stores nothing writes its count or messages."""
         return self.work / "count"
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """One way to get messages from broker to database."""
+    """A program that stores messages of a broker in a database."""
 
     name: str
     title: str
     command: Callable[[Place], list[str]]
-    prepare: Callable[[Place], str]  # returns versions; raises ServiceError when it cannot run here
-    speed: int  # a rough guess of messages per second, to keep the slow ones' runs short
+    prepare: Callable[[Place], str]  # returns versions; raises ServiceError if it cannot run here
+    speed: int  # estimated messages per second, to keep runs of slow ones short
     environment: Callable[[Place], dict[str, str]]
-    counted: Callable[[Place], int] | None = None  # set for those that store nothing
+    counted: Callable[[Place], int] | None = None  # only for those that store nothing
     metrics: bool = False
     table: str = "messages"
 
@@ -74,12 +74,12 @@ def _peer(place: Place) -> dict[str, str]:
 
 
 def _collector(*arguments: str) -> list[str]:
-    """Return a command line of the collector that is installed beside this Python."""
+    """Return a command line for the collector in the environment of this Python."""
     return [str(Path(sys.executable).with_name("iot-collector")), *arguments]
 
 
 def migrate(place: Place) -> None:
-    """Make the schema: the same for every competitor."""
+    """Create the schema, which all competitors use."""
     processes.run(_collector("migrate"), env=os.environ | _ours(place))
 
 
@@ -103,7 +103,7 @@ def _build_node(place: Place) -> str:
     return ", ".join(versions)
 
 
-# Where Debian's golang-*-dev packages put their sources.
+# The directory with the sources of Debian's golang-*-dev packages.
 _GO_PATH = "/usr/share/gocode"
 _GO_PACKAGES = {
     "golang-github-eclipse-paho.mqtt.golang-dev": "github.com/eclipse/paho.mqtt.golang",
@@ -117,7 +117,7 @@ def _build_go(place: Place) -> str:
             raise ServiceError(f"apt-get install golang-go {' '.join(_GO_PACKAGES)} ({package})")
     folder = place.work / "go"
     folder.mkdir(exist_ok=True)
-    # Without modules: the sources are Debian's packages, nothing is downloaded.
+    # Without modules, Go uses the sources of Debian's packages and downloads nothing.
     go = {
         "GO111MODULE": "off",
         "GOPATH": _GO_PATH,

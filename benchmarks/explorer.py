@@ -1,8 +1,8 @@
-"""What a viewer of the live page costs: ``python -m benchmarks.explorer``.
+"""The cost of a viewer of the live page: ``python -m benchmarks.explorer``.
 
-A steady load over many topics goes on all the time; segments without and with a viewer take turns,
-so that whatever else the machine does hits both. The viewer has three levels of the tree open and a
-topic chosen, and reads its stream of events as a browser does. Writes EXPLORER.md.
+There is a constant load on many topics. Segments without and with a viewer take turns, so that
+other load on the machine affects both. The viewer has three levels of the tree expanded and a topic
+selected, and reads its event stream like a browser. Writes EXPLORER.md.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def _topic(number: int) -> str:
 
 
 def _generate(rate: int, topics: int, stop: Event) -> None:
-    """Publish at a steady rate, each topic in turn, until ``stop``."""
+    """Publish at a constant rate, to each topic in turn, until ``stop`` is set."""
     heads = []
     for number in range(topics):
         topic = _topic(number).encode()
@@ -71,7 +71,7 @@ def _generate(rate: int, topics: int, stop: Event) -> None:
 
 
 class _Viewer(threading.Thread):
-    """Reads the stream of events until told to stop."""
+    """Reads the event stream until ``done`` is set."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -102,13 +102,13 @@ class _Viewer(threading.Thread):
 class _Segment:
     viewer: bool
     rate: float
-    collector: float  # milliseconds of CPU time per second, as the rest
+    collector: float  # milliseconds of CPU time per second, as for the next two
     database: float
     broker: float
     delay: float  # mean, milliseconds
     memory: float  # MB
-    http: float  # the collector's threads that neither receive nor store
-    others: float  # ms of CPU time per second of what is not ours
+    http: float  # threads of the collector that neither receive nor store
+    others: float  # ms of CPU time per second of other programs
     events: float = 0.0  # per second
     kilobytes: float = 0.0
 
@@ -162,7 +162,7 @@ def _measure(seconds: float, viewer: bool, pids: dict[str, int]) -> _Segment:
 
 
 def _threads(pid: int) -> dict[str, float]:
-    """Return CPU seconds by thread; the kernel gives nanoseconds (proc(5), schedstat)."""
+    """Return CPU seconds by thread, from nanoseconds in schedstat (proc(5))."""
     folders = Path(f"/proc/{pid}/task").iterdir()
     return {f.name: int((f / "schedstat").read_text().split()[0]) / 1e9 for f in folders}
 
@@ -172,7 +172,7 @@ def _cpu(pids: dict[str, int]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, print, and write the page."""
+    """Measure, print and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rate", type=int, default=10_000)
     parser.add_argument("--topics", type=int, default=10_000)
@@ -188,7 +188,7 @@ def main() -> None:
         services.database(_PORT + 1, Path(work) / "postgresql") as database,
         services.broker("mosquitto", _PORT, Path(work) / "mosquitto") as broker,
     ):
-        # As in production: it is what keeps the index on received_at up to date.
+        # As in production, autovacuum keeps the index on received_at up to date.
         database.query("ALTER SYSTEM SET autovacuum = on")
         database.query("SELECT pg_reload_conf()")
         migrate(Settings(database_url=database.url))
@@ -227,7 +227,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _open(work: str) -> Iterator[None]:
-    """Let the users into the directory that broker and database run as."""
+    """Make the directory accessible to the users of broker and database."""
     Path(work).chmod(0o755)
     yield
 
@@ -260,27 +260,27 @@ def _page(segments: list[_Segment], options: argparse.Namespace) -> str:
     rows = [
         ("messages stored per second", *cells("rate", 0)),
         ("collector, ms of CPU time per second", *cells("collector")),
-        ("of it, threads that neither receive nor store", *cells("http", 2)),
+        ("of which threads that neither receive nor store", *cells("http", 2)),
         ("PostgreSQL, ms of CPU time per second", *cells("database")),
         ("Mosquitto, ms of CPU time per second", *cells("broker")),
         ("mean delay from receipt to COMMIT, ms", *cells("delay", 2)),
         ("collector's memory, MB", *cells("memory")),
-        ("other programs of the machine, ms of CPU time per second", *cells("others", 0)),
+        ("other programs on the machine, ms of CPU time per second", *cells("others", 0)),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     events = statistics.median(segment.events for segment in sides[True])
     kilobytes = statistics.median(segment.kilobytes for segment in sides[True])
     command = f"--rate {options.rate} --topics {options.topics} --seconds {options.seconds:g}"
-    return f"""# What a viewer of the live page costs
+    return f"""# The cost of a viewer of the live page
 
 Written by `python -m benchmarks.explorer {command} --repetitions {options.repetitions}`
 on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {os.cpu_count()} cores, everything on one machine.
 
-{options.rate:,} messages a second over {options.topics:,} topics, all the time. Segments of \
-{options.seconds:g} s without and with a viewer take turns.
-The viewer has three levels of the tree open, which shows 201 nodes, and one topic chosen. It gets \
-{events:.1f} events and {kilobytes:.0f} kB a second.
-Ranges are from minimum to maximum; the change is that of the medians.
+There is a constant load of {options.rate:,} messages a second on {options.topics:,} topics. \
+Segments of {options.seconds:g} s without and with a viewer take turns.
+The viewer has three levels of the tree expanded, which shows 201 nodes, and one topic selected. \
+It gets {events:.1f} events and {kilobytes:.0f} kB a second.
+Ranges are from minimum to maximum. The change is between the medians.
 
 | | without | with one viewer | change |
 |---|---:|---:|---:|

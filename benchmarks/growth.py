@@ -1,11 +1,11 @@
-"""How inserting and asking grow with the table: `python -m benchmarks.growth 1 10 25` (millions).
+"""Inserts and queries while the table grows: `python -m benchmarks.growth 1 10 25` (millions).
 
-Rows go through the collector's own `Store`, in batches of 5000 that were read 50 at a time, with
-times of a steady 4 messages a second from 100 devices: a million rows are three days, and
-partitions come as months do. At each size, the indexes of months that are over are rebuilt, as
-`iot-collector archive` does, and the queries of people and dashboards are run five times. At the
-last size, the summaries of the last 31 days are computed, a day at a time, and the SQL of
-docs/queries.md is run. Writes GROWTH.md.
+Rows are stored with the collector's own `Store`, in batches of 5000, of reads of 50. Their times
+are those of 4 messages a second from 100 devices, so a million rows are three days, and there is a
+partition for each month. At each size, the indexes of past months are rebuilt, as
+`iot-collector archive` does, and typical queries run five times. At the last size, the summaries of
+the last 31 days are computed, one day at a time, and the SQL of docs/queries.md runs. Writes
+GROWTH.md.
 """
 
 import argparse
@@ -55,7 +55,7 @@ _RECIPE = r"## ([^\n]+)\n[^#]*?```sql\n(.*?)```"
 
 
 def _summarize(database: services.Database, now: datetime) -> float:
-    """Compute the summaries of the last 31 days; return PostgreSQL's CPU in µs a message."""
+    """Compute the summaries of the last 31 days; return CPU µs of PostgreSQL per message."""
     before = processes.cpu_of_tree(database.server.pid)
     for day in range(31, 0, -1):
         start = now - timedelta(days=day)
@@ -69,7 +69,7 @@ def _summarize(database: services.Database, now: datetime) -> float:
 
 
 def _recipes(database: services.Database, now: datetime) -> dict[str, float]:
-    """Run each recipe of docs/queries.md as if it were ``now``; return milliseconds by heading."""
+    """Run the queries of docs/queries.md with ``now`` for now(); return milliseconds by heading."""
     recipes = re.findall(_RECIPE, _PAGE.read_text(), re.DOTALL)
     return {
         name: _milliseconds(database, sql.replace("now()", "%(now)s::timestamptz"), now)
@@ -114,7 +114,7 @@ def _milliseconds(database: services.Database, sql: str, now: datetime) -> float
 
 
 def main() -> None:
-    """Grow the table step by step, and write what each size costs."""
+    """Fill the table step by step, and write the results for each size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("millions", nargs="+", type=float)
     sizes = [int(m * 1e6) // _BATCH * _BATCH for m in parser.parse_args().millions]
@@ -155,7 +155,7 @@ _SIZE = (
     "SELECT sum(pg_total_relation_size(inhrelid)) FROM pg_inherits"
     " WHERE inhparent = 'messages'::regclass"
 )
-_INDEXES = (  # of the months that have rows, the oldest first
+_INDEXES = (  # of months with rows, oldest first
     "SELECT inhrelid::regclass FROM pg_inherits WHERE inhparent = 'messages_topic'::regclass"
     " AND pg_relation_size(inhrelid) > 8192 ORDER BY inhrelid::regclass::text"
 )
@@ -174,8 +174,8 @@ def _page(table: dict[str, list[str]], cpu: float, recipes: dict[str, float]) ->
     lines = [
         "# How the table grows",
         "",
-        f"Written by `python -m benchmarks.growth` on {datetime.now(UTC):%Y-%m-%d}. What is "
-        "measured and how stands at the top of growth.py. Times are medians of five, in one run.",
+        f"Written by `python -m benchmarks.growth` on {datetime.now(UTC):%Y-%m-%d}. The head of "
+        "growth.py describes the method. Times are medians of five, in one run.",
         "",
         "| rows | " + " | ".join(table) + " |",
         "|---|" + "---:|" * len(table),
@@ -184,9 +184,9 @@ def _page(table: dict[str, list[str]], cpu: float, recipes: dict[str, float]) ->
             for i, name in enumerate(names)
         ),
         "",
-        f"At the last size, the summaries took {cpu:.1f} µs of PostgreSQL's CPU a message (three "
-        "values each), and the first query under each heading of "
-        "[docs/queries.md](../docs/queries.md):",
+        f"At the last size, the summaries took {cpu:.1f} µs of PostgreSQL's CPU per message (with "
+        "three values each). The first query under each heading of "
+        "[docs/queries.md](../docs/queries.md) took:",
         "",
         "| query | ms |",
         "|---|---:|",

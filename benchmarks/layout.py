@@ -1,11 +1,11 @@
-"""What a row of ``messages`` costs in other layouts: `python -m benchmarks.layout`.
+"""The cost of a row of ``messages`` in other table layouts: `python -m benchmarks.layout`.
 
-Each variant gets the same messages of `iot-collector simulate`, as binary COPY of 5000 rows a
-transaction into a partitioned table. 50 messages have the same time, as if they were read from the
-broker at once. The variants take turns, each with an empty table, three times; the tables show
-medians. CPU is that of all processes of PostgreSQL, with the checkpoint that ends each turn.
-Queries are run after VACUUM (ANALYZE), five times each. "Rebuild" is what REINDEX CONCURRENTLY of
-the indexes takes after that. Writes LAYOUT.md, but for its text.
+Each variant stores the same messages of `iot-collector simulate` in a partitioned table, with
+binary COPY and 5000 rows per transaction. Each 50 messages have the same time, as if they came from
+one read. The variants take turns three times, each with an empty table. The tables show medians.
+CPU is the CPU time of all PostgreSQL processes, including a checkpoint at the end of each turn.
+Queries run after VACUUM (ANALYZE), five times each. "Rebuild" is the cost of REINDEX CONCURRENTLY
+after that. Appends its tables to LAYOUT.md.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from iot_collector.simulate import Plan, messages
 from . import processes, services
 
 _BATCH, _READ = 5_000, 50
-_BASE = 1_000_000  # different messages; they are repeated after that
+_BASE = 1_000_000  # number of different messages, which are then repeated
 _EVERY = 0.25  # seconds of the table's time between two messages
 _START = 820_540_800  # 2026-01-01 UTC, in seconds since 2000-01-01
 _ROUNDS = 3
@@ -49,8 +49,8 @@ _BRIN = "CREATE INDEX ON stored USING brin (received_at) WITH (autosummarize = o
 _BTREE = "CREATE INDEX ON stored (topic, received_at DESC)"
 _BTREE_UP = "CREATE INDEX ON stored (topic, received_at)"
 _BTREE_ID = "CREATE INDEX ON stored (topic_id, received_at DESC)"
-# Marks a row whose payload is JSON and whose fields are not stored. In a column that is there: a
-# ninth column would make the header of each row 8 bytes longer, because of its bitmap of NULLs.
+# Marks a row with a JSON payload and without stored fields. It is part of an existing column: with
+# a ninth column, the NULL bitmap would make the header of each row 8 bytes longer.
 _IS_JSON = 4  # added to qos
 _PARSED = "convert_from(payload, 'UTF8')::jsonb"
 _COLLATE_C = 'ALTER TABLE stored ALTER topic TYPE text COLLATE "C"'
@@ -60,23 +60,23 @@ _CHECK = f"ALTER TABLE stored ADD CHECK (qos < {_IS_JSON} OR {_PARSED} IS NOT NU
 
 @dataclass(frozen=True)
 class Variant:
-    """A layout; ``columns`` are those after ``received_at``, in their order in the table."""
+    """A layout. ``columns`` are the columns after ``received_at``, in the order of the table."""
 
     columns: tuple[str, ...] = _TODAY
     indexes: tuple[str, ...] = (_BTREE, _BRIN)
     with_id: bool = True
     more: str = ""  # SQL after CREATE TABLE
-    derived: bool = False  # the fields of JSON are not stored, but parsed by the view
-    sort: bool = False  # the rows of each COPY by topic
+    derived: bool = False  # fields of JSON are not stored, but parsed by the view
+    sort: bool = False  # sort the rows of each COPY by topic
 
     @property
     def dictionary(self) -> bool:
-        """Whether topics are in a table of their own."""
+        """Whether topics are in a separate table."""
         return "topic_id" in self.columns
 
     @property
     def create(self) -> list[str]:
-        """The statements that make the tables, and the views that the queries use."""
+        """The statements that create the tables, and the views for the queries."""
         definitions = [f"{name} {_TYPES[name]}" for name in ("received_at", *self.columns)]
         if self.with_id:
             definitions.insert(0, "id bigint NOT NULL GENERATED ALWAYS AS IDENTITY (CACHE 1000)")
@@ -139,7 +139,7 @@ _QUERIES = {
 
 
 class Data:
-    """The messages, each column encoded for a binary COPY."""
+    """The messages, with each column encoded for binary COPY."""
 
     def __init__(self, rows: int, topics: int, payload: str) -> None:
         plan = Plan(devices=topics, topic="iot/{device}/data", payload=payload)
@@ -198,7 +198,7 @@ WHERE indrelid = 'stored_2026'::regclass
 
 
 def _turn(database: services.Database, variant: Variant, data: Data) -> dict[str, float]:
-    """Fill the table of a variant once; return bytes and microseconds a row, and milliseconds."""
+    """Fill the table of a variant; return bytes and CPU µs per row, and milliseconds of queries."""
     for sql in variant.create:
         database.query(sql)
     database.query("CHECKPOINT")
@@ -268,7 +268,7 @@ def _table(results: dict[str, list[dict[str, float]]], columns: list[str], digit
 
 
 def main() -> None:
-    """Measure the variants, and add what was measured to the end of LAYOUT.md."""
+    """Measure the variants, and append the tables to LAYOUT.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--topics", type=int, default=1_000)

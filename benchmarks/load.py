@@ -1,8 +1,8 @@
-"""The load generator, a process of its own: ``python -m benchmarks.load --port 31001 …``.
+"""The load generator, a separate process: ``python -m benchmarks.load --port 31001 …``.
 
-It builds packets itself because it shares two cores with what is measured: about 2 µs a message.
-With a rate, a message's payload says when it was *due*, so a generator or broker that falls behind
-shows up as delay instead of hiding it. Its last line is a JSON object of what it did.
+It builds packets itself (about 2 µs per message), because it shares two cores with the measured
+programs. With a rate, the payload of a message has the time when it was *due*, so that a late
+generator or broker shows as delay. The last line of its output is a JSON object with its results.
 """
 
 import argparse
@@ -22,7 +22,7 @@ _PATIENCE = 120.0
 
 @dataclass(slots=True)
 class Device:
-    """One connection; the messages of a device are numbered without gaps."""
+    """One connection. The messages of a device are numbered without gaps."""
 
     number: int
     sock: socket.socket
@@ -32,11 +32,11 @@ class Device:
 
     @property
     def outstanding(self) -> int:
-        """How many messages the broker has not acknowledged."""
+        """The number of messages that the broker has not acknowledged."""
         return self.sent - self.acknowledged_bytes // _PUBACK_SIZE
 
     def fill(self, count: int, sent_us: list[int]) -> None:
-        """Append ``count`` messages to what is to be sent."""
+        """Append ``count`` messages to the unsent data."""
         packets = [self.unsent]
         for i in range(count):
             sequence = self.sent + i
@@ -46,7 +46,7 @@ class Device:
         self.sent += count
 
     def flush(self) -> None:
-        """Send what the socket takes."""
+        """Send as much as the socket accepts."""
         if self.unsent:
             try:
                 self.unsent = self.unsent[self.sock.send(self.unsent) :]
@@ -65,7 +65,7 @@ class Device:
 
 
 def flood(devices: list[Device], count: int | None, seconds: float) -> None:
-    """Send as fast as the broker takes it, until ``count`` messages or ``seconds`` are over."""
+    """Publish as fast as the broker accepts, until ``count`` messages or ``seconds``."""
     selector = selectors.DefaultSelector()
     device: Device
     for device in devices:
@@ -95,7 +95,7 @@ def flood(devices: list[Device], count: int | None, seconds: float) -> None:
 
 
 def pace(devices: list[Device], rate: float, seconds: float) -> float:
-    """Send each message when it is due; return the most that one was late, in seconds."""
+    """Publish each message when it is due; return the maximum lateness in seconds."""
     start = time.time()
     total = int(rate * seconds)
     latest = 0.0
@@ -120,11 +120,11 @@ def pace(devices: list[Device], rate: float, seconds: float) -> float:
 
 
 def finish(devices: list[Device]) -> None:
-    """Wait until the broker has acknowledged everything."""
+    """Wait until the broker has acknowledged all messages."""
     until = time.monotonic() + _PATIENCE
     while any(device.outstanding or device.unsent for device in devices):
         if time.monotonic() > until:
-            raise TimeoutError("the broker does not acknowledge what it was sent")
+            raise TimeoutError("the broker does not acknowledge all messages")
         for device in devices:
             device.flush()
             device.receive()
@@ -135,13 +135,15 @@ def finish(devices: list[Device]) -> None:
 
 
 def main() -> None:
-    """Generate the load that the arguments ask for."""
+    """Generate the load of the arguments."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--connections", type=int, default=4)
     parser.add_argument("--count", type=int)
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--rate", type=float, help="as fast as can be when left out")
+    parser.add_argument(
+        "--rate", type=float, help="messages per second; default: as fast as possible"
+    )
     options = parser.parse_args()
     devices = []
     for number in range(1, options.connections + 1):

@@ -1,16 +1,16 @@
-"""What reading payloads costs, before and after a commit: `python -m benchmarks.payloads main`.
+"""The cost of parsing payloads, before and after a commit: `python -m benchmarks.payloads main`.
 
-Two collectors run side by side, that of the working tree ("after") and that of the commit that is
-named ("before"), each with its own database. They get the same messages in turns, at full speed:
-flat JSON of 123 bytes, and the payloads of common devices (collector/tests/payloads.yml; binary
-ones as well, which without their content type are stored raw). A third collector, of the working
-tree, has the settings IOT_CBOR_TOPICS and IOT_MESSAGEPACK_TOPICS ("binary"). It gets flat JSON too,
-and the same documents in CBOR and MessagePack. The summaries are turned off. What is reported is
-CPU time for a message, of the collector's process and of PostgreSQL (medians, and for the collector
-minimum to maximum), and what the message takes in the table with its indexes.
+Two collectors run side by side, one of the working tree ("after") and one of the given commit
+("before"), each with its own database. They get the same messages in turns, at full speed: flat
+JSON of 123 bytes, and payloads of common devices (collector/tests/payloads.yml; among them binary
+payloads, which are stored raw without their content type). A third collector, of the working tree,
+has the settings IOT_CBOR_TOPICS and IOT_MESSAGEPACK_TOPICS ("binary"). It gets flat JSON too, and
+the same documents in CBOR and MessagePack. The summaries are turned off. The results are the CPU
+time per message of the collector and of PostgreSQL (medians, and for the collector minimum to
+maximum), and the size of a message in the table with its indexes.
 
-Then a table is filled, and queries of the view `readings` of today and of the first release take
-turns. Writes PAYLOADS.md.
+Then a table is filled, and queries of the view `readings` run in turns with the same queries of the
+view of the first release. Writes PAYLOADS.md.
 """
 
 import argparse
@@ -114,7 +114,7 @@ class _Collector(Collector):
 
 
 class _Cost(NamedTuple):
-    """CPU microseconds for a message, and its bytes in the table with indexes."""
+    """CPU microseconds per message, and its bytes in the table with indexes."""
 
     collector: float
     database: float
@@ -164,17 +164,17 @@ class _Side:
         return _Cost(client / count * 1e6, server / count * 1e6, float(size) / count)
 
     def _stored(self, goal: float) -> bool:
-        time.sleep(0.2)  # asking costs the collector CPU time
+        time.sleep(0.2)  # each scrape costs the collector CPU time
         return self.collector.metrics()["db_inserts_total"] >= goal
 
     def close(self) -> None:
-        """End both."""
+        """Stop both."""
         self.collector.close()
         self.server.close()
 
 
 def _sides(source: Path, work: Path, broker: Mosquitto) -> list[_Side]:
-    summaries = {"IOT_SUMMARY_SECONDS": "0"}  # GROWTH.md says what they cost
+    summaries = {"IOT_SUMMARY_SECONDS": "0"}  # GROWTH.md has their cost
     known = "summary_seconds" in (source / "collector/iot_collector/settings.py").read_text()
     return [
         _Side("before", source, work, broker, **(summaries if known else {})),
@@ -192,7 +192,7 @@ def _directory(path: Path) -> Path:
 
 
 def _flood(port: int, prefix: bytes, messages: Sequence[tuple[str, bytes]]) -> None:
-    """Publish with QoS 1, and wait until the broker has acknowledged all."""
+    """Publish with QoS 1, and wait until the broker has acknowledged all messages."""
     packets = []
     for n, (topic, payload) in enumerate(messages):
         name = prefix + topic.encode()
@@ -274,10 +274,10 @@ def _page(ref: str, count: int, costs: dict[tuple[str, str], list[_Cost]], rows:
 
     rounds = len(costs["corpus", "after"])
     lines = [
-        "# What reading payloads costs",
+        "# The cost of parsing payloads",
         "",
         f"Written by `python -m benchmarks.payloads` on {datetime.now(UTC):%Y-%m-%d}, "
-        f"{os.cpu_count()} cores. What is measured and how stands at the top of payloads.py. "
+        f"{os.cpu_count()} cores. The head of payloads.py describes the method. "
         f"Before: {ref}; {rounds} rounds of {count} messages each, in turns.",
         "",
         "| messages | collector µs before | after | ratio | PostgreSQL µs before | after |"
@@ -316,7 +316,7 @@ def _page(ref: str, count: int, costs: dict[tuple[str, str], list[_Cost]], rows:
 
 
 def main() -> None:
-    """Measure both."""
+    """Measure the collectors, then the queries."""
     parser = argparse.ArgumentParser()
     parser.add_argument("before", help="a commit, for example main")
     parser.add_argument("--count", type=int, default=60_000, help="messages of a round")

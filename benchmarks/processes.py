@@ -1,4 +1,4 @@
-"""What processes cost, read from /proc; starting and ending them."""
+"""CPU time and memory of processes, from /proc, and starting and stopping them."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from testing.service import ServiceError, children
 
 _TICK = os.sysconf("SC_CLK_TCK")
-_UTIME = 11  # fields of /proc/<pid>/stat behind the command's name, see proc(5)
+_UTIME = 11  # fields of /proc/<pid>/stat after the command name, see proc(5)
 _CUTIME = 13
 
 
@@ -18,13 +18,13 @@ def _stat(pid: int) -> list[str] | None:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return text.rpartition(")")[2].split()  # a command's name may have blanks and brackets
+    return text.rpartition(")")[2].split()  # a command name may contain spaces and parentheses
 
 
 def cpu_of_tree(pid: int, *, without: int | None = None) -> float:
-    """Return CPU seconds of a process, its descendants, and those of them that have ended.
+    """Return CPU seconds of a process and its descendants, ended ones included.
 
-    ``without`` is left out: our own database backend is part of PostgreSQL's tree.
+    :param without: a process to exclude, such as the benchmark's own backend.
     """
     total = 0.0
     todo = [pid]
@@ -50,7 +50,7 @@ def memory_of(pid: int) -> float:
 
 
 def machine_busy() -> float:
-    """Return CPU seconds that all cores together were not idle since boot, stolen ones included."""
+    """Return non-idle CPU seconds of all cores since boot, with steal time."""
     fields = [int(f) for f in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     user, nice, system, _idle, _iowait, irq, softirq, steal = fields
     return (user + nice + system + irq + softirq + steal) / _TICK
@@ -59,7 +59,7 @@ def machine_busy() -> float:
 def start(
     command: list[str], log: Path, *, env: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a process whose output goes to a log file."""
+    """Start a process. Its output goes to a log file."""
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
@@ -74,7 +74,7 @@ def start(
 def stop(
     process: subprocess.Popen[bytes], *, number: int = signal.SIGTERM, patience: float = 15
 ) -> None:
-    """End a process we started, gently if it can be."""
+    """Stop a process with a signal, and kill it if it does not end in time."""
     if process.poll() is None:
         process.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -85,15 +85,15 @@ def stop(
 
 
 def run(command: list[str], **options: object) -> str:
-    """Run a command to its end and return its output.
+    """Run a command; return its output.
 
-    :raises ServiceError: it is not installed or failed, with the end of what it said.
+    :raises ServiceError: it is not installed, or it failed; with the end of its output.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
     except FileNotFoundError as error:
         raise ServiceError(f"{command[0]} is not installed") from error
     if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines()
-        raise ServiceError(f"{' '.join(command[:3])}…: {' / '.join(said[-3:])}")
+        output = (done.stdout + done.stderr).strip().splitlines()
+        raise ServiceError(f"{' '.join(command[:3])}…: {' / '.join(output[-3:])}")
     return str(done.stdout)

@@ -1,4 +1,4 @@
-"""Results as a table in Markdown."""
+"""Formats results as Markdown tables."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -34,13 +34,13 @@ def _verdict(runs: list[Result]) -> str:
     if doubled:
         faults.append(f"{doubled} DOUBLED")
     if unfinished:
-        faults.append(f"cut, {unfinished} still to come")
+        faults.append(f"stopped, {unfinished} not yet stored")
     totals = f"{sum(r.stored or 0 for r in runs)} / {sum(r.sent for r in runs)}"
     return totals + (f" ({', '.join(faults)})" if faults else " exact")
 
 
 def line(result: Result) -> str:
-    """Return a run in one line, for those who watch."""
+    """Return a run as one line, for the terminal."""
     if result.idle_percent is not None:
         return f"{result.idle_percent:.2f} % CPU, {result.memory[-1]:.0f} MB"
     text = f"{result.rate:.0f} msg/s, client {result.client_us:.2f} µs"
@@ -61,7 +61,7 @@ def _ratio(runs: list[Result], ours: list[Result], name: str) -> str:
 
 
 def by_mode(results: list[Result]) -> dict[str, dict[str, list[Result]]]:
-    """Group: mode -> competitor -> runs, in the order they came."""
+    """Group results: mode -> competitor -> runs, in their order."""
     groups: dict[str, dict[str, list[Result]]] = {}
     for result in results:
         groups.setdefault(result.mode, {}).setdefault(result.competitor, []).append(result)
@@ -74,7 +74,7 @@ def _table(rows: Sequence[tuple[str, ...]], head: tuple[str, ...]) -> list[str]:
 
 
 def failures(failed: list[str]) -> str:
-    """Return what is missing from the tables, and why: a gap must not look like a choice."""
+    """List failed runs with their reasons, because they are missing from the tables."""
     if not failed:
         return ""
     return "\n".join(
@@ -83,7 +83,7 @@ def failures(failed: list[str]) -> str:
 
 
 def tables(results: list[Result]) -> str:
-    """Return a table for each mode: ranges are from minimum to maximum, ratios those of medians."""
+    """Return a table for each mode. Ranges are from minimum to maximum, ratios are of medians."""
     lines = []
     for mode, competitors in by_mode(results).items():
         lines += [f"### {mode}", ""]
@@ -118,13 +118,16 @@ def tables(results: list[Result]) -> str:
             rows.append(row)
         lines += _table(rows, head)
         if paced:
-            lines += ["The generator's being late, at most, is part of the delays.", ""]
+            lines += [
+                "The lateness of the generator is part of the delays. Its maximum is shown.",
+                "",
+            ]
         offers = {BY_NAME[r.competitor].title: r.offered for rs in competitors.values() for r in rs}
         for title, offered in offers.items():
             if offered:
-                lines += [f"Offered {offered:.0f} messages per second only: {title}.", ""]
+                lines += [f"{title} got only {offered:.0f} messages per second.", ""]
         others = [r.cores_others for runs in competitors.values() for r in runs]
-        lines += [f"Other programs on this machine meanwhile used {_range(others, 2)} cores.", ""]
+        lines += [f"Meanwhile other programs on this machine used {_range(others, 2)} cores.", ""]
     return "\n".join(lines)
 
 

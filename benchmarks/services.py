@@ -1,4 +1,4 @@
-"""A fresh Mosquitto and a fresh PostgreSQL, set up to be measured, on ports of their own."""
+"""A new Mosquitto and a new PostgreSQL, configured for measurements, on their own ports."""
 
 import contextlib
 import shutil
@@ -34,8 +34,8 @@ log_type warning
 log_type notice
 """.splitlines()
 
-# Durable, as in production. The rest keeps events that would hit one run and spare the next out
-# of the measurement: checkpoints (one is made before each run) and autovacuum.
+# Durable, as in production. The other settings prevent checkpoints (there is one before each run)
+# and autovacuum, which would affect only some of the runs.
 _POSTGRESQL = """\
 synchronous_commit = on
 fsync = on
@@ -43,22 +43,22 @@ shared_buffers = 256MB
 max_wal_size = 8GB
 checkpoint_timeout = 1h
 autovacuum = off
-track_commit_timestamp = on   # when each row's transaction committed
-track_wal_io_timing = on      # and how long the flush took that the timestamp leaves out
+track_commit_timestamp = on   # the commit time of each row
+track_wal_io_timing = on      # the time of the WAL flush, which comes after the timestamp
 """
 
 
 def require_free(port: int) -> None:
-    """Refuse to measure somebody else's service.
+    """Check that no other service would be measured.
 
-    :raises ServiceError: something listens there.
+    :raises ServiceError: the port is in use.
     """
     with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
         raise ServiceError(f"port {port} is in use; choose others with --port")
 
 
 def version_of_broker(program: str) -> str:
-    """Return a broker's version: ``mosquitto -h`` exits with 3 and says it first."""
+    """Return the version of a broker. ``mosquitto -h`` prints it first, and exits with 3."""
     command = [binary(program, "/usr/sbin", "/usr/local/sbin"), "-h"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.split("\n", 1)[0].rpartition(" ")[2]
@@ -74,12 +74,12 @@ def broker(program: str, port: int, folder: Path) -> Iterator[Mosquitto]:
     try:
         yield service.start()
     finally:
-        # Not SIGTERM: it would write a database of what is queued, which nobody will read.
+        # Not with SIGTERM, at which Mosquitto would save its queue.
         service.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# How to read (xmin, device, seq, sent_us) from the tables that are written to.
+# SQL for (xmin, device, seq, sent_us) of the rows in each table.
 ROWS = {
     "messages": "(SELECT xmin, j->>'device' AS device, (j->>'seq')::bigint AS seq,"
     " (j->>'sent_us')::float8 AS sent_us"
@@ -90,40 +90,40 @@ ROWS = {
 
 @dataclass
 class Database:
-    """A running server, and our own connection to it."""
+    """A running server, and the benchmark's connection to it."""
 
     server: Postgres
     connection: psycopg2.extensions.connection
 
     @property
     def url(self) -> str:
-        """Its URI, which needs no password."""
+        """The URI of the database. It needs no password."""
         return postgres.Database(self.server, "postgres").url
 
     @property
     def backend(self) -> int:
-        """Process id of our own backend, whose work is no competitor's."""
+        """Process id of the benchmark's backend, which is not counted."""
         return int(self.connection.info.backend_pid)
 
     def query(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        """Run a query in a transaction of its own."""
+        """Run a query in its own transaction."""
         with self.connection.cursor() as cursor:
             cursor.execute(sql, values)
             return cursor.fetchall() if cursor.description else []
 
     def add_bridge(self) -> None:
-        """Make the table of the one competitor that cannot write to ours."""
+        """Create the table of mq-bridge, which cannot write to ``messages``."""
         self.query(
             "CREATE TABLE bridge (device text, seq bigint, sent_us bigint, temperature float8)"
         )
 
     def clear(self) -> None:
-        """Empty the tables and write out everything, so that each run starts alike."""
+        """Empty the tables and make a checkpoint, so that all runs start equally."""
         self.query("TRUNCATE messages, dead_letters, message_ids, bridge RESTART IDENTITY")
         self.query("CHECKPOINT")
 
     def size(self, table: str) -> int:
-        """Return the bytes of a table: a cheap sign of progress, unlike a count."""
+        """Return the bytes of a table, which shows progress more cheaply than count(*)."""
         sql = (
             "SELECT coalesce(sum(pg_relation_size(relid)), pg_relation_size(%s::regclass))"
             " FROM pg_partition_tree(%s)"
@@ -144,7 +144,7 @@ def database(port: int, folder: Path) -> Iterator[Database]:
         with contextlib.closing(server.start().connect()) as connection:
             connection.autocommit = True
             with connection.cursor() as cursor:
-                # Parallel workers would be counted as the competitor's.
+                # The CPU time of parallel workers would be counted for the competitor.
                 cursor.execute("SET max_parallel_workers_per_gather = 0; SET work_mem = '64MB'")
             yield Database(server, connection)
         server.stop()

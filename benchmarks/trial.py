@@ -1,8 +1,8 @@
-"""One run of one competitor: load it, watch what everything costs, and count the rows after it.
+"""One run of a competitor: generate load, sample CPU time and memory, and count the rows.
 
-All modes measure alike: every 50 ms a sample of CPU and memory; afterwards PostgreSQL says when
-each row's transaction committed (``track_commit_timestamp``). What is reported is the work between
-two samples over the rows committed between them, so that starting up is nobody's cost.
+All modes sample CPU time and memory every 50 ms. Afterwards PostgreSQL tells when each row was
+committed (``track_commit_timestamp``). The result is the CPU time between two samples, divided by
+the rows committed between them, so the start of a competitor is not counted.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from .services import ROWS, Database
 
 _EVERY = 0.05
 _TICK = 0.01  # the resolution of CPU times in /proc
-_STILL = 0.5  # a table that has not grown for so long may be complete: count it
-_GIVEN_UP = 6.0  # and after so long it will not grow any more
-_WARM_UP = 1.0  # of a load, before it is measured
-_CATCH_UP = 20.0  # after a load, to store what the broker has queued
-# At full speed those below this would only measure a growing queue: in the broker, or worse, in
-# their own memory, which makes each message dearer. They are offered half of what they can do on a
-# quiet machine; how fast they are, mode drain tells.
+_STILL = 0.5  # seconds without growth after which the rows are counted
+_GIVEN_UP = 6.0  # seconds without growth after which a run ends
+_WARM_UP = 1.0  # seconds of load that are not measured
+_CATCH_UP = 20.0  # seconds after a load to store the queued messages
+# Slower competitors, in messages per second. At full speed their queue would grow, in the broker or
+# in their own memory, which makes each message more expensive. They get half the rate that they can
+# handle on an idle machine. Mode drain shows how fast they are.
 _SLOW = 10_000
 _ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a load generator says it did."""
+    """The output of a load generator."""
 
     sent: list[int]  # by device
     began: float
@@ -48,7 +48,7 @@ class Load:
 
 @dataclass(slots=True)
 class Sample:
-    """CPU seconds so far, at one moment."""
+    """CPU seconds used so far, at one time."""
 
     at: float
     client: float
@@ -57,12 +57,12 @@ class Sample:
     own: float  # ours: this process, the load generator, and our database backend
     machine: float
     memory: float
-    received: int  # only by those that store nothing
+    received: int  # only for competitors that store nothing
 
 
 @dataclass(slots=True)
 class Result:
-    """What one run gave; None where it does not apply."""
+    """The result of one run. A value is None where it does not apply."""
 
     competitor: str
     mode: str
@@ -78,16 +78,18 @@ class Result:
     rows_per_commit: float | None = None
     delay_ms: dict[int, float] = field(default_factory=dict)  # percentile -> milliseconds
     flush_ms: float | None = None
-    memory: list[float] = field(default_factory=list)  # MB: at a tenth, the half, the end; the most
+    memory: list[float] = field(
+        default_factory=list
+    )  # MB after a tenth, after half, at the end, and the maximum
     idle_percent: float | None = None
     cores_others: float = 0.0
     generator_late_ms: float = 0.0
-    offered: float | None = None  # messages per second, where it is not full speed
+    offered: float | None = None  # messages per second, if not at full speed
     profile: list[str] = field(default_factory=list)
 
 
 class Run:
-    """A competitor, a broker and a database, watched."""
+    """A competitor with its broker and database, and the samples of a run."""
 
     def __init__(
         self, competitor: Competitor, place: Place, database: Database, broker: int
@@ -102,7 +104,7 @@ class Run:
         self._flush_before = (0.0, 0)
 
     def start(self) -> None:
-        """Start the competitor, or a process that measures itself."""
+        """Start the competitor."""
         log = self.place.work / f"{self.competitor.name}.log"
         self.place.count_file.write_bytes(b"")
         self._flush_before = self._flushes()
@@ -111,7 +113,7 @@ class Run:
         )
 
     def until_ready(self) -> None:
-        """Wait until a message has come through, and forget it."""
+        """Wait until a probe message is received or stored, then delete it."""
         wire.publish_one(self.place.broker_port, wire.payload(0, 0, 0))
         self._until(lambda: self._progress() > 0, 20, "nothing arrives")
         if self.competitor.stores:
@@ -120,11 +122,11 @@ class Run:
     def _until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         process = self.process
         assert process is not None
-        eventually(lambda: process.poll() is not None or condition(), seconds, self._said(what))
+        eventually(lambda: process.poll() is not None or condition(), seconds, self._message(what))
         if process.poll() is not None:
-            raise ServiceError(self._said(f"ended with status {process.returncode}"))
+            raise ServiceError(self._message(f"ended with status {process.returncode}"))
 
-    def _said(self, what: str) -> str:
+    def _message(self, what: str) -> str:
         log = self.place.work / f"{self.competitor.name}.log"
         return f"{self.competitor.name}: {what}; see {log}"
 
@@ -153,16 +155,16 @@ class Run:
         return sample
 
     def watch_load(self, *options: str) -> Load:
-        """Sample while a load generator runs; return what it says it did."""
+        """Sample while a load generator runs; return its output."""
         with load(self.place.broker_port, *options) as self.generator:
             while self.generator.poll() is None:
                 self.sample()
                 time.sleep(_EVERY)
             self.sample()
-            return _said_by(self.generator)
+            return _output_of(self.generator)
 
     def watch_rest(self, expected: int, limit: float) -> None:
-        """Sample until all is stored, or nothing happens any more, or time is over."""
+        """Sample until all messages are stored, nothing changes any more, or time is up."""
         until = time.time() + limit
         progress = self._progress()
         changed = counted = time.time()
@@ -189,7 +191,7 @@ class Run:
         return float(time_ms), int(count)
 
     def evaluate(self, result: Result, begin: float, end: float) -> None:
-        """Fill in what happened between two moments, given in Unix seconds."""
+        """Calculate the results between two times in Unix seconds."""
         inside = [s for s in self.samples if begin <= s.at <= end]
         if len(inside) < 2:
             raise ServiceError(f"{self.competitor.name}: too short to measure, take more messages")
@@ -217,7 +219,7 @@ class Run:
         result.memory = [*(memory[i] for i in points), max(s.memory for s in self.samples)]
 
     def commits(self, begin: float, end: float) -> list[tuple[float, int]]:
-        """Return (moment, rows) of each transaction that committed between two moments."""
+        """Return (time, rows) of each transaction that committed between two times."""
         rows = self.database.query(
             "SELECT extract(epoch FROM pg_xact_commit_timestamp(xid))::float8, n"
             f" FROM (SELECT xmin AS xid, count(*) AS n FROM {self.competitor.table} GROUP BY 1) t"
@@ -226,7 +228,7 @@ class Run:
         return [(at, n) for at, n in rows if begin < at <= end]
 
     def delays(self, result: Result, begin: float, end: float) -> None:
-        """Fill in the time from when a message was due to the commit of its row."""
+        """Calculate the delays from when a message was due to the commit of its row."""
         percentiles = (50, 99, 100)
         values = self.database.query(
             "SELECT percentile_cont(%s::float8[]) WITHIN GROUP (ORDER BY"
@@ -239,7 +241,7 @@ class Run:
         result.delay_ms = dict(zip(percentiles, values or [], strict=False))
 
     def verify(self, result: Result, sent: list[int], *, finished: bool) -> None:
-        """Compare what is stored with what was sent: each device numbers its messages."""
+        """Count lost and duplicate messages by the sequence numbers of each device."""
         result.sent = sum(sent)
         if not self.competitor.stores:
             return
@@ -251,20 +253,20 @@ class Run:
         result.stored = int(rows)
         result.doubled = int(rows - distinct)
         missing = result.sent - int(distinct)
-        # Out of time, the rest is still on its way; what is missing in between is not.
+        # When time is up, later messages may still arrive. Gaps before them are lost messages.
         result.lost = missing if finished else int(without_gaps - distinct)
         result.unfinished = 0 if finished else missing
 
     def stop(self) -> None:
-        """End the competitor."""
+        """Stop the competitor."""
         if self.process:
-            # Those that acknowledge early would go on storing what nobody waits for.
+            # Competitors that acknowledge early would continue to store their messages.
             processes.stop(self.process, patience=8)
 
 
 @contextmanager
 def load(port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a load generator; it has ended when the block has."""
+    """Run a load generator. It is stopped at the end of the block."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.load", "--port", str(port), *options],
         stdout=subprocess.PIPE,
@@ -277,7 +279,7 @@ def load(port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
         processes.stop(process)
 
 
-def _said_by(generator: subprocess.Popen[bytes]) -> Load:
+def _output_of(generator: subprocess.Popen[bytes]) -> Load:
     out, err = generator.communicate()
     if generator.returncode:
         raise ServiceError(f"load generator failed: {err.decode()[-300:]}")
@@ -300,7 +302,7 @@ def _prepared(
 
 @dataclass(frozen=True)
 class Stage:
-    """What all runs share."""
+    """The environment of all runs."""
 
     place: Place
     database: Database
@@ -309,11 +311,11 @@ class Stage:
 
 
 def drain(stage: Stage, competitor: Competitor, count: int, *, limit: float = 120) -> Result:
-    """Have a competitor take a backlog that waits in its session."""
+    """Measure a competitor with a backlog in its session."""
     result = Result(competitor.name, "drain")
     with _prepared(competitor, stage.place, stage.database, stage.mosquitto) as run:
         with load(stage.place.broker_port, "--count", str(count)) as generator:
-            sent = _said_by(generator).sent
+            sent = _output_of(generator).sent
         run.start()
         with _profiled(run, stage, count / competitor.speed, result):
             run.watch_rest(count, limit)
@@ -324,8 +326,8 @@ def drain(stage: Stage, competitor: Competitor, count: int, *, limit: float = 12
             received = [s for s in run.samples if s.received > 0]
             most = received[-1].received if received else 0
             times = (received[0].at, next(s.at for s in received if s.received == most))
-        # From the last sample before the broker began to send to the first one after the last row.
-        # Not from the first COMMIT: those that acknowledge early have read most of it by then.
+        # From the last sample before the broker begins to send to the first one after the last row.
+        # Not from the first COMMIT, when a competitor that acknowledges early has read most of it.
         idle_broker = run.samples[0].broker + _TICK
         begin = max((s.at for s in run.samples if s.broker <= idle_broker), default=times[0])
         end = min((s.at for s in run.samples if s.at >= times[1]), default=times[1])
@@ -344,9 +346,9 @@ def live(
     rate: float | None = None,
     count: int | None = None,
 ) -> Result:
-    """Have a competitor keep up with a load generator on the same cores.
+    """Measure a competitor with a load generator on the same cores.
 
-    :param count: end after so many messages; to see what becomes of its memory.
+    :param count: end after this number of messages, for mode memory.
     """
     mode = f"{rate:.0f}/s" if rate else "memory" if count else "live"
     result = Result(competitor.name, mode)
@@ -359,30 +361,29 @@ def live(
         if rate:
             options += ["--rate", str(rate), "--connections", "8"]
         else:
-            # Mosquitto takes a packet from each busy connection in turn. Of several publishers at
-            # full speed, each would have the share of the subscriber's acknowledgements, and the
-            # queue would grow whoever subscribes.
+            # Mosquitto takes a packet from each busy connection in turn. With several publishers at
+            # full speed, the subscriber's PUBACKs would be delayed, and any queue would grow.
             options += ["--connections", "1"]
         if count:
             options += ["--count", str(count)]
         with _profiled(run, stage, seconds, result):
-            said = run.watch_load(*options)
-        result.generator_late_ms = said.late * 1000
-        expected = sum(said.sent) + (0 if competitor.stores else 1)  # the probe
+            output = run.watch_load(*options)
+        result.generator_late_ms = output.late * 1000
+        expected = sum(output.sent) + (0 if competitor.stores else 1)  # the probe
         before = time.time()
         run.watch_rest(expected, _CATCH_UP)
         finished = time.time() - before < _CATCH_UP
-        run.evaluate(result, said.began + _WARM_UP, said.ended)
+        run.evaluate(result, output.began + _WARM_UP, output.ended)
         if competitor.stores and rate and not result.offered:
-            run.delays(result, said.began + _WARM_UP, said.ended)
-        run.verify(result, said.sent, finished=finished)
-        if competitor.metrics and finished:  # else it goes on storing between the two counts
-            _check_account(stage.place, result)
+            run.delays(result, output.began + _WARM_UP, output.ended)
+        run.verify(result, output.sent, finished=finished)
+        if competitor.metrics and finished:  # else it stores more rows between the two counts
+            _check_counts(stage.place, result)
     return result
 
 
 def idle(stage: Stage, competitor: Competitor, seconds: float) -> Result:
-    """Measure what a connected competitor without messages costs."""
+    """Measure a connected competitor without messages."""
     result = Result(competitor.name, "idle")
     with _prepared(competitor, stage.place, stage.database, stage.mosquitto) as run:
         run.start()
@@ -396,8 +397,8 @@ def idle(stage: Stage, competitor: Competitor, seconds: float) -> Result:
     return result
 
 
-def _check_account(place: Place, result: Result) -> None:
-    """Compare the collector's own counts with the table's (the probe is one more)."""
+def _check_counts(place: Place, result: Result) -> None:
+    """Compare the collector's own count with the table (the probe message is one more)."""
     with urlopen(f"http://{wire.HOST}:{place.http_port}/metrics", timeout=5) as answer:
         lines = [line.split() for line in answer.read().decode().splitlines() if line[:1] != "#"]
     values = {line[0]: float(line[1]) for line in lines}
@@ -410,7 +411,7 @@ def _check_account(place: Place, result: Result) -> None:
 
 @contextmanager
 def _profiled(run: Run, stage: Stage, seconds: float, result: Result) -> Iterator[None]:
-    """Sample where a Python competitor spends its time, if asked to; it costs it a little."""
+    """Profile a Python competitor with py-spy, if requested. This slows it down slightly."""
     if not (stage.py_spy and run.competitor.metrics and run.process):
         yield
         return

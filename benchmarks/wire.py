@@ -1,6 +1,6 @@
-"""The few MQTT 3.1.1 packets the benchmark itself sends.
+"""The few MQTT 3.1.1 packets that the benchmark itself sends.
 
-A library would cost more per message than some of the competitors do, on the same two cores.
+A library would need more CPU time per message than some competitors, on the same two cores.
 """
 
 import socket
@@ -15,7 +15,7 @@ _ACCEPTED = b"\x20\x02\x00\x00"
 
 
 def payload(device: int, sequence: int, sent_us: int) -> bytes:
-    """Return the JSON of one message; ``sent_us`` is when it was due, in Unix microseconds."""
+    """Return the JSON of a message. ``sent_us`` is its due time in Unix microseconds."""
     text = b'{"device":"device-%04d","seq":%d,"sent_us":%d,"temperature":21.57,"id":"%d-%d/' % (
         device,
         sequence,
@@ -36,7 +36,7 @@ _PUBLISH_HEAD = (
 
 
 def publish(packet_id: int, message: bytes) -> bytes:
-    """Return a QoS 1 PUBLISH of a message of PAYLOAD_SIZE bytes."""
+    """Return a PUBLISH with QoS 1 for a message of PAYLOAD_SIZE bytes."""
     return _PUBLISH_HEAD + packet_id.to_bytes(2) + message
 
 
@@ -47,7 +47,7 @@ def _string(text: bytes) -> bytes:
 def connect(port: int, client_id: str, *, clean: bool) -> socket.socket:
     """Return a connected socket.
 
-    :raises OSError: the broker is not there or refuses.
+    :raises OSError: the broker is not reached or refuses.
     """
     body = _string(b"MQTT") + bytes((4, 2 if clean else 0, 0, 0)) + _string(client_id.encode())
     sock = socket.create_connection((HOST, port), timeout=10)
@@ -59,7 +59,7 @@ def connect(port: int, client_id: str, *, clean: bool) -> socket.socket:
 
 
 def make_session(port: int, client_id: str) -> None:
-    """Leave a persistent session behind, subscribed at QoS 1, as a collector that went away."""
+    """Create a persistent session with a QoS 1 subscription, and disconnect."""
     with connect(port, client_id, clean=False) as sock:
         body = b"\0\1" + _string(TOPIC) + b"\1"
         sock.sendall(bytes((0x82, len(body))) + body)
@@ -69,7 +69,7 @@ def make_session(port: int, client_id: str) -> None:
 
 
 def publish_one(port: int, message: bytes) -> None:
-    """Publish a message and wait until the broker has it."""
+    """Publish a message; wait for its PUBACK."""
     with connect(port, "benchmark-probe", clean=True) as sock:
         sock.sendall(publish(1, message))
         _receive(sock, 4)

@@ -1,4 +1,4 @@
-"""checkov, from the environment of its own that the Makefile makes."""
+"""Runs checkov from its own virtual environment, which the Makefile creates."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ansible_runs import ROOT
 
 
 def checkov(framework: str, files: Iterable[Path]) -> dict[str, Any]:
-    """Check files; return checkov's report."""
+    """Check files; return the report of checkov."""
     done = subprocess.run(
         [
-            # Without --skip-download it waits for a host that a test must not need.
+            # Without --skip-download, checkov tries to reach a host on the internet.
             *(ROOT / ".venv/checkov/bin/checkov", "--skip-download", "--quiet"),
             *("--framework", framework, "--output", "json"),
             *(word for file in files for word in ("--file", str(file))),

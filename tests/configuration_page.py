@@ -1,4 +1,4 @@
-"""docs/configuration.md, from the collector's settings. Run this file to write it.
+"""Generates docs/configuration.md from the settings of the collector. Run this file to write it.
 
 python tests/configuration_page.py
 """
@@ -65,7 +65,7 @@ share.
 
 
 def code(value: object) -> str:
-    """A value as it is written in an environment variable; nothing if there is none."""
+    """A value as in an environment variable, as code; an empty string for no value."""
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     text = text.replace(f"iot-collector-{socket.gethostname()}", "iot-collector-<host name>")
     text = text.replace("|", "\\|")
@@ -73,7 +73,7 @@ def code(value: object) -> str:
 
 
 def allowed(schema: dict[str, Any]) -> str:
-    """What a setting may be, from its JSON schema."""
+    """The allowed values of a setting, from its JSON schema."""
     if "anyOf" in schema:  # a type, or null
         (schema,) = (one for one in schema["anyOf"] if one["type"] != "null")
     if "enum" in schema:

@@ -1,7 +1,8 @@
-"""Checks pages of documentation: their links, commands, variables and settings.
+"""Checks for documentation pages: links, commands, variables and settings.
 
-A command is checked against what it calls, or it has to be marked: the block, the text right above
-it, or the head of the page says what it needs ("# needs AWS", "The commands on this page need …").
+The options of known programs are checked. A command of another program has to be marked: the block,
+the paragraph above it, or the head of the page says what it needs ("# needs AWS", "The commands on
+this page need …").
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PAGES = sorted(
     ]
 )
 
-# What playbooks take with -e besides the variables of the roles; test_docs.py looks where they are.
+# Variables for -e that belong to no role. test_docs.py checks that they are used.
 PLAYBOOK_VARIABLES = {
     *(
         "confirm",
@@ -43,13 +44,13 @@ PLAYBOOK_VARIABLES = {
     )
 }
 SHELLS = {"", "sh", "bash", "shell", "console"}
-# Words that a command may begin with without being a command that could be wrong here.
-PLAIN = {"cat", "cd", "do", "done", "echo", "export", "for", "in", "mkdir", "sed", "source"}
+# Shell builtins and common programs that are not checked.
+UNCHECKED = {"cat", "cd", "do", "done", "echo", "export", "for", "in", "mkdir", "sed", "source"}
 
 
 @dataclass
 class Block:
-    """A fenced block, and the paragraph above it."""
+    """A fenced code block, and the paragraph above it."""
 
     language: str
     body: str
@@ -57,27 +58,27 @@ class Block:
 
 
 def blocks(text: str) -> Iterator[Block]:
-    """The fenced blocks of a page."""
+    """The fenced code blocks of a page."""
     for match in re.finditer(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL):
         above = text[: match.start()].rstrip().rpartition("\n\n")[2]
         yield Block(match[2], match[3], above)
 
 
 def without_code(text: str) -> str:
-    """The text without fenced blocks and code in backquotes."""
+    """The text without code blocks and code in backquotes."""
     text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"(`+)[^`]+\1", "", text)
 
 
 def inline(text: str) -> list[str]:
-    """The code in backquotes, each in one line."""
+    """The code in backquotes, each on one line."""
     text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
 
 
 def commands(code: str) -> Iterator[list[str]]:
-    """The commands in lines of shell: without comments, operators, redirections, assignments."""
-    # shlex takes a comment with its newline, which ends the command before it, too.
+    """The commands of shell code, without comments, operators, redirections and assignments."""
+    # shlex drops the newline after a comment, but it also ends the command before the comment.
     code = code.replace("\\\n", " ").replace("\n", "\n\n")
     lexer = shlex.shlex(code, posix=True, punctuation_chars=";&|()<>\n")
     lexer.whitespace = " \t"
@@ -91,12 +92,12 @@ def commands(code: str) -> Iterator[list[str]]:
             del command[0]
         if command:
             yield command
-        # What follows a redirection is a file, and not a command.
+        # The word after a redirection is a file, not a command.
         command = ["cat"] if re.search("[<>]", token) else []
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors that GitHub generates for the headings of a page."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
@@ -191,14 +192,14 @@ CHECKED = {
 
 
 def check_command(command: list[str], *, marked: bool) -> Iterator[str]:
-    """What is wrong with a command of a block."""
+    """Yield the problems of a command in a code block."""
     program = Path(command[0]).name
     # In a container or a pod: kubectl exec … -- iot-collector …, docker run … iot-collector …
     if "iot-collector" in command[1:] and {"run", "exec"} & {*command}:
         yield from check_collector(command[len(command) - command[::-1].index("iot-collector") :])
     if program in CHECKED:
         yield from CHECKED[program](command[1:])
-    elif program not in PLAIN and not marked:
+    elif program not in UNCHECKED and not marked:
         yield f"nothing says what `{program}` needs"
 
 
@@ -208,7 +209,7 @@ def check_commands(text: str) -> Iterator[str]:
     head = without_code(head) if re.search(r"commands on\s+this page\s+need", head) else ""
     for block in blocks(text):
         if block.language not in SHELLS or block.body.startswith((" ", "devices", "broker")):
-            continue  # another language, or a drawing
+            continue  # another language, or a diagram
         comments = "\n".join(re.findall(r"^#.*", block.body, re.MULTILINE))
         marked = any(map(needs.search, (comments, block.above, head)))
         try:
@@ -260,5 +261,5 @@ def check_names(text: str) -> Iterator[str]:
 
 
 def problems(text: str, page: Path) -> list[str]:
-    """What is wrong on a page."""
+    """The problems of a page."""
     return [*check_links(text, page), *check_commands(text), *check_names(text)]

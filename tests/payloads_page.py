@@ -1,8 +1,8 @@
-"""The examples in docs/payloads.md, from collector/tests/payloads.yml. Run this file to write them.
+"""Generates the examples in docs/payloads.md from collector/tests/payloads.yml.
 
-python tests/payloads_page.py
+Run this file to write them: python tests/payloads_page.py
 
-A test of the collector sends these payloads, and compares what `readings` shows of them.
+A system test publishes these payloads, and compares the rows of `readings`.
 """
 
 from __future__ import annotations

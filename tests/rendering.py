@@ -1,4 +1,4 @@
-"""The roles' templates, rendered as Ansible renders them, and psql for the one that is SQL."""
+"""Renders the templates of the roles like Ansible, and runs the SQL template with psql."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ OWNER, READER, MONITOR, DATABASE = "iot_collector", "iot_reader", "iot_monitor",
 
 
 def render(template: str, **variables: object) -> str:
-    """Render ``role/name.j2``; a variable that is not given is an error."""
+    """Render ``role/name.j2``. An undefined variable is an error."""
     role, name = template.split("/")
     environment = Environment(
         loader=FileSystemLoader(ROLES / role / "templates"),
@@ -32,7 +32,7 @@ def render(template: str, **variables: object) -> str:
 
 
 class Roles:
-    """roles.sql for one server, with its password files in the server's directory."""
+    """roles.sql for a server, with password files in the directory of the server."""
 
     has_monitor = True
 
@@ -42,7 +42,7 @@ class Roles:
 
     def file(self, role: str) -> Path:
         """The file with the password of a role."""
-        return self.server.folder / f"{role} password"  # a path that has to be quoted
+        return self.server.folder / f"{role} password"  # the path needs quotes
 
     @property
     def script(self) -> Path:
@@ -81,5 +81,5 @@ class Roles:
         )
 
     def database(self, role: str) -> Database:
-        """The database, as the owner or the reader sees it."""
+        """The database with one of the roles as user."""
         return Database(self.server, DATABASE, role, self.passwords[role])

@@ -1,4 +1,4 @@
-"""The README of each role, from its meta/. Run this file to write them all.
+"""Generates the README of each role from its meta/. Run this file to write them all.
 
 python tests/role_readmes.py
 """
@@ -42,7 +42,7 @@ Settings that all roles share: [platform](../platform/README.md).
 
 
 def shown(option: dict[str, Any]) -> str:
-    """The default of an option, as a cell of a table."""
+    """The default of an option, for a table cell."""
     if "default" not in option:
         return "required" if option.get("required") else ""
     value = option["default"]

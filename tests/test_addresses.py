@@ -1,4 +1,4 @@
-"""Programs listen where the settings say, and each is asked where it listens."""
+"""Clients connect to the addresses on which the programs listen."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLAY = """
 
 
 @pytest.mark.parametrize(
-    ("broker", "others", "asked"),
+    ("broker", "others", "expected"),
     [
         ("127.0.0.2", "127.0.0.1", ("127.0.0.2", "127.0.0.2", "127.0.0.1")),
         ("0.0.0.0", "127.0.0.3", ("127.0.0.1", "127.0.0.1", "127.0.0.3")),
@@ -38,15 +38,15 @@ PLAY = """
         ("localhost", "::", ("localhost", "localhost", "[::1]")),
     ],
 )
-def test_each_program_is_asked_where_it_listens(
-    tmp_path: Path, broker: str, others: str, asked: tuple[str, str, str]
+def test_clients_connect_to_the_listen_address(
+    tmp_path: Path, broker: str, others: str, expected: tuple[str, str, str]
 ) -> None:
     play, found = tmp_path / "play.yml", tmp_path / "found"
     play.write_text(PLAY)
     variables = {"mosquitto_bind_address": broker, "iot_bind_address": others, "to": str(found)}
     done = playbook(str(play), f"-e{json.dumps(variables)}", "--skip-tags=never")
     assert done.returncode == 0, done.stdout
-    address, broker_host, host = asked
+    address, broker_host, host = expected
     assert json.loads(found.read_text()) == [
         address,
         f"mqtt://{broker_host}:1883",

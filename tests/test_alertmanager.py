@@ -1,4 +1,4 @@
-"""Alerts arrive: from Prometheus, by Alertmanager, at a webhook and a mail server."""
+"""Alerts of Prometheus reach a webhook and a mail server through Alertmanager."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Collector(HTTPServer):
-    """What Prometheus scrapes: a page that is there, or not."""
+    """The scrape target of Prometheus, while it runs."""
 
     def __init__(self, port: int) -> None:
         super().__init__((HOST, port), _Metrics)
@@ -85,7 +85,7 @@ class _Metrics(BaseHTTPRequestHandler):
 
 
 class MailServer(Message):
-    """Records the subjects and receivers of the mails it gets."""
+    """Records the recipients and subjects of received e-mails."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def mail_server() -> Iterator[tuple[MailServer, int]]:
     controller.stop()
 
 
-def test_an_alert_and_its_end_arrive(
+def test_firing_and_resolved_alert_reach_all_receivers(
     tmp_path: Path, webhook: Webhook, mail_server: tuple[MailServer, int]
 ) -> None:
     mails, smtp_port = mail_server
@@ -178,7 +178,7 @@ def test_configuration_is_valid(tmp_path: Path, settings: dict[str, Any]) -> Non
             assert json.dumps(value) in texts
 
 
-def test_a_cause_hides_its_effects_and_nothing_critical() -> None:
+def test_inhibition_names_existing_alerts_and_no_critical_targets() -> None:
     rules = yaml.safe_load(RULES.read_text())["groups"][0]["rules"]
     severities = {rule["alert"]: rule["labels"]["severity"] for rule in rules if "alert" in rule}
     for rule in configuration()["inhibit_rules"]:
@@ -213,7 +213,7 @@ WRONG = [
 ]
 
 
-def test_wrong_settings_stop_before_the_first_change(tmp_path: Path) -> None:
+def test_wrong_settings_are_refused_by_preflight(tmp_path: Path) -> None:
     """All of them in one run, because a run takes seconds."""
     attempt = {
         "block": [

@@ -1,4 +1,4 @@
-"""Each role declares its variables, once, and uses no other role's private ones."""
+"""Each role declares its variables once, and uses no private variables of other roles."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PYTHON_TYPES = {
     "list": list,
     "dict": dict,
 }
-# Settings that all roles share start with the namespace of the collection.
+# Shared settings of all roles start with the namespace of the collection.
 PREFIXES = {"platform": "iot_"}
-# Roles whose settings are shared: by all roles, and by all that work on AWS.
+# Roles with shared settings: for all roles, and for all AWS roles.
 SHARED = {"platform", "aws_base"}
-# Facts that a role leaves for others, and where its tasks say so.
+# Facts that a role sets for other roles, and the task file that documents them.
 FACTS = {
     "aws_base_identity": "preflight.yml",
     "aws_base_outputs": "stack.yml",
@@ -50,7 +50,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def entry_points(role: Path) -> dict[str, dict[str, Any]]:
-    """The options of each entry point, by its name."""
+    """The options of each entry point, by the name of the entry point."""
     specs = load(role / "meta/argument_specs.yml")["argument_specs"]
     return {name: spec["options"] for name, spec in specs.items()}
 
@@ -65,16 +65,16 @@ def test_every_role_has_a_specification() -> None:
     assert {path.name for path in ROLES[0].parent.iterdir()} == NAMES
 
 
-def test_same_names_and_values(role: Path) -> None:
+def test_defaults_equal_the_specification(role: Path) -> None:
     specified = {name: spec.get("default") for name, spec in entry_points(role)["main"].items()}
     assert specified == load(role / "defaults/main.yml")
 
 
-def test_types_fit(role: Path) -> None:
+def test_types_of_the_defaults_are_correct(role: Path) -> None:
     for name, value in load(role / "defaults/main.yml").items():
         spec = entry_points(role)["main"][name]
         if isinstance(value, str) and "{{" in value:
-            continue  # known only when the play runs; Ansible checks it then
+            continue  # Ansible checks templates at run time
         expected = PYTHON_TYPES[spec["type"]]
         assert type(value) is expected, f"{name} is {value!r}, not {spec['type']}"
         if spec["type"] == "list":
@@ -83,7 +83,7 @@ def test_types_fit(role: Path) -> None:
             assert value in spec["choices"], name
 
 
-def test_everything_is_described(role: Path) -> None:
+def test_options_are_described_and_prefixed(role: Path) -> None:
     prefix = PREFIXES.get(role.name, f"{role.name}_")
     for options in entry_points(role).values():
         for name, spec in options.items():
@@ -102,7 +102,7 @@ def test_entry_points_are_task_files(role: Path) -> None:
 
 
 def variables(text: str) -> Iterator[str]:
-    """The names in Jinja expressions, and in conditions, which are such without braces."""
+    """The variables in Jinja expressions, and in conditions, which have no braces."""
     expressions = re.findall(r"{[{%](.*?)[%}]}", text, re.DOTALL)
     expressions += re.findall(r"^\s*(?:when|that|until|failed_when|changed_when): (.*)", text, re.M)
     for expression in expressions:
@@ -111,13 +111,13 @@ def variables(text: str) -> Iterator[str]:
 
 
 def owner(name: str) -> str | None:
-    """The role whose prefix a variable has, or None."""
+    """The role with the prefix of a variable, or None."""
     found = [other for other in NAMES if name.lstrip("_").startswith(f"{other}_")]
     return max(found, key=len, default=None)
 
 
-def test_uses_what_is_its_own_or_declared(role: Path) -> None:
-    """Other roles' settings are read in the defaults alone, as defaults of settings of its own."""
+def test_role_uses_only_its_own_or_declared_variables(role: Path) -> None:
+    """Settings of other roles are only used in defaults/, as defaults of its own settings."""
     files = [path for path in role.rglob("*") if path.suffix in {".yml", ".j2"}]
     wrong = []
     for path in files:

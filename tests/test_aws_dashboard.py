@@ -1,7 +1,7 @@
-"""The dashboard and the rules of AWS use what the exporter exports, and all of it is used.
+"""The AWS dashboard and rules use metrics that the exporter exports, and use all of them.
 
-The queries run against a real Prometheus, which scrapes a stand-in for the exporter. What the
-stand-in exports follows from the role's own configuration file.
+The queries run in a real Prometheus, which scrapes a stand-in for the exporter. The stand-in
+exports the metrics of the role's configuration file.
 """
 
 import contextlib
@@ -47,13 +47,17 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         exporter = stack.enter_context(contextlib.closing(StandIn(CONFIG)))
         prometheus = Prometheus(tmp_path_factory.mktemp("aws"), exporter.address, "cloudwatch")
         stack.enter_context(contextlib.closing(prometheus)).start()
-        twice = "count_over_time(yace_cloudwatch_requests_total[1m]) > 1"  # what increase() needs
-        eventually(lambda: prometheus.get("query", query=twice)["result"], what="it is scraped")
+        # increase() needs two samples.
+        twice = "count_over_time(yace_cloudwatch_requests_total[1m]) > 1"
+        eventually(
+            lambda: prometheus.get("query", query=twice)["result"],
+            what="Prometheus has scraped the exporter twice",
+        )
         yield prometheus
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_query_returns_data(target: dict[str, Any], prometheus: Prometheus) -> None:
+def test_aws_query_returns_data(target: dict[str, Any], prometheus: Prometheus) -> None:
     assert prometheus.numbers(target["expr"], time.time() - 10, time.time()), target["expr"]
 
 
@@ -63,12 +67,11 @@ def test_each_query_has_a_legend_and_needs_no_variable(target: dict[str, Any]) -
     assert "$" not in target["expr"]
 
 
-def test_stats_cover_what_their_names_say(prometheus: Prometheus) -> None:
-    """The regular expressions for names find each metric of its kind."""
+def test_name_patterns_match_all_metrics_of_their_kind(prometheus: Prometheus) -> None:
     selectors = re.findall(r"{__name__=~.*?}", " ".join(EXPRESSIONS))
     found: list[set[str]] = []
     for selector in selectors:
-        assert selector in RULES, "the alert looks at the same"
+        assert selector in RULES, "the alert uses the same pattern"
         result = prometheus.get("query", query=selector)["result"]
         found.append({one["metric"]["__name__"] for one in result})
     assert found == [
@@ -78,19 +81,19 @@ def test_stats_cover_what_their_names_say(prometheus: Prometheus) -> None:
     assert [len(names) for names in found] == [4, 6]
 
 
-def test_each_metric_that_costs_is_shown() -> None:
+def test_each_exported_metric_is_shown() -> None:
     text = " ".join(EXPRESSIONS)
     assert {name for name in EXPORTED if not re.search(rf"\b{name}\b", text)} == set()
 
 
-def test_rules_name_metrics_that_are_exported() -> None:
+def test_metrics_of_the_rules_are_exported() -> None:
     named = set(re.findall(r"\baws_(?:iot|rds|sqs|logs)_\w+", RULES))
     named -= {name for name in named if name.endswith("_")}  # parts of regular expressions
     assert len(named) >= 6
     assert named <= EXPORTED
 
 
-def test_page_names_each_alert() -> None:
+def test_page_lists_each_alert() -> None:
     page = (ROLES.parent / "docs/aws-metrics.md").read_text()
     alerts = re.findall(r"- alert: (\w+)", RULES)
     assert {name for name in alerts if f"`{name}`" not in page} == set()
@@ -113,7 +116,7 @@ def test_stand_in_names_metrics_as_documented(
     assert metric_name(namespace, metric, statistic) == documented
 
 
-def test_one_request_for_each_metric_and_every_five_minutes_once() -> None:
+def test_each_metric_has_one_statistic_every_five_minutes() -> None:
     for job in CONFIG["static"]:
         assert job["regions"] == ["us-east-1"]
         for metric in job["metrics"]:

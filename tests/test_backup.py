@@ -1,4 +1,4 @@
-"""playbooks/backup.yml and the restore, for a database that is destroyed in between.
+"""playbooks/backup.yml and the restore of a destroyed database.
 
 Only the supervisor is a stand-in: a script that stops the collector.
 """
@@ -21,16 +21,16 @@ from testing.service import binary, eventually
 
 pytestmark = pytest.mark.timeout(600)
 
-EVERYTHING = "SELECT m::text FROM messages m ORDER BY id"
+SELECT_ROWS = "SELECT m::text FROM messages m ORDER BY id"
 
 
-def test_destroyed_and_restored(
+def test_destroyed_database_is_restored(
     tmp_path: Path,
     own_postgres: Postgres,
     broker: Mosquitto,
     make_collector: Callable[..., Collector],
 ) -> None:
-    # Where the roles put the socket and the commands.
+    # The socket and the commands are at the places that the roles use.
     own_postgres.query(f"ALTER SYSTEM SET unix_socket_directories = '{own_postgres.folder}'")
     own_postgres.stop()
     own_postgres.start()
@@ -51,7 +51,7 @@ def test_destroyed_and_restored(
     publish(broker, [("iot/data", payload) for payload in sent])
     collector.wait_settled(200)
     database.query("INSERT INTO dead_letters_fallback (reason) VALUES ('x')")
-    before = database.query(EVERYTHING)
+    before = database.query(SELECT_ROWS)
     variables = [f"-eiot_state_dir={state}", "-ebackup_jobs=2"]
     nothing = playbook("tests/restore.yml", *variables, "-econfirm=true")
     assert "There is no dump iot-*.dump" in nothing.stdout
@@ -59,7 +59,7 @@ def test_destroyed_and_restored(
     assert done.returncode == 0, done.stdout
     [dump] = (state / "backup").iterdir()
 
-    # After the backup: a message, and then somebody destroys what was stored before.
+    # After the backup, a message is stored, and then the table is truncated.
     publish(broker, [("iot/data", b"later:1")])
     collector.wait_settled(201)
     database.query("TRUNCATE messages")
@@ -69,7 +69,7 @@ def test_destroyed_and_restored(
     assert database.count() == 0
     done = playbook("tests/restore.yml", *variables, "-econfirm=true", f"-efile={dump.name}")
     assert done.returncode == 0, done.stdout
-    assert database.query(EVERYTHING) == before
+    assert database.query(SELECT_ROWS) == before
     assert database.count("dead_letters_fallback") == 1
     assert database.count("ledger") == 0
     kept = own_postgres.query(
@@ -77,17 +77,17 @@ def test_destroyed_and_restored(
     )
     assert kept == [(False,)]
 
-    # The collector was stopped; what came meanwhile is in the broker.
+    # The collector was stopped. The broker queues messages meanwhile.
     collector.wait()
     publish(broker, [("iot/data", b"meanwhile:1")])
     collector.start()
     eventually(lambda: database.payloads() == [*sent, b"meanwhile:1"])
 
-    # The next restore does not delete what the last one has kept.
+    # The next restore does not delete the database that the last one kept.
     done = playbook("tests/restore.yml", *variables, "-econfirm=true")
     assert done.returncode != 0
     assert "DROP DATABASE iot_before_restore" in done.stdout
-    # A dump that ends too early changes nothing.
+    # A truncated dump changes nothing.
     own_postgres.query("DROP DATABASE iot_before_restore")
     dump.write_bytes(dump.read_bytes()[:-200])
     done = playbook("tests/restore.yml", *variables, "-econfirm=true")

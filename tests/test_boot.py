@@ -1,4 +1,4 @@
-"""What systemd starts: the unit as systemd reads it, and a machine that is booted with it."""
+"""The systemd unit: its syntax, and its behaviour in a container that systemd boots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 @pytest.mark.parametrize("scope", ["system", "user"])
 @pytest.mark.parametrize("state", [STATE, '/srv/50% of "it"/a$b'])
-def test_systemd_understands_the_unit(tmp_path: Path, scope: str, state: str) -> None:
+def test_unit_is_valid_for_systemd(tmp_path: Path, scope: str, state: str) -> None:
     analyze = shutil.which("systemd-analyze")
     if not analyze:
         pytest.skip("systemd-analyze is not installed")
@@ -51,12 +51,12 @@ def test_systemd_understands_the_unit(tmp_path: Path, scope: str, state: str) ->
             text=True,
             check=False,
         )
-        # It reads other units as well, and has something to say about some.
+        # It also checks other units, and may have warnings about them.
         return done.returncode, "\n".join(x for x in done.stdout.splitlines() if UNIT in x)
 
     assert verify() == (0, "")
     unit.write_text(unit.read_text().replace("KillMode=process", "KillMode=orderly"))
-    assert "kill mode" in verify()[1], "it does not see a mistake"
+    assert "kill mode" in verify()[1], "the check finds an error"
 
 
 class Machine:
@@ -72,7 +72,7 @@ class Machine:
                     "host": {
                         "hosts": {self.name: {}},
                         "vars": {
-                            # For Podman, too: its own has no pipelining.
+                            # Also for Podman, because Podman's plugin has no pipelining.
                             "ansible_connection": "community.docker.docker",
                             "ansible_python_interpreter": "/usr/bin/python3",
                             "mosquitto_port": self.port,
@@ -119,7 +119,7 @@ class Machine:
         self.wait_for_systemd()
 
     def wait_for_systemd(self) -> None:
-        """Wait until what is to be started has been."""
+        """Wait until systemd has started multi-user.target."""
         eventually(
             lambda: self.succeeds("systemctl", "is-active", "multi-user.target"),
             timeout=120,
@@ -133,12 +133,12 @@ class Machine:
     def log(self, program: str) -> str:
         return self("cat", f"{STATE}/log/{program}.log")
 
-    def stores_a_message(self) -> bool:
-        """Publish a message and see it in the table."""
+    def stores_message(self) -> bool:
+        """Publish a message; wait until it is stored."""
         text = uuid.uuid4().hex
         count = f"SELECT count(*) FROM messages WHERE payload = '{text}'"
         eventually(
-            lambda: self.succeeds(f"{STATE}/bin/iot-status"), timeout=60, what="everything runs"
+            lambda: self.succeeds(f"{STATE}/bin/iot-status"), timeout=60, what="all programs run"
         )
         self("mosquitto_pub", "-p", f"{self.port}", "-q", "1", "-t", "iot/data", "-m", text)
         return eventually(lambda: self(f"{STATE}/bin/psql", "-Atc", count) == "1\n", timeout=60)
@@ -149,7 +149,7 @@ def machine(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder = tmp_path_factory.mktemp("machine")
     machine = Machine(engine, folder)
     options = [f"--env=PIP_CERT={CERTIFICATES}"]
-    if CERTIFICATES.exists():  # what this machine trusts, the other one does
+    if CERTIFICATES.exists():  # the container trusts the same CAs as this machine
         options += [f"--volume={CERTIFICATES}:{CERTIFICATES}:ro"]
     if index := os.environ.get("PIP_INDEX_URL"):
         options += [f"--env=PIP_INDEX_URL={index}"]
@@ -167,31 +167,31 @@ def machine(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         machine.engine("rm", "--force", machine.name)
 
 
-@pytest.mark.timeout(900)  # seconds: a machine is made, and everything deployed on it
-def test_comes_back_after_a_reboot(machine: Machine) -> None:
-    assert machine.stores_a_message()
+@pytest.mark.timeout(900)  # seconds, including the build and the deployment of the machine
+def test_system_runs_after_a_reboot(machine: Machine) -> None:
+    assert machine.stores_message()
     machine.reboot()
-    assert machine.stores_a_message()
+    assert machine.stores_message()
     assert machine.unit("NRestarts") == "0"
-    assert machine.log("supervisord").count("exit status 0") >= 3  # each program, when told to
+    assert machine.log("supervisord").count("exit status 0") >= 3  # each program stopped cleanly
     assert "was interrupted" not in machine.log("postgres")
 
 
 @pytest.mark.timeout(300)
-def test_comes_back_when_the_supervisor_is_killed(machine: Machine) -> None:
+def test_system_runs_after_the_supervisor_is_killed(machine: Machine) -> None:
     machine("systemctl", "kill", "--kill-who=main", "--signal=KILL", UNIT)
     eventually(
         lambda: machine.unit("NRestarts") == "1" and machine.unit("ActiveState") == "active",
         timeout=60,
-        what="systemd has started the supervisor again",
+        what="systemd has restarted the supervisor",
     )
-    assert machine.stores_a_message()
-    # The programs were told to stop, and not killed with it.
+    assert machine.stores_message()
+    # The programs were stopped, not killed.
     assert "was interrupted" not in machine.log("postgres")
 
 
 @pytest.mark.timeout(600)
-def test_takes_over_what_an_earlier_version_has_started(machine: Machine) -> None:
+def test_unit_takes_over_a_supervisor_of_an_earlier_version(machine: Machine) -> None:
     machine("systemctl", "disable", "--now", UNIT)
     machine("rm", f"/etc/systemd/system/{UNIT}")
     machine("systemctl", "daemon-reload")
@@ -200,12 +200,12 @@ def test_takes_over_what_an_earlier_version_has_started(machine: Machine) -> Non
     assert machine.unit("ActiveState") == "active"
     assert machine.unit("UnitFileState") == "enabled"
     assert machine.unit("MainPID") == machine("cat", f"{STATE}/run/supervisord.pid").strip()
-    assert machine.stores_a_message()
+    assert machine.stores_message()
     assert " changed=0 " in machine.playbook("tests/boot.yml")
 
 
 @pytest.mark.timeout(300)
-def test_teardown_takes_the_unit_away(machine: Machine) -> None:
+def test_teardown_removes_the_unit(machine: Machine) -> None:
     machine.playbook("playbooks/teardown.yml")
     assert machine.unit("LoadState") == "not-found"
     machine.reboot()

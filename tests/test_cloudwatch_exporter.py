@@ -1,4 +1,4 @@
-"""The role cloudwatch_exporter against the stand-in for a cluster, with those that read from it."""
+"""The role cloudwatch_exporter, with Prometheus and Grafana, against a stand-in for a cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ON: dict[str, object] = {"cloudwatch_exporter_enabled": True, "cloudwatch_export
 
 @pytest.fixture(scope="module")
 def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Playbooks: of the exporter alone, and of the exporter and what reads from it."""
+    """Two playbooks: the exporter alone, and the exporter with Prometheus and Grafana."""
     folder = tmp_path_factory.mktemp("plays")
     roles = {"alone": [""], "all": ["", "prometheus", "grafana"]}
     for name, others in roles.items():
@@ -57,7 +57,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def cluster(plays: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster with the exporter in it; the tests leave it so."""
+    """A cluster with the exporter. Tests that change it set it back."""
     with running(tmp_path_factory.mktemp("cluster") / "kubeconfig") as stand_in:
         cluster = Cluster(stand_in)
         done = run(plays["all"], cluster, **ON)
@@ -71,7 +71,7 @@ def empty(tmp_path: Path) -> Iterator[Cluster]:
         yield Cluster(stand_in)
 
 
-def of_exporter(cluster: Cluster) -> list[Object]:
+def exporter_objects(cluster: Cluster) -> list[Object]:
     return [
         o
         for o in cluster.objects()
@@ -79,8 +79,8 @@ def of_exporter(cluster: Cluster) -> list[Object]:
     ]
 
 
-def test_manifests_are_what_kubernetes_expects(cluster: Cluster) -> None:
-    objects = of_exporter(cluster)
+def test_manifests_are_valid(cluster: Cluster) -> None:
+    objects = exporter_objects(cluster)
     assert {o["kind"] for o in objects} == {
         *("ConfigMap", "ServiceAccount", "StatefulSet", "Service"),
         *("PodDisruptionBudget", "NetworkPolicy"),
@@ -90,17 +90,17 @@ def test_manifests_are_what_kubernetes_expects(cluster: Cluster) -> None:
             kubernetes_validate.validate(manifest, version, strict=True)
 
 
-def test_checkov_finds_what_has_a_reason(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "manifests.yml").write_text(yaml.safe_dump_all(of_exporter(cluster)))
+def test_checkov_has_only_accepted_findings(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "manifests.yml").write_text(yaml.safe_dump_all(exporter_objects(cluster)))
     report = checkov("kubernetes", [tmp_path / "manifests.yml"])
     failed = {check["check_id"] for check in report["results"]["failed_checks"]}
-    # As for the other components: pinned by version, and pulled only where it is missing.
+    # As for the other components, images are pinned by version and pulled only if missing.
     assert failed == {"CKV_K8S_15", "CKV_K8S_43"}
     assert failed <= CHECKOV_SKIPS.keys()
     assert report["summary"]["passed"] > 50
 
 
-def test_pod_has_the_iam_role_and_nothing_of_the_cluster(cluster: Cluster) -> None:
+def test_pod_has_the_iam_role_and_no_kubernetes_token(cluster: Cluster) -> None:
     account = cluster.object("ServiceAccount", NAME)
     assert account["metadata"]["annotations"] == {"eks.amazonaws.com/role-arn": ROLE}
     assert account["automountServiceAccountToken"] is False
@@ -115,14 +115,14 @@ def test_pod_has_the_iam_role_and_nothing_of_the_cluster(cluster: Cluster) -> No
         assert container[probe]["httpGet"]["path"] == "/healthz"
 
 
-def test_everything_is_asked_of_the_region_of_the_run(cluster: Cluster) -> None:
+def test_only_the_region_of_the_run_is_queried(cluster: Cluster) -> None:
     config = yaml.safe_load(cluster.object("ConfigMap", NAME)["data"]["config.yml"])
     assert config["sts-region"] == "us-east-1"
     assert {region for job in config["static"] for region in job["regions"]} == {"us-east-1"}
-    assert config.keys() == {"apiVersion", "sts-region", "static"}, "nothing is discovered"
+    assert config.keys() == {"apiVersion", "sts-region", "static"}, "discovery is off"
 
 
-def test_traffic_is_https_out_and_prometheus_in(cluster: Cluster) -> None:
+def test_network_policy_allows_https_and_prometheus(cluster: Cluster) -> None:
     policy = cluster.object("NetworkPolicy", NAME)["spec"]
     assert policy["egress"] == [{"ports": [{"protocol": "TCP", "port": 443}]}]
     prometheus = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}
@@ -144,8 +144,8 @@ def dashboards(cluster: Cluster) -> list[str]:
     return sorted(name for name in names if name.startswith("grafana-dashboard-"))
 
 
-def test_prometheus_scrapes_it_and_grafana_has_its_dashboard(cluster: Cluster) -> None:
-    (service,) = (o for o in of_exporter(cluster) if o["kind"] == "Service")
+def test_prometheus_scrapes_the_exporter_and_grafana_has_its_dashboard(cluster: Cluster) -> None:
+    (service,) = (o for o in exporter_objects(cluster) if o["kind"] == "Service")
     address = f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
     assert jobs(cluster)["cloudwatch"]["static_configs"] == [{"targets": [address]}]
     assert "grafana-dashboard-aws" in dashboards(cluster)
@@ -169,13 +169,13 @@ def test_second_run_changes_nothing_and_another_role_restarts_it(
 
 
 @pytest.mark.timeout(400)
-def test_off_by_default_and_removed_when_it_is_switched_off(
+def test_exporter_is_off_by_default_and_can_be_removed(
     plays: dict[str, Path], empty: Cluster
 ) -> None:
     done = run(plays["all"], empty)
     assert done.returncode == 0, done.stdout
     off = empty.objects()
-    assert of_exporter(empty) == []
+    assert exporter_objects(empty) == []
     assert set(jobs(empty)) == {"collector", "prometheus"}
     assert "grafana-dashboard-aws" not in dashboards(empty)
     assert "5000" not in json.dumps(empty.object("NetworkPolicy", "prometheus"))
@@ -185,7 +185,7 @@ def test_off_by_default_and_removed_when_it_is_switched_off(
     assert "changed=1" in done.stdout
     assert empty.objects() == off
     assert run(plays["alone"], empty, **ON).returncode == 0
-    assert of_exporter(empty)
+    assert exporter_objects(empty)
     assert run(plays["alone"], empty).returncode == 0
     assert empty.objects() == off
     assert "changed=0" in run(plays["alone"], empty).stdout
@@ -198,16 +198,16 @@ def test_off_by_default_and_removed_when_it_is_switched_off(
         ({"iot_platform": "host"}, "the exporter runs on Kubernetes alone. Set"),
     ],
 )
-def test_a_wrong_setting_stops_the_run(
+def test_wrong_setting_stops_the_run(
     plays: dict[str, Path], empty: Cluster, variables: dict[str, object], said: str
 ) -> None:
     done = run(plays["alone"], empty, **{**ON, **variables})
     assert done.returncode != 0
     assert said in " ".join(done.stdout.split())
-    assert of_exporter(empty) == []
+    assert exporter_objects(empty) == []
 
 
-def test_the_next_step_names_the_variable_of_its_image() -> None:
+def test_missing_image_names_its_variable() -> None:
     waiting = {"reason": "ImagePullBackOff", "message": "no such image"}
     container = {"name": NAME, "ready": False, "state": {"waiting": waiting}}
     pod = {
@@ -219,6 +219,6 @@ def test_the_next_step_names_the_variable_of_its_image() -> None:
     assert "Next: set cloudwatch_exporter_image to" in message
 
 
-def test_namespace_is_the_one_of_the_whole_system(cluster: Cluster) -> None:
-    """So that teardown deletes it with the rest."""
-    assert {o["metadata"]["namespace"] for o in of_exporter(cluster)} == {NAMESPACE}
+def test_exporter_is_in_the_namespace_of_the_system(cluster: Cluster) -> None:
+    """So teardown deletes it too."""
+    assert {o["metadata"]["namespace"] for o in exporter_objects(cluster)} == {NAMESPACE}

@@ -1,4 +1,4 @@
-"""The collection, built and installed, works from an empty directory: playbooks and each role."""
+"""The built and installed collection works from an empty directory: playbooks and each role."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USED = yaml.safe_load((ROOT / "galaxy.yml").read_text())["dependencies"]
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with nothing but an inventory and the collection, in collections/."""
+    """A directory that contains only an inventory and the collection in collections/."""
     path = tmp_path_factory.mktemp("elsewhere")
     done = run_ansible("ansible-galaxy", "collection", "build", "--output-path", path)
     assert done.returncode == 0, done.stdout
@@ -42,7 +42,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "host": {"hosts": {"this": hosts}},
         "local": {"hosts": {"cluster": hosts}, "vars": {"iot_platform": "kubernetes"}},
     }
-    (path / "ansible.cfg").write_text("")  # not that of the user
+    (path / "ansible.cfg").write_text("")  # instead of the user's ansible.cfg
     (path / "hosts.yml").write_text(yaml.safe_dump(inventory))
     return path
 
@@ -58,8 +58,8 @@ def play(directory: Path, name: str | Path, *arguments: str, **variables: object
     return done.stdout
 
 
-def one_role_a_play(directory: Path, hosts: str) -> Path:
-    """A playbook in which each role has a play of its own, so that none sees another's defaults."""
+def play_per_role(directory: Path, hosts: str) -> Path:
+    """A playbook with a play for each role, so that no role sees the defaults of another."""
     plays = [
         {
             "hosts": hosts,
@@ -74,7 +74,7 @@ def one_role_a_play(directory: Path, hosts: str) -> Path:
     return path
 
 
-def test_holds_what_its_roles_need_and_no_tests(directory: Path) -> None:
+def test_archive_has_the_needed_files_and_no_tests(directory: Path) -> None:
     root = directory / "collections/ansible_collections/iot/platform"
     assert (root / "collector/Dockerfile").exists()
     assert (root / "pyproject.toml").exists()
@@ -83,7 +83,7 @@ def test_holds_what_its_roles_need_and_no_tests(directory: Path) -> None:
     assert not (root / "collector/tests").exists()
 
 
-def test_on_kubernetes(directory: Path) -> None:
+def test_collection_deploys_on_kubernetes(directory: Path) -> None:
     with running(directory / "kubeconfig") as stand_in:
         given = {
             "kubeconfig": str(stand_in.kubeconfig),
@@ -94,22 +94,22 @@ def test_on_kubernetes(directory: Path) -> None:
         assert {
             o["metadata"]["name"] for o in stand_in.ask("objects") if o["kind"] == "StatefulSet"
         } == set(COMPONENTS)
-        again = play(directory, one_role_a_play(directory, "local"), **given)
+        again = play(directory, play_per_role(directory, "local"), **given)
         assert again.count("changed=0") == 1, again
         play(directory, "iot.platform.teardown", target="local", confirm=True, **given)
         assert stand_in.ask("objects") == []
 
 
-def test_on_the_host(directory: Path, tmp_path: Path) -> None:
-    """In check mode; the scenario in molecule/default installs, runs and removes it."""
+def test_collection_runs_on_the_host_in_check_mode(directory: Path, tmp_path: Path) -> None:
+    """molecule/default really installs, runs and removes it."""
     names = ["mosquitto_port", "postgres_port", "postgres_exporter_port"]
     names += ["collector_http_port", "prometheus_port", "prometheus_node_exporter_port"]
     given = {"iot_state_dir": str(tmp_path / "iot")} | {name: free_port() for name in names}
     assert "unreachable=0    failed=0" in play(directory, "iot.platform.host", "--check", **given)
-    play(directory, one_role_a_play(directory, "host"), "--check", **given)
+    play(directory, play_per_role(directory, "host"), "--check", **given)
 
 
-def test_names_the_collections_it_uses() -> None:
+def test_dependencies_are_exactly_the_collections_used() -> None:
     (listed,) = yaml.safe_load((ROOT / "requirements.yml").read_text()).values()
     assert {item["name"]: item["version"] for item in listed} == USED
     used = set()

@@ -1,4 +1,4 @@
-"""The role ``collector`` where the broker is AWS IoT Core: what is installed and what is set."""
+"""The role ``collector``: the extras that it installs and the settings that it writes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ ENDPOINT = "awsiot://abc-ats.iot.eu-west-1.amazonaws.com"
         {"collector_environment": {"IOT_MQTT_URL": ENDPOINT, "IOT_MQTT_MAX_INFLIGHT": 100}},
     ],
 )
-def test_iot_core(tmp_path: Path, variables: dict[str, object]) -> None:
+def test_iot_core_needs_the_aws_extra_and_no_mqtt_user(
+    tmp_path: Path, variables: dict[str, object]
+) -> None:
     found = settings(tmp_path, variables)
     assert (found["extras"], found["marker"]) == ("[aws]", "checksum[aws]")
     assert found["settings"]["IOT_MQTT_URL"] == ENDPOINT
@@ -46,7 +48,7 @@ def test_iot_core(tmp_path: Path, variables: dict[str, object]) -> None:
     assert "IOT_BROKER_METRICS" not in found["settings"]
 
 
-def test_mosquitto(tmp_path: Path) -> None:
+def test_mosquitto_needs_no_extra(tmp_path: Path) -> None:
     found = settings(tmp_path, {"mosquitto_allow_anonymous": False})
     assert (found["extras"], found["marker"]) == ("", "checksum")
     assert int(found["settings"]["IOT_MQTT_MAX_INFLIGHT"]) == 10_000
@@ -54,13 +56,13 @@ def test_mosquitto(tmp_path: Path) -> None:
     assert found["settings"]["IOT_BROKER_METRICS"] == "true"
 
 
-def test_archive(tmp_path: Path) -> None:
+def test_archive_target_needs_the_archive_extra(tmp_path: Path) -> None:
     found = settings(tmp_path, {"collector_archive_target": "/archive"})
     assert (found["extras"], found["marker"]) == ("[archive]", "checksum[archive]")
     assert found["settings"]["IOT_ARCHIVE_TARGET"] == "/archive"
 
 
-def test_payloads(tmp_path: Path) -> None:
+def test_lists_are_joined_with_commas(tmp_path: Path) -> None:
     found = settings(
         tmp_path,
         {

@@ -1,9 +1,9 @@
-"""Every dashboard is sound, and each of its queries returns data.
+"""The structure of each dashboard is valid, and each of its queries returns data.
 
-The queries run against a real Prometheus, which scrapes a real collector and a real exporter of
-PostgreSQL, and as the read-only role against the real database, after real traffic with a dead
-letter and a lost database connection in it. What Grafana does to a query before it sends it is done
-here by `prometheus_query` and `sql_query`. Grafana itself takes no part.
+PromQL runs in a real Prometheus, which scrapes a real collector and postgres_exporter. SQL runs in
+the real database with the read-only role. The data come from real traffic with a dead letter and a
+lost database connection. `prometheus_query` and `sql_query` replace the variables and macros as
+Grafana does. Grafana itself is not used.
 """
 
 import contextlib
@@ -49,31 +49,31 @@ QUERIES = [
 METRIC = r"\b(?:(?:db|messages|mqtt|message|oldest|pg|process)_\w+|up)\b"
 
 
-def of_kind(kind: str) -> Sequence[Any]:
-    """Queries of a kind, but those of the dashboard of AWS: test_aws_dashboard.py has them."""
+def queries_of_kind(kind: str) -> Sequence[Any]:
+    """The queries for a kind of data source, without the AWS dashboard (test_aws_dashboard.py)."""
     found: list[Any] = [param for param in QUERIES if not str(param.id).startswith("aws-")]
     return [param for param in found if param.values[0]["datasource"]["type"] == kind]
 
 
-# What Grafana replaces -----------------------------------------------------------------------
+# Variables and macros ------------------------------------------------------------------------
 
 
 def prometheus_query(expression: str, instance: str = ".*") -> str:
     """Replace the variables of a PromQL expression, as Grafana's Prometheus data source does.
 
-    ``$__rate_interval`` is at least four scrapes; more here, so that a busy machine leaves no gap.
-    ``$__range`` is the time the dashboard shows. ``$instance`` is the dashboard's own variable:
-    ``.*`` for "All" (its ``allValue``), or an address with its regular expression escaped.
+    ``$__rate_interval`` is at least four scrapes. Here it is longer, for a busy machine.
+    ``$__range`` is the time range of the dashboard. ``$instance`` is a variable of the dashboard:
+    ``.*`` for "All" (its ``allValue``), or an address escaped for a regular expression.
     """
     values = {"$__rate_interval": "10s", "$__range": "60s", "$instance": instance}
     for name, value in values.items():
         expression = expression.replace(name, value)
-    assert "$" not in expression, f"a variable that is not known: {expression}"
+    assert "$" not in expression, f"unknown variable: {expression}"
     return expression
 
 
-# What is chosen of the variables of *Readings*; Grafana doubles the quotes in a value.
-CHOSEN = {
+# The selected values of the variables of *Readings*. Grafana doubles quotes in a value.
+SELECTED = {
     "${topic:sqlstring}": "'iot/device-0','iot/device-1','iot/it''s gone'",
     "${name:sqlstring}": "'temperature'",
     "$silent_after": "3 seconds",
@@ -85,13 +85,13 @@ CHOSEN = {
 def sql_query(sql: str, start: datetime, end: datetime, interval: int = 60) -> str:
     """Replace the variables and macros of a query, as Grafana's PostgreSQL data source does.
 
-    ``$__interval`` (seconds between two points) is replaced first, then the macros; like
-    Grafana's, these take no parentheses in their arguments. The third argument of ``$__timeGroup``
-    says what Grafana fills gaps with and does not reach the database.
+    ``$__interval`` (seconds between two points) is replaced first, then the macros. As in Grafana,
+    the arguments of a macro have no parentheses. Grafana fills gaps with the third argument of
+    ``$__timeGroup``, which is not part of the SQL.
     https://grafana.com/docs/grafana/latest/datasources/postgres/query-editor/#macros
     """
     sql = sql.replace("$__interval_ms", str(interval * 1000)).replace("$__interval", f"{interval}s")
-    for name, value in CHOSEN.items():
+    for name, value in SELECTED.items():
         sql = sql.replace(name, value)
 
     def macro(found: re.Match[str]) -> str:
@@ -102,10 +102,10 @@ def sql_query(sql: str, start: datetime, end: datetime, interval: int = 60) -> s
         if name == "timeGroup":
             seconds = int(arguments[1].strip("'").removesuffix("s"))
             return f"floor(extract(epoch from {column})/{seconds})*{seconds}"
-        raise AssertionError(f"a macro that is not known: {name}")
+        raise AssertionError(f"unknown macro: {name}")
 
     sql = re.sub(r"\$__(\w+)\(([^)]*)\)", macro, sql)
-    assert "$" not in sql, f"a variable that is not known: {sql}"
+    assert "$" not in sql, f"unknown variable: {sql}"
     return sql
 
 
@@ -114,7 +114,7 @@ def sql_query(sql: str, start: datetime, end: datetime, interval: int = 60) -> s
 
 @dataclass
 class Installation:
-    """What the dashboards show, and from when to when there was traffic."""
+    """The services that the dashboards query, and the time range with traffic."""
 
     prometheus: Prometheus
     reader: Database
@@ -127,7 +127,7 @@ class Installation:
 def installation(
     _initialised: Postgres, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Installation]:
-    """Traffic for some seconds: messages on twelve topics, a dead letter, a database error."""
+    """Services after six seconds of traffic on 13 topics, a dead letter and a database error."""
     with contextlib.ExitStack() as stack:
         postgres = _initialised.copy(stack.enter_context(Postgres.directory()))
         stack.enter_context(contextlib.closing(postgres)).start()
@@ -158,7 +158,9 @@ def installation(
         stack.enter_context(contextlib.closing(prometheus)).start()
 
         start, sent = datetime.now(UTC), 1
-        publish(broker, [("iot/it's gone", b'{"temperature": 7}')])  # silent from now on
+        publish(
+            broker, [("iot/it's gone", b'{"temperature": 7}')]
+        )  # this topic is silent from now on
         for second in range(6):
             for topic in range(12):
                 publish(broker, [(f"iot/device-{topic}", b'{"temperature": %d}' % second)])
@@ -173,11 +175,14 @@ def installation(
             time.sleep(1)
         collector.wait_settled(sent + 1)
         seen = f"mqtt_messages_total == {sent + 1} and messages_in_flight == 0"
-        eventually(lambda: prometheus.get("query", query=seen)["result"], what="it is scraped")
+        eventually(
+            lambda: prometheus.get("query", query=seen)["result"],
+            what="Prometheus has scraped the collector",
+        )
         yield Installation(prometheus, roles.database(READER), sent, start, datetime.now(UTC))
 
 
-@pytest.mark.parametrize("target", of_kind("prometheus"))
+@pytest.mark.parametrize("target", queries_of_kind("prometheus"))
 def test_prometheus_query_returns_data(target: dict[str, Any], installation: Installation) -> None:
     prometheus = installation.prometheus
     start, end = installation.start.timestamp(), installation.end.timestamp()
@@ -186,22 +191,22 @@ def test_prometheus_query_returns_data(target: dict[str, Any], installation: Ins
         assert prometheus.numbers(query, start, end), query
 
 
-@pytest.mark.parametrize("target", of_kind("prometheus"))
-def test_metrics_exist(target: dict[str, Any], installation: Installation) -> None:
-    """Also in the branches of an `or` that did not count in the test above."""
+@pytest.mark.parametrize("target", queries_of_kind("prometheus"))
+def test_metrics_of_each_query_exist(target: dict[str, Any], installation: Installation) -> None:
+    """Also those in branches of an `or` that the test above did not need."""
     there = set(installation.prometheus.get("label/__name__/values"))
     named = set(re.findall(METRIC, target["expr"]))
     assert named
     assert named <= there
 
 
-@pytest.mark.parametrize("target", of_kind("postgres"))
+@pytest.mark.parametrize("target", queries_of_kind("postgres"))
 def test_sql_query_returns_data(target: dict[str, Any], installation: Installation) -> None:
     sql = sql_query(target["rawSql"], installation.start, installation.end)
     assert installation.reader.query(sql)
 
 
-def query_of(title: str) -> str:
+def query_by_title(title: str) -> str:
     (query,) = [
         panel["targets"][0].get("expr") or panel["targets"][0]["rawSql"]
         for name, dashboard in DASHBOARDS.items()
@@ -218,23 +223,27 @@ def query_of(title: str) -> str:
         *(("Broker's metrics", 1), ("PostgreSQL", 1), ("Dropped", 0)),
     ],
 )
-def test_last_value(title: str, expected: float, installation: Installation) -> None:
-    result = installation.prometheus.get("query", query=prometheus_query(query_of(title)))
+def test_single_number_is_correct(title: str, expected: float, installation: Installation) -> None:
+    result = installation.prometheus.get("query", query=prometheus_query(query_by_title(title)))
     assert [float(series["value"][1]) for series in result["result"]] == [expected]
 
 
-def test_rates_add_up(installation: Installation) -> None:
-    """What the graph of stored messages covers is what was stored."""
+def test_sum_of_stored_rates_equals_the_stored_messages(installation: Installation) -> None:
     start, end = installation.start.timestamp() - 5, installation.end.timestamp() + 15
-    rates = installation.prometheus.numbers(prometheus_query(query_of("Stored")), start, end)
+    rates = installation.prometheus.numbers(prometheus_query(query_by_title("Stored")), start, end)
     assert sum(rates) == pytest.approx(installation.messages, rel=0.25)
 
 
 @pytest.mark.parametrize("interval", [1, 60, 3600])
-def test_messages_per_minute(interval: int, installation: Installation) -> None:
-    """Ten topics and the others, and every row once, whatever the interval."""
+def test_messages_per_minute_count_each_message_once(
+    interval: int, installation: Installation
+) -> None:
+    """There are ten topics and "all others". The sum is correct for each interval."""
     sql = sql_query(
-        query_of("Messages per minute by topic"), installation.start, installation.end, interval
+        query_by_title("Messages per minute by topic"),
+        installation.start,
+        installation.end,
+        interval,
     )
     rows = installation.reader.query(sql)
     assert len({topic for _, topic, _ in rows}) == 11  # of 13
@@ -242,10 +251,10 @@ def test_messages_per_minute(interval: int, installation: Installation) -> None:
     assert sum(value for *_, value in rows) * interval / 60 == pytest.approx(installation.messages)
 
 
-def test_tables(installation: Installation) -> None:
+def test_tables_show_the_latest_rows(installation: Installation) -> None:
     def rows_of(title: str) -> list[Any]:
         between = (installation.start, installation.end)
-        return installation.reader.query(sql_query(query_of(title), *between))
+        return installation.reader.query(sql_query(query_by_title(title), *between))
 
     readings = [(topic, name, value) for topic, name, value, *_ in rows_of("Latest readings")]
     assert readings == [
@@ -262,43 +271,43 @@ def test_tables(installation: Installation) -> None:
     assert (sqlstate, topic, payload) == ("23514", "iot/device-0", "poison")
 
 
-def test_readings_of_nothing_chosen(installation: Installation) -> None:
-    """Grafana writes '' where a variable has no value."""
-    sql = query_of("Latest readings").replace("${topic:sqlstring}", "''")
+def test_no_selected_topic_gives_no_readings(installation: Installation) -> None:
+    """Grafana replaces a variable without a value by ''."""
+    sql = query_by_title("Latest readings").replace("${topic:sqlstring}", "''")
     assert installation.reader.query(sql_query(sql, installation.start, installation.end)) == []
 
 
-def test_instances_to_choose_from(installation: Installation) -> None:
+def test_variable_instance_lists_the_collector(installation: Installation) -> None:
     (variable,) = DASHBOARDS["pipeline"]["templating"]["list"]
-    asked = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
-    assert asked, variable
-    metric, label = asked.groups()
+    query = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
+    assert query, variable
+    metric, label = query.groups()
     values = installation.prometheus.get(f"label/{label}/values", **{"match[]": metric})
     assert values == [installation.prometheus.target]
 
 
-def choices(name: str, installation: Installation, **chosen: str) -> list[str]:
-    """What there is to choose from of a variable of *Readings*."""
+def values_of(name: str, installation: Installation, **selected: str) -> list[str]:
+    """The values of a variable of *Readings*."""
     (sql,) = [
         one["query"] for one in DASHBOARDS["readings"]["templating"]["list"] if one["name"] == name
     ]
-    for variable, value in chosen.items():
+    for variable, value in selected.items():
         sql = sql.replace(f"${{{variable}:sqlstring}}", value)
     rows = installation.reader.query(sql_query(sql, installation.start, installation.end))
     return [value for (value,) in rows]
 
 
-def test_topics_and_names_to_choose_from(installation: Installation) -> None:
-    assert len(choices("topic", installation)) == 13
-    assert choices("name", installation) == ["temperature"]
+def test_variables_list_topics_and_names(installation: Installation) -> None:
+    assert len(values_of("topic", installation)) == 13
+    assert values_of("name", installation) == ["temperature"]
 
 
-def test_topics_are_chosen_by_level(installation: Installation) -> None:
-    assert choices("level", installation) == ["(any)", "device"]
-    devices = choices("level_value", installation, level="'device'")
+def test_topics_can_be_filtered_by_level(installation: Installation) -> None:
+    assert values_of("level", installation) == ["(any)", "device"]
+    devices = values_of("level_value", installation, level="'device'")
     assert len(devices) == 13
-    chosen = {"level": "'device'", "level_value": "'device-3','it''s gone'"}
-    assert choices("topic", installation, **chosen) == ["iot/device-3", "iot/it's gone"]
+    selected = {"level": "'device'", "level_value": "'device-3','it''s gone'"}
+    assert values_of("topic", installation, **selected) == ["iot/device-3", "iot/it's gone"]
 
 
 # Structure -----------------------------------------------------------------------------------
@@ -316,22 +325,22 @@ def dashboard(request: pytest.FixtureRequest) -> dict[str, Any]:
     return found
 
 
-def test_there_are_dashboards() -> None:
+def test_pipeline_dashboard_exists() -> None:
     assert "pipeline" in DASHBOARDS
 
 
-def test_dashboard_is_found_under_its_name(dashboard: dict[str, Any]) -> None:
-    assert DASHBOARDS[dashboard["uid"]] is dashboard, "the file has the name of the uid"
+def test_dashboard_has_its_uid_as_file_name(dashboard: dict[str, Any]) -> None:
+    assert DASHBOARDS[dashboard["uid"]] is dashboard, "file name and uid are equal"
     assert dashboard["title"]
     assert dashboard["description"]
     assert dashboard["timezone"] == "browser"
     assert dashboard["refresh"] in ("15s", "1m")
     assert dashboard["schemaVersion"] >= 41
-    assert "id" not in dashboard, "Grafana numbers them itself"
+    assert "id" not in dashboard, "Grafana assigns the id"
 
 
 @pytest.mark.parametrize("key", ["id", "title"])
-def test_panels_can_be_told_apart(dashboard: dict[str, Any], key: str) -> None:
+def test_ids_and_titles_of_panels_are_unique(dashboard: dict[str, Any], key: str) -> None:
     values = [panel[key] for panel in dashboard["panels"]]
     assert len(values) == len(set(values))
 
@@ -348,7 +357,7 @@ def test_panels_do_not_overlap(dashboard: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("panel", PANELS)
-def test_panel_explains_itself(panel: dict[str, Any]) -> None:
+def test_panel_is_complete(panel: dict[str, Any]) -> None:
     assert panel["title"]
     assert panel["description"].endswith(".")
     assert panel["fieldConfig"]["defaults"]["unit"]
@@ -376,15 +385,17 @@ def test_data_source_is_provisioned(target: dict[str, Any]) -> None:
     assert (target["datasource"]["uid"], target["datasource"]["type"]) in pairs
 
 
-@pytest.mark.parametrize("target", of_kind("prometheus"))
+@pytest.mark.parametrize("target", queries_of_kind("prometheus"))
 def test_each_query_has_a_legend(target: dict[str, Any]) -> None:
     assert target["legendFormat"]
 
 
-PIPELINE = [param for param in of_kind("prometheus") if str(param.id).startswith("pipeline-")]
+PIPELINE = [
+    param for param in queries_of_kind("prometheus") if str(param.id).startswith("pipeline-")
+]
 
 
 @pytest.mark.parametrize("target", PIPELINE)
-def test_query_follows_the_choice_of_collectors(target: dict[str, Any]) -> None:
+def test_query_filters_by_the_selected_collectors(target: dict[str, Any]) -> None:
     for selector in re.findall(r"\{[^}]*\}", target["expr"]):
         assert 'instance=~"$instance"' in selector

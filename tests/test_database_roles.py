@@ -1,4 +1,4 @@
-"""roles.sql: what it creates and grants, as often as it runs, and that passwords stay secret."""
+"""roles.sql: roles and privileges, repeated runs, and secret passwords."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ def roles(own_postgres: Postgres) -> Roles:
 
 
 def configure(server: Postgres, settings: dict[str, str]) -> None:
-    """Change settings of a running server and wait until they apply."""
+    """Change settings of a running server; wait until they apply."""
     for name, value in settings.items():
         server.query(f"ALTER SYSTEM SET {name} = '{value}'")
     server.query("SELECT pg_reload_conf()")
@@ -45,7 +45,7 @@ def migrate(roles: Roles) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_creates_everything_once_and_keeps_quiet(roles: Roles) -> None:
+def test_second_run_changes_nothing(roles: Roles) -> None:
     done = roles.apply()
     assert (done.returncode, done.stdout, done.stderr) == (0, ALL, "")
     migrate(roles)
@@ -55,14 +55,14 @@ def test_creates_everything_once_and_keeps_quiet(roles: Roles) -> None:
     assert roles.database(READER).count() == 0
 
 
-def test_completes_what_was_interrupted(roles: Roles) -> None:
+def test_interrupted_run_is_completed(roles: Roles) -> None:
     roles.server.query(f"CREATE ROLE {OWNER}")
     done = roles.apply()
     assert (done.returncode, done.stdout) == (0, ALL.partition("\n")[2])
 
 
-def test_upgrades_a_database_of_the_version_before(roles: Roles) -> None:
-    """There were the owner and its database, with data; everything else is new."""
+def test_database_of_the_previous_version_is_upgraded(roles: Roles) -> None:
+    """Only the owner and its database with data exist."""
     roles.server.query(f"CREATE ROLE {OWNER} LOGIN PASSWORD 'owner-secret'")
     roles.server.query(f"CREATE DATABASE {DATABASE} OWNER {OWNER} TEMPLATE template0")
     migrate(roles)
@@ -71,7 +71,7 @@ def test_upgrades_a_database_of_the_version_before(roles: Roles) -> None:
         """ VALUES (now(), 'iot/data', 'temperature:23', '{"temperature": 23}', 1, false)"""
     )
     roles.database(OWNER).query(insert)
-    # As in databases that were made before PostgreSQL 15.
+    # The default of databases created before PostgreSQL 15.
     Database(roles.server, DATABASE).query("GRANT CREATE ON SCHEMA public TO PUBLIC")
 
     done = roles.apply()
@@ -86,7 +86,7 @@ def test_upgrades_a_database_of_the_version_before(roles: Roles) -> None:
         reader.query("BEGIN READ WRITE; CREATE TABLE mine (id int)")
 
 
-def test_a_new_password_in_the_file_is_the_new_password(roles: Roles) -> None:
+def test_changed_password_is_applied(roles: Roles) -> None:
     roles.apply()
     old = roles.database(READER)
     roles.passwords[READER] = 'it\'s "new" \\ $1'
@@ -97,7 +97,7 @@ def test_a_new_password_in_the_file_is_the_new_password(roles: Roles) -> None:
 
 
 @pytest.mark.parametrize("role", [OWNER, READER, MONITOR])
-def test_stops_without_a_password(roles: Roles, role: str) -> None:
+def test_missing_password_stops_the_script(roles: Roles, role: str) -> None:
     roles.passwords[role] = ""
     done = roles.apply()
     assert done.returncode == 3
@@ -108,7 +108,7 @@ def test_stops_without_a_password(roles: Roles, role: str) -> None:
 def test_no_password_is_logged_or_shown(roles: Roles) -> None:
     configure(roles.server, LOG_EVERYTHING)
     shown = [roles.apply()]
-    # The server logs a statement that fails as well; this makes those with the passwords fail.
+    # The server also logs failed statements. This makes the statements with passwords fail.
     configure(roles.server, {"default_transaction_read_only": "on"})
     shown.append(roles.apply())
     assert "cannot execute ALTER ROLE" in shown[1].stderr
@@ -140,7 +140,7 @@ DENIED = [
 ]
 
 
-def test_the_reader_reads_and_does_nothing_else(roles: Roles) -> None:
+def test_reader_may_only_read(roles: Roles) -> None:
     roles.apply()
     migrate(roles)
     roles.database(OWNER).query("CREATE TABLE later (id int)")
@@ -148,14 +148,14 @@ def test_the_reader_reads_and_does_nothing_else(roles: Roles) -> None:
     for table in ("messages", "dead_letters", "readings", "ledger", "later"):
         assert reader.count(table) == 0
     for statement in DENIED:
-        # That its transactions only read is a default it can change: what counts is what it may.
+        # The reader can change its default of read-only transactions, so its privileges matter.
         with pytest.raises(InsufficientPrivilege):
             reader.query(f"BEGIN READ WRITE; {statement}")
     assert reader.query("SHOW default_transaction_read_only") == [("on",)]
     assert reader.query("SHOW statement_timeout") == [("30s",)]
 
 
-def test_the_monitor_reads_statistics_and_no_table(roles: Roles) -> None:
+def test_monitor_may_only_read_statistics(roles: Roles) -> None:
     roles.apply()
     migrate(roles)
     monitor = roles.database(MONITOR)
@@ -167,7 +167,7 @@ def test_the_monitor_reads_statistics_and_no_table(roles: Roles) -> None:
 
 
 @pytest.mark.parametrize("database", ["postgres", "template1"])
-def test_other_databases_are_closed(roles: Roles, database: str) -> None:
+def test_roles_cannot_connect_to_other_databases(roles: Roles, database: str) -> None:
     roles.apply()
     for role in (OWNER, READER, MONITOR):
         with pytest.raises(psycopg2.OperationalError, match="permission denied for database"):

@@ -1,4 +1,4 @@
-"""The documentation: what it names is there, and what it promises to list is complete."""
+"""The documentation: everything that it names exists, and its lists are complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_links_commands_and_names(page: Path) -> None:
     assert problems(page.read_text(), page) == []
 
 
-PLANTED = {
+WRONG = {
     "[x](docs/missing.md)": "the link docs/missing.md leads nowhere",
     "[x](#missing)": "the link #missing has no such heading",
     "[x](docs/kubernetes.md#missing)": "the link docs/kubernetes.md#missing has no such heading",
@@ -54,8 +54,8 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize(("text", "found"), PLANTED.items(), ids=range(len(PLANTED)))
-def test_finds_what_is_wrong(text: str, found: str) -> None:
+@pytest.mark.parametrize(("text", "found"), WRONG.items(), ids=range(len(WRONG)))
+def test_wrong_text_is_found(text: str, found: str) -> None:
     assert problems(text + "\n", ROOT / "README.md") == [found]
 
 
@@ -69,7 +69,7 @@ def test_finds_what_is_wrong(text: str, found: str) -> None:
         "# One: `two` & three\n\n[x](#one-two--three)",
     ],
 )
-def test_accepts_what_is_right(text: str) -> None:
+def test_correct_text_is_accepted(text: str) -> None:
     assert problems(text + "\n", ROOT / "README.md") == []
 
 
@@ -81,7 +81,7 @@ def test_variables_of_playbooks_are_used() -> None:
     assert unused == set()
 
 
-def test_readme_can_be_read_in_one_sitting() -> None:
+def test_readme_has_at_most_100_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 100
 
 
@@ -96,7 +96,7 @@ def test_readme_links_to_every_page() -> None:
 
 
 def test_figures_of_the_readme_are_measured() -> None:
-    """Every range of the table is in the results; so are the figures below it."""
+    """The ranges in the table and the figures below it are in the results."""
     (section,) = re.findall(
         r"^## Why not.*?(?=^## )", (ROOT / "README.md").read_text(), re.M | re.S
     )
@@ -161,7 +161,7 @@ def test_every_alert_has_a_runbook() -> None:
     assert sorted(listed) == sorted(pages)
 
 
-def test_refused_dead_letters_are_moved(database: Database) -> None:
+def test_sql_for_the_fallback_table_moves_its_rows(database: Database) -> None:
     database.query(
         "INSERT INTO dead_letters_fallback"
         " VALUES (now(), 'a', 'b', NULL, 1, false, 'reason', '23514', 'refusal')"

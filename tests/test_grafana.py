@@ -1,7 +1,7 @@
-"""Grafana is found where it is installed, and gets files that lead to each other.
+"""Finding an installed Grafana, and the configuration files for it.
 
-Grafana itself takes no part: the stand-in that Molecule uses reads its configuration. It fails when
-a file that is named there cannot be read.
+Grafana itself is not used. The stand-in of Molecule reads the configuration, and fails when it
+cannot read a file that is named there.
 """
 
 import shutil
@@ -20,12 +20,12 @@ FIND = ROLES / "grafana/files/find_grafana.sh"
 STAND_IN = ROLES.parent / "molecule/default/files/grafana_stand_in.py"
 
 
-# Where it is ---------------------------------------------------------------------------------
+# Finding Grafana -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Grafana as its archive unpacks, as far as it matters here."""
+    """A Grafana home directory with the files that find_grafana.sh needs."""
     home = tmp_path / "opt/grafana 12"
     for name in ("bin/grafana", "conf/defaults.ini"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
@@ -44,33 +44,33 @@ def find(directory: Path | str = "", *, path: Path | None = None) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_found_in_a_directory(home: Path) -> None:
+def test_grafana_is_found_in_a_directory(home: Path) -> None:
     assert find(home) == [f"{home}/bin/grafana", str(home)]
 
 
-def test_found_on_the_path(home: Path) -> None:
+def test_grafana_is_found_on_the_path(home: Path) -> None:
     assert find(path=home / "bin") == [f"{home}/bin/grafana", str(home)]
 
 
-def test_found_through_a_link(home: Path, tmp_path: Path) -> None:
+def test_grafana_is_found_through_a_symbolic_link(home: Path, tmp_path: Path) -> None:
     (tmp_path / "grafana").symlink_to(home / "bin/grafana")
     assert find(path=tmp_path) == [f"{home}/bin/grafana", str(home)]
 
 
-def test_a_directory_that_is_named_is_the_only_one(home: Path, tmp_path: Path) -> None:
+def test_given_directory_is_the_only_one_searched(home: Path, tmp_path: Path) -> None:
     assert find(tmp_path, path=home / "bin") == []
 
 
-def test_not_found_without_its_files(home: Path) -> None:
+def test_grafana_without_its_files_is_not_found(home: Path) -> None:
     (home / "conf/defaults.ini").unlink()
     assert find(home) == []
 
 
-# What it is given ----------------------------------------------------------------------------
+# Configuration files -------------------------------------------------------------------------
 
 
 class StandIn(Service):
-    """The stand-in, with the files that the templates make of some paths and addresses."""
+    """The stand-in with the rendered configuration files."""
 
     name = "grafana"
 
@@ -128,12 +128,12 @@ def stand_in(tmp_path: Path, home: Path) -> Iterator[StandIn]:
     stand_in.close()
 
 
-def test_starts_with_the_files_of_the_templates(stand_in: StandIn) -> None:
+def test_stand_in_starts_with_the_rendered_files(stand_in: StandIn) -> None:
     stand_in.start()
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_needs_each_of_its_secrets(stand_in: StandIn, number: int) -> None:
+def test_missing_secret_file_stops_the_start(stand_in: StandIn, number: int) -> None:
     stand_in.secrets[number].unlink()
     assert stand_in.launch().wait() != 0
     assert str(stand_in.secrets[number]) in stand_in.log()

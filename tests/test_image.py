@@ -1,4 +1,4 @@
-"""The image: built by a real engine, run as Kubernetes runs it, against real services."""
+"""The container image: built with a real engine and run with the restrictions of Kubernetes."""
 
 import importlib.metadata
 import json
@@ -19,9 +19,9 @@ from testing.postgres import Database
 from testing.publisher import publish
 from testing.service import eventually
 
-pytestmark = pytest.mark.timeout(900)  # seconds: a base and all dependencies are downloaded
+pytestmark = pytest.mark.timeout(900)  # seconds, including the download of all dependencies
 
-# As a pod that is "restricted", with nothing that can be written to.
+# Like a pod with Pod Security Standard "restricted".
 RESTRICTED = (
     *("--cap-drop=ALL", "--security-opt=no-new-privileges"),
     *("--network=host", *LIMITS),
@@ -29,12 +29,12 @@ RESTRICTED = (
 
 
 class Container(Collector):
-    """``iot-collector`` in a container; the process is the engine's, which hands on its status."""
+    """``iot-collector`` in a container. The engine passes on its exit status."""
 
     name = "container"
     engine: Engine
     image: str
-    arguments: Sequence[str] = ()  # none: those of the image
+    arguments: Sequence[str] = ()  # empty: the CMD of the image
 
     def __init__(self, folder: Path, *parts: Mosquitto | Database, **settings: str) -> None:
         super().__init__(folder, *parts, **settings)
@@ -47,7 +47,7 @@ class Container(Collector):
         return [*self.engine.command, *run, self.image, *self.arguments]
 
     def stop(self) -> int:
-        """Stop it as an engine does: the image's signal, and after 20 s a kill."""
+        """Stop the container with the signal of the image, and kill it after 20 s."""
         self.engine("stop", "--time=20", self.container)
         return self.wait()
 
@@ -61,7 +61,7 @@ class Container(Collector):
 def make_container(
     engine: Engine, image: str, tmp_path: Path
 ) -> Iterator[Callable[..., Container]]:
-    """Make containers (see `Container`), not started; they end with the test."""
+    """Make containers (see `Container`), not started. They are removed after the test."""
     made: list[Container] = []
 
     def make(*parts: Mosquitto | Database, arguments: Sequence[str] = ()) -> Container:
@@ -77,28 +77,28 @@ def make_container(
         container.close()
 
 
-def test_migrates_stores_and_drains(
+def test_image_migrates_stores_and_stops_cleanly(
     make_container: Callable[..., Container], broker: Mosquitto, empty_database: Database
 ) -> None:
     migration = make_container(empty_database, arguments=["migrate"]).launch()
     assert migration.wait() == 0, migration.log()
 
-    container = make_container(broker, empty_database).start()  # which is when /readyz is 200
+    container = make_container(broker, empty_database).start()  # waits for /readyz
     publish(broker, [("iot/data", b"temperature:23")])
     container.wait_settled(1)
     assert [row.fields for row in empty_database.rows()] == [{"temperature": 23}]
 
     sent = publish(broker, [("iot/data", b"n:%d" % n) for n in range(5_000)])
-    asked = time.monotonic()
+    started = time.monotonic()
     assert container.stop() == 0, container.log()
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - started < 10
     end = container.events()[-1]
     assert end["event"] == "stopped"
     assert end["received"] == end["stored"] == empty_database.count()
     assert set(empty_database.payloads()) <= sent | {b"temperature:23"}
 
 
-def test_the_process_has_no_rights(
+def test_process_has_no_capabilities(
     engine: Engine, make_container: Callable[..., Container], broker: Mosquitto, database: Database
 ) -> None:
     container = make_container(broker, database).start()
@@ -108,7 +108,7 @@ def test_the_process_has_no_rights(
     assert found["NoNewPrivs"] == "1"
 
 
-def test_every_command_ends_when_told(
+def test_other_commands_end_on_sigterm(
     make_container: Callable[..., Container], broker: Mosquitto
 ) -> None:
     container = make_container(broker, arguments=["simulate", "--rate=50"]).launch()
@@ -116,7 +116,7 @@ def test_every_command_ends_when_told(
     assert container.stop() == 128 + signal.SIGTERM, container.log()
 
 
-def test_describes_itself(engine: Engine, image: str) -> None:
+def test_image_has_labels_and_defaults(engine: Engine, image: str) -> None:
     config: dict[str, Any] = json.loads(engine("image", "inspect", image))[0]["Config"]
     package = importlib.metadata.metadata("iot-collector")
     prefix = "org.opencontainers.image."
@@ -135,13 +135,15 @@ def test_describes_itself(engine: Engine, image: str) -> None:
     assert config["StopSignal"] in ("SIGTERM", "15")
 
 
-def test_is_the_base_and_the_collector(engine: Engine, image: str, certificates: str) -> None:
+def test_image_adds_only_the_collector_to_its_base(
+    engine: Engine, image: str, certificates: str
+) -> None:
     def files(image: str, *expression: str, user: str = "0") -> set[str]:
         return {*engine.inside(image, "find", *expression, user=user).splitlines()}
 
     added = files(image, "/", "-xdev") - files(engine.base, "/", "-xdev")
     assert {path for path in added if not path.startswith("/opt/iot-collector")} == set()
-    # The certificates that botocore trusts are public.
+    # The CA certificates of botocore are public.
     build = re.compile(r"/(pip|wheels|tests?)$|(?<!/botocore/cacert)\.(pem|key)$")
     assert not {path for path in added if build.search(path)}
     assert not files(image, "/", "-xdev", "-type", "f", "-perm", "/6000")
@@ -155,7 +157,7 @@ def test_is_the_base_and_the_collector(engine: Engine, image: str, certificates:
         assert certificates not in engine("history", "--no-trunc", image)
 
 
-def test_the_build_sees_what_the_wheel_is_made_of(engine: Engine, tmp_path: Path) -> None:
+def test_build_context_has_only_the_sources_of_the_wheel(engine: Engine, tmp_path: Path) -> None:
     dockerfile = tmp_path / "Dockerfile"
     dockerfile.write_text(f"FROM {engine.base}\nCOPY . /context\n")
     found = engine.inside(

@@ -1,4 +1,4 @@
-"""What the Makefile repeats of the roles, it repeats correctly."""
+"""The Makefile: its list of packages, its help, and the CI pipeline that calls it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tasks(value: object) -> list[dict[str, Any]]:
     return []
 
 
-def test_packages_are_the_roles_packages() -> None:
+def test_packages_are_those_of_the_roles() -> None:
     installed: set[str] = set()
     for path in ROOT.glob("roles/*/tasks/*.yml"):
         for task in tasks(yaml.safe_load(path.read_text())):
@@ -29,7 +29,7 @@ def test_packages_are_the_roles_packages() -> None:
             if isinstance(packages, list):
                 installed.update(packages)
     (listed,) = re.findall(r"^PACKAGES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    # Alertmanager is optional, and the Python that runs Ansible has `packaging` on this machine.
+    # Alertmanager is optional, and here the Python of Ansible already has `packaging`.
     assert set(listed.split()) == installed - {"prometheus-alertmanager", "python3-packaging"}
 
 
@@ -41,7 +41,7 @@ def test_help_lists_the_targets() -> None:
         assert re.search(rf"^  {target} ", shown, re.MULTILINE), target
 
 
-def test_the_pipeline_runs_make_test_and_fails_with_it(tmp_path: Path) -> None:
+def test_pipeline_runs_make_test_and_returns_its_status(tmp_path: Path) -> None:
     make = tmp_path / "make"
     make.write_text('#!/bin/sh\necho "make $*"\nexit 3\n')
     make.chmod(0o755)

@@ -1,9 +1,9 @@
-"""The minikube role, run by ansible-playbook against a stand-in of minikube's command line.
+"""The minikube role against a stand-in for the command lines of minikube, docker and kubectl.
 
-The stand-in (minikube_cli/standin.py) says where its behaviour comes from and what of it is not
-verified. The PATH holds nothing but the stand-in and the few programs that the role calls, so that
-a minikube, docker or kubectl of this machine plays no part. Ansible takes long to start, so one run
-serves several machines, each with a stand-in of its own.
+The docstring of the stand-in (minikube_cli/standin.py) has its sources, and what is not verified.
+PATH contains only the stand-in and the few programs that the role calls, so that a minikube, docker
+or kubectl of this machine is not used. Ansible starts slowly, so one run serves several machines,
+each with its own stand-in.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent / "minikube_cli"
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("minikube", "docker", "kubectl")
 IMAGE = "iot-collector:0123456789ab"
-# What a cluster has that the role's defaults have made.
+# The configuration of a cluster that was started with the role's defaults.
 CONFIG = {
     "Name": "iot-system",
     "Driver": "docker",
@@ -37,14 +37,14 @@ CONFIG = {
 
 
 class Machine:
-    """A machine with the stand-in installed; the attributes say how the last run on it went.
+    """A machine with the stand-in installed, and the result of the last run on it.
 
-    changed: how many tasks; failed: whether one; said: every message that was shown.
+    changed: the number of changed tasks; failed: whether a task failed; messages: all messages.
     """
 
     changed: int
     failed: bool
-    said: str
+    messages: str
 
     def __init__(self, path: Path, **variables: object) -> None:
         self.path = path
@@ -75,7 +75,7 @@ class Machine:
         (self.path / "bin" / name).chmod(0o755)
 
     def disk(self, free: int) -> None:
-        """GiB, as df reports them."""
+        """Make df report this free space in GiB."""
         self.script("df", f"echo Filesystem\necho /dev/sda1 9 9 {free << 20} 9% /")
 
     @property
@@ -91,7 +91,7 @@ class Machine:
 
     @property
     def changes(self) -> list[str]:
-        """The calls so far that change something, without what they were given."""
+        """The calls so far that change something, without options and paths."""
         log = self.path / "calls.log"
         lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
         asking = {"info", "version", "list", "status", "ls"}
@@ -103,7 +103,7 @@ class Machine:
 
 
 def play(*machines: Machine, options: tuple[str, ...] = ()) -> None:
-    """Run the playbook on all of them; the exit code is that of the worst."""
+    """Run the playbook on all machines, and set their results."""
     inventory = machines[0].path / "inventory.json"
     hosts = {
         f"machine{number}": machine.variables
@@ -133,24 +133,24 @@ def play(*machines: Machine, options: tuple[str, ...] = ()) -> None:
             for task in part["tasks"]
             if host in task["hosts"]
         ]
-        messages = [result["msg"] for result in results if "msg" in result]
-        machine.said = "\n".join(m if isinstance(m, str) else "\n".join(m) for m in messages)
+        shown = [result["msg"] for result in results if "msg" in result]
+        machine.messages = "\n".join(m if isinstance(m, str) else "\n".join(m) for m in shown)
         machine.changed = report["stats"][host]["changed"]
         machine.failed = report["stats"][host]["failures"] > 0
 
 
-def test_the_manifests_can_be_checked_for_the_kubernetes_of_the_defaults() -> None:
+def test_manifests_can_be_validated_for_the_default_kubernetes() -> None:
     defaults = yaml.safe_load((ROOT / "roles/minikube/defaults/main.yml").read_text())
     version = defaults["minikube_kubernetes_version"].removeprefix("v").split(".")
     assert version[:2] in [known.split(".")[:2] for known in all_versions()]
 
 
-def test_a_cluster_is_started_once(tmp_path: Path) -> None:
+def test_cluster_is_started_once(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     play(machine)
-    assert not machine.failed, machine.said
+    assert not machine.failed, machine.messages
     assert machine.changed == 2
-    assert "context: iot-system" in machine.said
+    assert "context: iot-system" in machine.messages
     assert machine.changes == ["minikube start", "minikube addons enable metrics-server"]
     config = machine.state["profiles"]["iot-system"]["config"]
     assert (config["Driver"], config["CPUs"], config["Memory"]) == ("docker", 2, 4096)
@@ -159,16 +159,16 @@ def test_a_cluster_is_started_once(tmp_path: Path) -> None:
         "ContainerRuntime": "containerd",
         "CNI": "calico",
     }
-    # Other defaults some day: what is there keeps its version.
+    # An existing cluster keeps its version when the default changes.
     machine.variables["minikube_kubernetes_version"] = "v1.36.0"
     play(machine)
     assert (machine.failed, machine.changed) == (False, 0)
-    assert "keeps Kubernetes v1.35.1" in machine.said
+    assert "keeps Kubernetes v1.35.1" in machine.messages
     assert len(machine.changes) == 2
 
 
-def test_a_cluster_that_does_not_run_is_started(tmp_path: Path) -> None:
-    """Stopped, or without its container; it keeps what it has."""
+def test_stopped_cluster_is_started(tmp_path: Path) -> None:
+    """It is stopped, or its container is missing. Its configuration is kept."""
     machines = [
         Machine(tmp_path / host, minikube_kubernetes_version="v1.36.0")
         for host in ("Stopped", "Nonexistent")
@@ -177,11 +177,11 @@ def test_a_cluster_that_does_not_run_is_started(tmp_path: Path) -> None:
         machine.has_cluster(machine.path.name)
     play(*machines)
     for machine in machines:
-        assert (machine.failed, machine.changes) == (False, ["minikube start"]), machine.said
+        assert (machine.failed, machine.changes) == (False, ["minikube start"]), machine.messages
         assert machine.state["profiles"]["iot-system"] == {"host": "Running", "config": CONFIG}
 
 
-def test_a_check_changes_nothing(tmp_path: Path) -> None:
+def test_check_mode_changes_nothing(tmp_path: Path) -> None:
     new = Machine(
         tmp_path / "new",
         steps=["up", "build"],
@@ -193,15 +193,15 @@ def test_a_check_changes_nothing(tmp_path: Path) -> None:
     down.has_cluster()
     play(new, down, options=("--check",))
 
-    assert "Would start the minikube profile iot-system, which would be new" in new.said
-    assert f"Would build {IMAGE}" in new.said
+    assert "Would start the minikube profile iot-system, which would be new" in new.messages
+    assert f"Would build {IMAGE}" in new.messages
     assert (new.failed, new.changed, new.changes) == (False, 2, [])
-    assert "Would delete the minikube profile iot-system" in down.said
+    assert "Would delete the minikube profile iot-system" in down.messages
     assert (down.failed, down.changed, down.changes) == (False, 1, [])
 
 
 Prepare = Callable[[Machine], object]
-STOPS: dict[str, tuple[Prepare, list[str]]] = {
+OBSTACLES: dict[str, tuple[Prepare, list[str]]] = {
     "nothing installed": (
         lambda machine: machine.remove(*PROGRAMS),
         [
@@ -240,13 +240,13 @@ STOPS: dict[str, tuple[Prepare, list[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Machine]:
-    """A machine for each of STOPS and of the tests below, after the run."""
+def failed_machines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Machine]:
+    """A machine for each of OBSTACLES and for the tests below, after one run on all of them."""
     machines = {
         name: Machine(tmp_path_factory.mktemp("machine"))
-        for name in (*STOPS, "other size", "failing start", "endless start", "root")
+        for name in (*OBSTACLES, "other size", "failing start", "endless start", "root")
     }
-    for name, (prepare, _) in STOPS.items():
+    for name, (prepare, _) in OBSTACLES.items():
         prepare(machines[name])
     machines["other size"].has_cluster()
     machines["other size"].variables |= {"minikube_cpus": 3, "minikube_cni": "flannel"}
@@ -257,51 +257,51 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Machine]:
     return machines
 
 
-@pytest.mark.parametrize("name", STOPS)
-def test_what_is_wrong_is_said_before_anything_is_changed(
-    stopped: dict[str, Machine], name: str
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_obstacle_is_explained_before_anything_is_changed(
+    failed_machines: dict[str, Machine], name: str
 ) -> None:
-    machine = stopped[name]
+    machine = failed_machines[name]
     assert machine.failed
-    for text in STOPS[name][1]:
-        assert text in machine.said
+    for text in OBSTACLES[name][1]:
+        assert text in machine.messages
     assert machine.changes == []
 
 
-def test_a_cluster_of_other_size_is_left_alone(stopped: dict[str, Machine]) -> None:
-    machine = stopped["other size"]
+def test_cluster_of_other_size_is_not_changed(failed_machines: dict[str, Machine]) -> None:
+    machine = failed_machines["other size"]
     assert machine.failed
-    assert "minikube_cpus is 3, the cluster has 2" in machine.said
-    assert "minikube_cni is flannel, the cluster has calico" in machine.said
-    assert "-e minikube_cpus=2 -e minikube_cni=calico" in machine.said
-    assert "minikube_memory" not in machine.said
+    assert "minikube_cpus is 3, the cluster has 2" in machine.messages
+    assert "minikube_cni is flannel, the cluster has calico" in machine.messages
+    assert "-e minikube_cpus=2 -e minikube_cni=calico" in machine.messages
+    assert "minikube_memory" not in machine.messages
     assert machine.changes == []
 
 
-def test_a_failed_start_is_explained(stopped: dict[str, Machine]) -> None:
-    machine = stopped["failing start"]
+def test_failed_start_is_explained(failed_machines: dict[str, Machine]) -> None:
+    machine = failed_machines["failing start"]
     assert machine.failed
-    assert "could not start the cluster (exit code 105)" in machine.said
-    assert "K8S_APISERVER_MISSING" in machine.said
-    assert "Suggestion: Check that" in machine.said
-    assert "minikube logs -p iot-system" in machine.said
-    # What it leaves is the stopped cluster of the test above, which the next run starts.
+    assert "could not start the cluster (exit code 105)" in machine.messages
+    assert "K8S_APISERVER_MISSING" in machine.messages
+    assert "Suggestion: Check that" in machine.messages
+    assert "minikube logs -p iot-system" in machine.messages
+    # It leaves a stopped cluster, which the next run starts (see the test above).
     assert machine.state["profiles"]["iot-system"]["host"] == "Stopped"
 
 
-def test_a_start_has_an_end(stopped: dict[str, Machine]) -> None:
-    assert stopped["endless start"].failed
-    assert "has not started the cluster within 900 s" in stopped["endless start"].said
+def test_start_has_a_timeout(failed_machines: dict[str, Machine]) -> None:
+    assert failed_machines["endless start"].failed
+    assert "has not started the cluster within 900 s" in failed_machines["endless start"].messages
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="minikube refuses only root")
-def test_root_is_refused(stopped: dict[str, Machine]) -> None:
-    assert stopped["root"].failed
-    assert "as an ordinary user of the group docker" in stopped["root"].said
-    assert stopped["root"].changes == []
+def test_root_is_refused(failed_machines: dict[str, Machine]) -> None:
+    assert failed_machines["root"].failed
+    assert "as an ordinary user of the group docker" in failed_machines["root"].messages
+    assert failed_machines["root"].changes == []
 
 
-def test_an_image_is_built_once(tmp_path: Path) -> None:
+def test_image_is_built_once(tmp_path: Path) -> None:
     image = {
         "steps": ["build"],
         "minikube_image": IMAGE,
@@ -316,20 +316,20 @@ def test_an_image_is_built_once(tmp_path: Path) -> None:
     assert (good.failed, good.changed) == (False, 1)
     assert good.state["images"] == [f"registry.example/library/{IMAGE}"]
 
-    # Although minikube has said that it succeeded.
+    # minikube exits with status 0 although the build failed.
     assert bad.failed
-    assert f"{IMAGE} was not built from {tmp_path}/Dockerfile" in bad.said
-    assert "did not complete successfully: exit code: 1" in bad.said
+    assert f"{IMAGE} was not built from {tmp_path}/Dockerfile" in bad.messages
+    assert "did not complete successfully: exit code: 1" in bad.messages
 
     play(good)
     assert (good.failed, good.changed) == (False, 0)
     assert good.changes == ["minikube image build"]
 
 
-def test_teardown(tmp_path: Path) -> None:
+def test_teardown_deletes_the_cluster_only_when_confirmed(tmp_path: Path) -> None:
     down = {"steps": ["teardown"]}
     kept = Machine(tmp_path / "kept", **down)
-    # As `-e minikube_delete=true` gives it.
+    # A string, as from `-e minikube_delete=true`.
     gone = Machine(tmp_path / "gone", **down, minikube_delete="true")
     none = Machine(tmp_path / "none", **down, minikube_delete="true")
     kept.has_cluster()
@@ -337,14 +337,14 @@ def test_teardown(tmp_path: Path) -> None:
     none.remove("minikube")
 
     play(kept, gone, none)
-    assert "minikube stop -p iot-system" in kept.said
-    assert "-e minikube_delete=true" in kept.said
+    assert "minikube stop -p iot-system" in kept.messages
+    assert "-e minikube_delete=true" in kept.messages
     assert (kept.failed, kept.changed, kept.changes) == (False, 0, [])
-    assert "There is no minikube profile iot-system" in none.said
+    assert "There is no minikube profile iot-system" in none.messages
     assert (none.failed, none.changed) == (False, 0)
     assert (gone.failed, gone.changed, gone.changes) == (False, 1, ["minikube delete"])
     assert gone.state["profiles"] == {}
 
     play(gone)
-    assert "There is no minikube profile iot-system" in gone.said
+    assert "There is no minikube profile iot-system" in gone.messages
     assert (gone.failed, gone.changed, gone.changes) == (False, 0, ["minikube delete"])

@@ -1,4 +1,4 @@
-"""Molecule's scenarios: each platform deployed twice, checked, verified and taken down."""
+"""The Molecule scenarios: each platform is deployed twice, verified and torn down."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SCENARIOS = sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.y
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_scenario(scenario: str) -> None:
-    # It starts ansible-playbook by its name.
+def test_molecule_scenario_succeeds(scenario: str) -> None:
+    # Molecule finds ansible-playbook on the PATH.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     strategy = WITHOUT_MITOGEN if scenario == "default" else MITOGEN
     environment = {"PATH": path, **strategy}

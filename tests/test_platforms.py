@@ -1,4 +1,4 @@
-"""The platforms run on the same files, which differ in addresses and paths alone."""
+"""The platforms have the same configuration files, except for addresses and paths."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import pytest
 import yaml
 from ansible_runs import playbook
 
-# What may differ, with what it is replaced by before the comparison.
+# Patterns that may differ, with their replacement before the comparison.
 DIFFERENCES = [
     (r"(?<![\w.])/(?:[\w.-]+/)*[\w.*-]*", "PATH"),
     (r"\b(?:127\.0\.0\.1|0\.0\.0\.0|localhost|[a-z]+-service)\b", "ADDRESS"),
-    (r"(?m)^http_port = (?:3000|3001)$", "http_port = PORT"),  # one machine has one port 3000
+    (
+        r"(?m)^http_port = (?:3000|3001)$",
+        "http_port = PORT",
+    ),  # on one machine, the collector has port 3000
 ]
 FILES = [
     "accounts",
@@ -33,11 +36,11 @@ FILES = [
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The directory with the files of each platform, by the name of its group."""
+    """The directories with the rendered files, by inventory group."""
     folders = {}
     for target in ("host", "local"):
         folders[target] = tmp_path_factory.mktemp(target)
-        # "never" are the tasks of the roles, which are there for their variables.
+        # The roles have the tag "never", because only their variables are needed.
         done = playbook(
             "tests/render.yml",
             f"-etarget={target}",
@@ -55,16 +58,16 @@ def comparable(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_same_but_for_addresses_and_paths(rendered: dict[str, Path], name: str) -> None:
+def test_files_differ_only_in_addresses_and_paths(rendered: dict[str, Path], name: str) -> None:
     texts = {target: (folder / name).read_text() for target, folder in rendered.items()}
     if name == "prometheus.yml":
         for target, text in texts.items():
             document = yaml.safe_load(text)
             jobs = {job["job_name"]: job for job in document["scrape_configs"]}
-            # Where the collector is: at an address on one machine, to be found out on Kubernetes.
+            # The collector has a fixed address on the host, and is discovered on Kubernetes.
             for key in ("static_configs", "kubernetes_sd_configs", "relabel_configs"):
                 jobs["collector"].pop(key, None)
-            # The exporter of PostgreSQL runs on the host platform alone.
+            # Only the host platform has the PostgreSQL exporter.
             exporters = [job for job in document["scrape_configs"] if job["job_name"] == "postgres"]
             assert len(exporters) == (target == "host")
             document["scrape_configs"] = [
@@ -85,14 +88,16 @@ def promtool_accepts(file: Path) -> None:
 
 
 def test_alerts_are_sent_to_the_alertmanager(rendered: dict[str, Path]) -> None:
-    promtool_accepts(rendered["host"] / "prometheus.yml")  # Debian's does not know Kubernetes
+    promtool_accepts(
+        rendered["host"] / "prometheus.yml"
+    )  # Debian's promtool does not support Kubernetes
     for target, address in [("host", "127.0.0.1:9093"), ("local", "alertmanager-service:9093")]:
         document = yaml.safe_load((rendered[target] / "prometheus.yml").read_text())
         (alertmanager,) = document["alerting"]["alertmanagers"]
         assert alertmanager == {"static_configs": [{"targets": [address]}]}
 
 
-def test_the_comparison_sees_what_matters(rendered: dict[str, Path]) -> None:
+def test_comparison_finds_changed_settings(rendered: dict[str, Path]) -> None:
     text = (rendered["local"] / "mosquitto.conf").read_text()
     for setting in ("max_queued_messages 1000000", "listener 1883", "allow_anonymous false"):
         assert setting in text

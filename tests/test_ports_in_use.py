@@ -1,4 +1,4 @@
-"""The preflight's view of ports: who holds one, and that our own processes do not count."""
+"""The preflight check of ports: it names the process that uses a port, and ignores our own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def conflicts(pidfile: Path, address: str, port: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "0.0.0.0", "::"])
-def test_names_the_holder(listener: socket.socket, tmp_path: Path, address: str) -> None:
+def test_process_that_uses_the_port_is_named(
+    listener: socket.socket, tmp_path: Path, address: str
+) -> None:
     port = listener.getsockname()[1]
     (conflict,) = conflicts(tmp_path / "none", address, port)
     assert conflict["variable"] == "some_port"
@@ -43,17 +45,17 @@ def test_names_the_holder(listener: socket.socket, tmp_path: Path, address: str)
     assert conflict["suggestion"] != port
 
 
-def test_a_free_port_is_no_conflict(listener: socket.socket, tmp_path: Path) -> None:
+def test_free_port_is_no_conflict(listener: socket.socket, tmp_path: Path) -> None:
     port = listener.getsockname()[1]
     listener.close()
     assert conflicts(tmp_path / "none", "127.0.0.1", port) == []
 
 
-def test_another_address_is_no_conflict(listener: socket.socket, tmp_path: Path) -> None:
+def test_port_on_another_address_is_no_conflict(listener: socket.socket, tmp_path: Path) -> None:
     assert conflicts(tmp_path / "none", "127.0.0.2", listener.getsockname()[1]) == []
 
 
-def test_an_ipv6_listener_on_all_addresses_is_a_conflict(tmp_path: Path) -> None:
+def test_ipv6_listener_on_all_addresses_is_a_conflict(tmp_path: Path) -> None:
     try:
         server = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     except OSError:
@@ -63,7 +65,7 @@ def test_an_ipv6_listener_on_all_addresses_is_a_conflict(tmp_path: Path) -> None
 
 
 def test_our_own_process_is_no_conflict(tmp_path: Path) -> None:
-    """A process below the supervisor of the state directory, which is known by its command line."""
+    """Our processes are children of the supervisor, which is identified by its command line."""
     pidfile = tmp_path / "run/supervisord.pid"
     pidfile.parent.mkdir()
     child = (
@@ -82,10 +84,10 @@ def test_our_own_process_is_no_conflict(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline())
-        assert conflicts(pidfile, "127.0.0.1", port), "without a pidfile it is a stranger"
+        assert conflicts(pidfile, "127.0.0.1", port), "without a pidfile it is an unknown process"
         pidfile.write_text(f"{process.pid}\n")
         assert conflicts(pidfile, "127.0.0.1", port) == []
-        # A pidfile left behind, whose number another program has now.
+        # A stale pidfile with the process id of another program.
         pidfile.write_text(f"{os.getpid()}\n")
         assert conflicts(pidfile, "127.0.0.1", port)
         process.communicate("")

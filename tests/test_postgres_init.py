@@ -1,4 +1,4 @@
-"""What prepares the database before each start on Kubernetes, run by a real PostgreSQL."""
+"""The init script of the PostgreSQL pod, which runs before each start, with a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from testing.service import IS_ROOT
 
 
 class Pod(Postgres):
-    """What the database's pod has: configuration, passwords, volume, socket, and one user."""
+    """The files of the PostgreSQL pod: configuration, passwords, volume and socket."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -75,7 +75,7 @@ class Pod(Postgres):
         return True
 
     def left_running(self) -> bool:
-        """Whether a server has the volume."""
+        """Whether a server still uses the volume."""
         return (self.data / "postmaster.pid").exists()
 
     def command(self) -> list[str]:
@@ -90,8 +90,8 @@ def pod() -> Iterator[Pod]:
         pod.close()
 
 
-def test_prepares_and_prepares_again(pod: Pod) -> None:
-    # What an interrupted run has left.
+def test_init_creates_the_database_and_applies_new_passwords(pod: Pod) -> None:
+    # Leftovers of an interrupted run.
     (pod.data.parent / "postgres.new").mkdir()
     (pod.data.parent / "postgres.new/half").touch()
     pod.set_passwords("first")
@@ -109,7 +109,7 @@ def test_prepares_and_prepares_again(pod: Pod) -> None:
     pod.stop()
 
     pod.set_passwords("second")
-    pod.data.chmod(0o770)  # as a volume that sets its group does
+    pod.data.chmod(0o770)  # as with fsGroup
     done = pod.init()
     assert done.returncode == 0, done.stdout
     pod.start()
@@ -119,7 +119,7 @@ def test_prepares_and_prepares_again(pod: Pod) -> None:
         pod.connect("iot", "iot_collector", "collector-first")
 
 
-def test_a_password_that_is_missing(pod: Pod) -> None:
+def test_missing_password_stops_the_init(pod: Pod) -> None:
     pod.stop()
     (pod.secrets / "reader_db_password").unlink()
     done = pod.init()
@@ -128,7 +128,7 @@ def test_a_password_that_is_missing(pod: Pod) -> None:
     assert not pod.left_running()
 
 
-def test_an_image_of_another_version(pod: Pod) -> None:
+def test_image_of_another_major_version_stops_the_init(pod: Pod) -> None:
     (pod.data / "PG_VERSION").write_text("9\n")
     done = pod.init()
     assert done.returncode == 1

@@ -1,7 +1,7 @@
 """A package upgrade replaces PostgreSQL's libraries while the server runs.
 
-The server runs from a copy of the installed release, which it finds its libraries in by the place
-of its program; what replaces them is broken, so that whatever is loaded after the start fails.
+The server runs from a copy of the installed release, and finds its libraries relative to its
+program. They are replaced by invalid files, so that loading a library after the start fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIBRARIES = ("plpgsql.so", "llvmjit.so")
 
 
 def settings() -> list[str]:
-    """The lines of our postgresql.conf that this is about."""
+    """The lines of our postgresql.conf about libraries."""
     names = ("__postgres_data", "__postgres_etc", "__postgres_socket_dir")
     text = render(
         "postgres/postgresql.conf.j2",
@@ -37,7 +37,7 @@ def settings() -> list[str]:
 
 
 class CopiedPostgres(Postgres):
-    """A server that runs from files of its own."""
+    """A server that runs from its own copy of the program files."""
 
     def __init__(self, folder: Path, data: Path) -> None:
         super().__init__(folder)
@@ -59,7 +59,7 @@ class CopiedPostgres(Postgres):
         return [str(self.release / "bin/postgres"), "-D", str(self.data), "-p", str(self.port)]
 
     def upgrade(self) -> None:
-        """Replace the libraries as dpkg does: by others of their names, not in place."""
+        """Replace the libraries as dpkg does, with new files of the same names."""
         for name in LIBRARIES:
             new = self.release / "lib" / f"{name}.new"
             new.write_text("of another release\n")
@@ -80,7 +80,7 @@ def configure(server: Postgres, *lines: str) -> None:
         config.write("\n".join([*lines, ""]))
 
 
-def test_storing_goes_on(
+def test_messages_are_stored_after_the_upgrade(
     server: CopiedPostgres, make_collector: Callable[..., Collector], broker: Mosquitto
 ) -> None:
     configure(server, *settings())
@@ -88,7 +88,7 @@ def test_storing_goes_on(
     database = Database(server, "migrated")
     collector = make_collector(broker, database).start()
     server.upgrade()
-    # A session that has loaded nothing, and a collector that starts and makes its partitions.
+    # A new session works, and so does a collector that starts and creates its partitions.
     assert database.query("SELECT ensure_partitions(now() + interval '3 years', 1)") == [(2,)]
     database.query("SET jit_above_cost = 0; SELECT count(*) FROM pg_class")
     collector.stop()
@@ -99,10 +99,10 @@ def test_storing_goes_on(
     eventually(lambda: database.payloads() == [b"after the upgrade"])
 
 
-def test_the_cause_is_named(
+def test_failure_after_the_upgrade_is_explained(
     server: CopiedPostgres, make_collector: Callable[..., Collector], broker: Mosquitto
 ) -> None:
-    """By a server of somebody else's, which loads what it needs when it needs it."""
+    """With a server without our settings, which loads libraries on demand."""
     server.start()
     server.upgrade()
     collector = make_collector(broker, Database(server, "migrated")).start()

@@ -1,7 +1,7 @@
-"""roles.sql on a server whose administrator is no superuser, as on RDS.
+"""roles.sql on a server whose administrator is not a superuser, as on RDS.
 
-The server is a real PostgreSQL. What of RDS is imitated: a master role with CREATEROLE and CREATEDB
-that owns the databases, and belongs to rds_superuser; and a log that this role cannot turn off.
+The server is a real PostgreSQL. Like on RDS, the master role has CREATEROLE and CREATEDB, owns the
+databases, is a member of rds_superuser, and cannot turn off the logging of statements.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from testing.service import HOST
 
 MASTER = "iot_admin"
 MASTER_PASSWORD = "master-secret"
-# Their functions belong to AWS on RDS, and nobody can take them from everybody.
+# On RDS, these functions belong to AWS, so EXECUTE cannot be revoked from PUBLIC.
 DENIED_ON_RDS = [statement for statement in DENIED if "lo_create" not in statement]
 
 
 class RdsRoles(Roles):
-    """roles.sql, run by the master role, with verifiers in the files."""
+    """roles.sql, run by the master role, with SCRAM verifiers in the password files."""
 
     has_monitor = False
 
@@ -44,7 +44,7 @@ class RdsRoles(Roles):
         configure(server, LOG_EVERYTHING)
 
     def run(self, contents: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        """Run the script with these contents of the password files."""
+        """Run the script with these contents in the password files."""
         self.render_script()
         for role, content in contents.items():
             self.file(role).write_text(f"{content}\n")
@@ -65,7 +65,7 @@ class RdsRoles(Roles):
         )
 
     def apply(self) -> subprocess.CompletedProcess[str]:
-        """Do it as the playbook does."""
+        """Run the script with SCRAM verifiers, as the playbook does."""
         return self.run({role: scram_verifier(word) for role, word in self.passwords.items()})
 
 
@@ -74,14 +74,14 @@ def roles(own_postgres: Postgres) -> RdsRoles:
     return RdsRoles(own_postgres)
 
 
-def test_makes_the_roles_and_the_collector_stores(roles: RdsRoles) -> None:
+def test_roles_are_created_and_the_collector_can_store(roles: RdsRoles) -> None:
     done = roles.apply()
     created = f"created role {OWNER}\ncreated role {READER}\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, created, "")
     for _ in range(2):
         done = run_command("migrate", **roles.database(OWNER).environment())
         assert done.returncode == 0, done.stderr
-        # The second time there are tables of the owner's.
+        # Now the owner has tables.
         again = roles.apply()
         assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     roles.database(OWNER).query(
@@ -91,10 +91,12 @@ def test_makes_the_roles_and_the_collector_stores(roles: RdsRoles) -> None:
     assert roles.database(READER).count("readings") == 1
     log = roles.server.log()
     assert f'ALTER ROLE "{OWNER}" LOGIN PASSWORD \'SCRAM-SHA-256$' in log, "statements are logged"
-    assert "-secret" not in log.replace(f"PASSWORD '{MASTER_PASSWORD}'", "")  # the fixture's own
+    assert "-secret" not in log.replace(
+        f"PASSWORD '{MASTER_PASSWORD}'", ""
+    )  # logged by the fixture
 
 
-def test_makes_the_database_where_there_is_none(roles: RdsRoles) -> None:
+def test_missing_database_is_created(roles: RdsRoles) -> None:
     roles.server.query(f"DROP DATABASE {DATABASE}")
     done = roles.apply()
     assert done.returncode == 0, done.stderr
@@ -103,7 +105,7 @@ def test_makes_the_database_where_there_is_none(roles: RdsRoles) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_reader_reads_and_does_nothing_else(roles: RdsRoles) -> None:
+def test_reader_may_only_read(roles: RdsRoles) -> None:
     roles.apply()
     run_command("migrate", **roles.database(OWNER).environment())
     reader = roles.database(READER)
@@ -118,13 +120,13 @@ def test_the_reader_reads_and_does_nothing_else(roles: RdsRoles) -> None:
                 roles.server.connect(database, role, roles.passwords[role])
 
 
-def test_a_database_of_aws_is_left_alone(roles: RdsRoles) -> None:
+def test_database_of_another_owner_is_not_changed(roles: RdsRoles) -> None:
     roles.server.query("ALTER DATABASE template1 OWNER TO postgres")
     done = roles.apply()
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_changed_password_is_the_new_password(roles: RdsRoles) -> None:
+def test_changed_password_is_applied(roles: RdsRoles) -> None:
     roles.apply()
     old = roles.database(READER)
     roles.passwords[READER] = "another-secret"
@@ -135,7 +137,7 @@ def test_a_changed_password_is_the_new_password(roles: RdsRoles) -> None:
 
 
 @pytest.mark.parametrize("plain", [OWNER, READER])
-def test_a_plain_password_is_refused_before_it_is_sent(roles: RdsRoles, plain: str) -> None:
+def test_plain_password_is_refused_before_it_is_sent(roles: RdsRoles, plain: str) -> None:
     contents = {role: scram_verifier(word) for role, word in roles.passwords.items()}
     done = roles.run(contents | {plain: roles.passwords[plain]})
     assert done.returncode == 3
@@ -144,8 +146,8 @@ def test_a_plain_password_is_refused_before_it_is_sent(roles: RdsRoles, plain: s
     assert roles.server.query("SELECT 1 FROM pg_roles WHERE rolname LIKE 'iot\\_r%'") == []
 
 
-def test_verifier_is_the_one_that_postgresql_makes(own_postgres: Postgres) -> None:
-    """psycopg2's libpq computes it with a salt of its own, so the server is the judge."""
+def test_verifier_is_accepted_by_postgresql(own_postgres: Postgres) -> None:
+    """libpq uses a random salt, so verifiers cannot be compared. A login shows that it is right."""
     verifier = scram_verifier("pass word'\"$")
     own_postgres.query(f"CREATE ROLE somebody LOGIN PASSWORD '{verifier}'")
     assert own_postgres.query("SELECT rolpassword FROM pg_authid WHERE rolname = 'somebody'") == [

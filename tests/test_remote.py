@@ -1,6 +1,6 @@
-"""A machine over SSH, as inventories/remote describes it.
+"""Deployment over SSH with inventories/remote.
 
-It is this machine, for another user, behind an sshd of the test's own.
+The remote machine is this machine, with another user and an sshd of the test.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ PORTS = (
     *("mosquitto_port", "postgres_port", "postgres_exporter_port"),
     *("collector_http_port", "prometheus_port", "prometheus_node_exporter_port"),
 )
-# How pip gets to its packages from here.
+# Environment variables with which pip reaches the package index.
 NEEDED_BY_PIP = ("PIP_", "SSL_CERT", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 
 
 @pytest.fixture
 def user() -> Iterator[pwd.struct_passwd]:
-    """Somebody else, with a home, as far as root runs the test; the user itself otherwise."""
+    """A new user with a home directory if the test runs as root, else the current user."""
     if not IS_ROOT:
         yield pwd.getpwuid(os.geteuid())
         return
     name = f"iot-test-{uuid.uuid4().hex[:8]}"
-    # The password `*` fits nothing; without one, sshd takes the account for a locked one.
+    # No password matches `*`. Without a password, sshd would see the account as locked.
     subprocess.run(
         ["useradd", "--system", "--create-home", "--shell=/bin/sh", "--password=*", name],
         check=True,
@@ -43,7 +43,7 @@ def user() -> Iterator[pwd.struct_passwd]:
     try:
         yield pwd.getpwnam(name)
     finally:
-        # It waits for the end of the user's last process, that of the SSH connection.
+        # userdel fails until the last process of the user, the SSH connection, has ended.
         remove = ["userdel", "--remove", name]
         eventually(lambda: subprocess.run(remove, capture_output=True, check=False).returncode == 0)
 
@@ -56,12 +56,12 @@ def make_key(path: Path) -> Path:
 
 @pytest.fixture
 def inventory(user: pwd.struct_passwd, tmp_path: Path) -> Iterator[list[str]]:
-    """Options that name inventories/remote, with the address of an sshd that lets `user` in."""
+    """Inventory options for inventories/remote, with the address of an sshd for `user`."""
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     if not sshd:
         pytest.skip("sshd is not installed; `make packages` installs it")
     port = free_port()
-    # Not below tmp_path, which is closed to other users.
+    # Not below tmp_path, which other users cannot read.
     with TemporaryDirectory(prefix="iot-ssh-") as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -80,7 +80,7 @@ def inventory(user: pwd.struct_passwd, tmp_path: Path) -> Iterator[list[str]]:
             f"AllowUsers {user.pw_name}\n"
             "PidFile none\n"
             "UsePAM no\n"
-            "StrictModes no\n"  # /tmp may be written to by everybody
+            "StrictModes no\n"  # /tmp is writable by all users
             "Subsystem sftp internal-sftp\n" + (f"SetEnv {environment}\n" if environment else "")
         )
         known_hosts = folder / "known_hosts"
@@ -107,14 +107,14 @@ def inventory(user: pwd.struct_passwd, tmp_path: Path) -> Iterator[list[str]]:
                 eventually(lambda: "listening" in (tmp_path / "sshd.log").read_text())
                 yield [f"-i{ROOT / 'inventories/remote'}", f"-i{here}"]
             finally:
-                # Ansible leaves its connection open for a minute.
+                # Ansible keeps its connection open for a minute.
                 options = ("-F", "none", "-o", f"ControlPath={folder}/connection", "-O", "exit")
                 subprocess.run(["ssh", *options, HOST], capture_output=True, check=False)
                 server.terminate()
 
 
 @pytest.mark.timeout(400)
-def test_deploys_verifies_and_removes(
+def test_remote_host_is_deployed_verified_and_removed(
     inventory: list[str], user: pwd.struct_passwd, tmp_path: Path
 ) -> None:
     def play(name: str, *arguments: str) -> str:

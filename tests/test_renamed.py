@@ -1,4 +1,4 @@
-"""A setting by an old name stops the run; the old names and CHANGELOG.md agree."""
+"""Renamed settings: an old name stops the run, and CHANGELOG.md lists all of them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ DEFAULTS = {
 }
 
 
-def test_the_new_names_are_settings_and_the_old_ones_are_none() -> None:
+def test_only_new_names_are_settings() -> None:
     assert set(RENAMED.values()) <= DEFAULTS
     assert not RENAMED.keys() & DEFAULTS
 
 
-def test_the_changelog_lists_them() -> None:
+def test_changelog_lists_renamed_settings() -> None:
     listed = re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert dict(listed) == RENAMED
 
@@ -49,7 +49,7 @@ def test_old_names_stop_the_run(name: str, options: list[str], tmp_path: Path) -
     assert "changed=0" in done.stdout
 
 
-def test_a_name_that_begins_alike_is_no_old_name() -> None:
+def test_variable_with_an_old_name_as_prefix_is_allowed() -> None:
     done = playbook(
         "playbooks/teardown.yml",
         *("--check", "-e", json.dumps({"common_state_dir_of_mine": 1})),

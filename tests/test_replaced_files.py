@@ -1,4 +1,4 @@
-"""Programs that run from files which an upgrade has replaced are found, and restarted once."""
+"""Programs whose files were replaced by an upgrade are found and restarted once."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def replaced(pid: int) -> list[str]:
 
 
 def replace(path: Path) -> None:
-    """Put another file in the place of one, as dpkg does."""
+    """Replace a file as dpkg does, with a new file."""
     new = path.with_name(f"{path.name}.dpkg-new")
     shutil.copy(path, new)
     new.rename(path)
 
 
 def library_of(program: str) -> Path:
-    """The C library as the program is linked to it."""
+    """The C library that a program is linked to."""
     shown = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
     return next(Path(word) for word in shown.split() if word.endswith("/libc.so.6"))
 
 
 @pytest.mark.parametrize("part", ["program", "library"])
-def test_a_replaced_file_is_found(tmp_path: Path, part: str) -> None:
+def test_replaced_file_is_found(tmp_path: Path, part: str) -> None:
     sleep = tmp_path / "sleep"
     libc = tmp_path / "libc.so.6"
     program = str(shutil.which("sleep"))
@@ -58,9 +58,7 @@ def test_a_replaced_file_is_found(tmp_path: Path, part: str) -> None:
     assert replaced(process.pid) == []
 
 
-def test_deleted_data_and_shared_memory_do_not_count(
-    own_postgres: Postgres, tmp_path: Path
-) -> None:
+def test_deleted_data_and_shared_memory_are_ignored(own_postgres: Postgres, tmp_path: Path) -> None:
     assert "(deleted)" in Path(f"/proc/{own_postgres.pid}/maps").read_text()  # /dev/zero
     assert replaced(own_postgres.pid) == []
     data = tmp_path / "data"
@@ -153,7 +151,7 @@ class Machine:
 
 @pytest.fixture
 def machine() -> Iterator[Machine]:
-    with Postgres.directory() as folder:  # which every user can reach
+    with Postgres.directory() as folder:  # other users can access it
         folder.chmod(0o755)
         machine = Machine(folder)
         yield machine
@@ -161,7 +159,7 @@ def machine() -> Iterator[Machine]:
 
 
 @pytest.mark.timeout(300)  # seconds: it installs the supervisor
-def test_the_playbook_restarts_what_runs_from_replaced_files(machine: Machine) -> None:
+def test_role_restarts_programs_with_replaced_files(machine: Machine) -> None:
     machine.run()
     supervisor, program = machine.pid(), machine.pid("sleeper")
 

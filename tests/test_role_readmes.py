@@ -1,4 +1,4 @@
-"""The README of each role says what its argument_specs.yml says."""
+"""The README of each role is up to date with its argument_specs.yml."""
 
 from pathlib import Path
 
@@ -7,6 +7,6 @@ from role_readmes import readme, roles
 
 
 @pytest.mark.parametrize("role", roles(), ids=lambda role: role.name)
-def test_is_current(role: Path) -> None:
+def test_readme_is_current(role: Path) -> None:
     written = (role / "README.md").read_text()
     assert written == readme(role), "run: .venv/bin/python tests/role_readmes.py"

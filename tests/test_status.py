@@ -1,6 +1,6 @@
-"""What iot-status says, and whether it fails, about a real collector, broker and database.
+"""The output and exit status of iot-status, with a real collector, broker and database.
 
-Only the supervisor is a stand-in: a script that says what it would say.
+Only the supervisor is a stand-in: a script that prints the status.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILES = Path(__file__).parent.parent / "roles/host_base/files"
 
 
 class Installation:
-    """A state directory as the roles make it, for a collector that runs already."""
+    """A state directory like that of the roles, for a running collector."""
 
     def __init__(self, folder: Path, collector: Collector, database: Database) -> None:
         self.folder = folder
@@ -33,7 +33,7 @@ class Installation:
             "bin/psql",
             f'PGPASSWORD={database.password} exec {binary("psql")} -d {database.url} -X "$@"',
         )
-        self.supervised("RUNNING", collector.pid)
+        self.set_status("RUNNING", collector.pid)
         (folder / "etc/supervisor.d/collector.ini").write_text(
             "[program:collector]\npriority = 200\n[status:collector]\n"
             f"url = http://127.0.0.1:{collector.settings['IOT_HTTP_PORT']}\n"
@@ -44,8 +44,8 @@ class Installation:
         path.write_text(f"#!/bin/sh\n{line}\n")
         path.chmod(0o755)
 
-    def supervised(self, state: str, pid: int) -> None:
-        """Let the supervisor say so."""
+    def set_status(self, state: str, pid: int) -> None:
+        """Make supervisorctl print this status of the collector."""
         self.script(
             "venv/bin/supervisorctl", f"echo 'collector   {state}   pid {pid}, uptime 0:00:09'"
         )
@@ -59,7 +59,7 @@ class Installation:
         )
 
     def status(self, *arguments: str) -> tuple[int, str]:
-        """Its exit status and what it prints."""
+        """Run iot-status; return its exit status and output."""
         with self.start(*arguments) as process:
             printed, _ = process.communicate()
         return process.returncode, printed
@@ -70,7 +70,7 @@ def installation(tmp_path: Path, collector: Collector, database: Database) -> In
     return Installation(tmp_path / "state", collector, database)
 
 
-def test_it_waits_for_the_first_message(installation: Installation, broker: Mosquitto) -> None:
+def test_status_waits_for_the_first_message(installation: Installation, broker: Mosquitto) -> None:
     assert installation.status()[0] == 0
     failed, printed = installation.status("--messages")
     assert (failed, "No message is in the table" in printed) == (1, True), printed
@@ -84,7 +84,7 @@ def test_it_waits_for_the_first_message(installation: Installation, broker: Mosq
     assert (waiting.returncode, "1 messages stored in all" in printed) == (0, True), printed
 
 
-def test_it_fails_with_the_collectors_reason(
+def test_status_shows_the_problem_of_the_collector(
     installation: Installation, collector: Collector, broker: Mosquitto
 ) -> None:
     broker.stop()
@@ -95,20 +95,22 @@ def test_it_fails_with_the_collectors_reason(
     assert "Next: see the reasons above and" in printed
 
 
-def test_it_fails_for_a_program_that_does_not_run(
+def test_status_fails_when_a_program_does_not_run(
     installation: Installation, collector: Collector
 ) -> None:
-    installation.supervised("FATAL", collector.pid)
+    installation.set_status("FATAL", collector.pid)
     failed, printed = installation.status("--next")
     assert failed == 1
     assert "playbooks/host.yml` (`make up`) starts what does not run" in printed
 
 
-def test_it_names_what_runs_from_replaced_files(installation: Installation, tmp_path: Path) -> None:
+def test_status_names_programs_with_replaced_files(
+    installation: Installation, tmp_path: Path
+) -> None:
     sleep = Path(shutil.copy(binary("sleep"), tmp_path / "sleep"))
     with subprocess.Popen([sleep, "100"]) as process:
         eventually(lambda: Path(f"/proc/{process.pid}/exe").readlink() == sleep)
-        installation.supervised("RUNNING", process.pid)
+        installation.set_status("RUNNING", process.pid)
         assert "old" not in installation.status()[1]
         sleep.unlink()
         assert f"collector runs from the old {sleep}\n" in installation.status()[1]

@@ -1,1 +1,1 @@
-"""What the collector is measured against."""
+"""The programs that the collector is compared with."""

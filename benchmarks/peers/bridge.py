@@ -1,7 +1,7 @@
-"""mq-bridge, a bridge in Rust configured from Python.
+"""mq-bridge, a bridge in Rust that is configured from Python.
 
-Its COPY takes fields of a JSON payload, not the payload, the topic or a time: so it has a table
-of its own, narrower and without indexes, and less to store than the others.
+Its COPY stores fields of a JSON payload, but not the payload, the topic or a time. So it has its
+own table, which is narrower and has no indexes, and it stores less than the others.
 """
 
 import os
@@ -16,7 +16,7 @@ _INSERT = (
 
 
 def main() -> None:
-    """Collect until SIGTERM."""
+    """Store messages until SIGTERM."""
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     source = {
@@ -38,7 +38,7 @@ def main() -> None:
     running = Route.from_config({"routes": {"bridge": route}}, "bridge")
     running.start()
     signal.sigwait(signals)
-    os._exit(0)  # stopping the route would drain what nobody waits for
+    os._exit(0)  # stopping the route would first store all its messages
 
 
 if __name__ == "__main__":

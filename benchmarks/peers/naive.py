@@ -1,4 +1,4 @@
-"""What one writes first: a row a message, committed, then acknowledged."""
+"""The simplest program: for each message INSERT, COMMIT and PUBACK."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ _INSERT = (
 
 
 def main() -> None:
-    """Collect until SIGTERM."""
+    """Store messages until SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     database = psycopg2.connect(os.environ["PEER_DATABASE"])
     cursor = database.cursor()

@@ -1,4 +1,4 @@
-"""The collector with paho's own reader: what reading in bulk is worth."""
+"""The collector with paho's own reader, to show the effect of reading in bulk."""
 
 from iot_collector import client, connection
 from iot_collector.cli import main

@@ -1,4 +1,4 @@
-"""The tables of costs in docs/aws.md. ``python tests/aws/cost_tables.py`` updates them."""
+"""The cost tables in docs/aws.md. ``python tests/aws/cost_tables.py`` updates them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def estimate() -> dict[str, Any]:
 
 
 def tables() -> str:
-    """Both tables and the list of prices that nobody has looked up, in Markdown."""
+    """Both tables and the list of prices without a source, in Markdown."""
     costs, prices = estimate(), table()
     lines = [
         f"List prices of {prices['region']}, {prices['date']}, in USD a month; mean of the first "
@@ -82,7 +82,7 @@ def written(how: dict[str, Any]) -> dict[str, str]:
 
 
 def with_tables(page: str) -> str:
-    """The page with current tables between the two marks."""
+    """The page with current tables between the two markers."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{tables()}\n{END}{after}"

@@ -11,17 +11,17 @@ from testing.collector import clean_environment, iot_collector
 from testing.postgres import Database
 
 REGION = "eu-west-1"
-FILL = (
+INSERT = (
     "SELECT ensure_partitions('2020-02-01 00:00+00', 0);"
     "INSERT INTO messages (received_at, topic, payload, qos, retained)"
     " SELECT '2020-02-02 00:00+00', 't', sha512(n::text::bytea), 1, false"
     " FROM generate_series(1, 300000) n"
 )
-EVERYTHING = "SELECT md5(string_agg(m::text, ',' ORDER BY id)) FROM messages m"
+CHECKSUM = "SELECT md5(string_agg(m::text, ',' ORDER BY id)) FROM messages m"
 
 
-def test_archive_in_s3(account: Emulator, database: Database) -> None:
-    """More than a part of a multipart upload, which is 10 MiB."""
+def test_month_is_archived_in_s3_and_restored(account: Emulator, database: Database) -> None:
+    """The file is larger than 10 MiB, so it is uploaded in several parts."""
     s3 = boto3.client(
         "s3",
         endpoint_url=account.url,
@@ -50,8 +50,8 @@ def test_archive_in_s3(account: Emulator, database: Database) -> None:
             timeout=120,
         )
 
-    database.query(FILL)
-    rows = database.query(EVERYTHING)
+    database.query(INSERT)
+    rows = database.query(CHECKSUM)
     missing = run("archive", "s3://iot-archive")
     assert missing.returncode == 1
     assert "create the bucket" in missing.stderr
@@ -66,11 +66,11 @@ def test_archive_in_s3(account: Emulator, database: Database) -> None:
     assert database.count() == 0
     found = s3.list_objects_v2(Bucket="iot-archive")["Contents"]
     sizes = [(entry["Key"], entry["Size"] > 10 << 20) for entry in found]
-    # pyarrow marks a prefix whose last file it has deleted, as AWS's console marks a folder.
+    # pyarrow leaves an empty object with a trailing slash when it deletes the last file.
     assert [(key, large) for key, large in sizes if not key.endswith("/")] == [
         ("plant/berlin/messages_2020_02.json", False),
         ("plant/berlin/messages_2020_02.parquet", True),
     ]
     done = run("restore", "s3://iot-archive/plant/berlin", "2020-02")
     assert done.returncode == 0, done.stderr
-    assert database.query(EVERYTHING) == rows
+    assert database.query(CHECKSUM) == rows

@@ -24,18 +24,18 @@ BLOCKS = [
 ]
 # Variables of playbooks/*.yml and not of a role.
 PLAYBOOK_VARIABLES = {"region", "target", "confirm", "final_snapshot"}
-# Commands that the AWS CLI adds to the operations of the services.
+# Commands of the AWS CLI that are not operations of a service.
 CLI_ONLY = {("sso", "login"), ("eks", "get-token"), ("service-quotas", "")}
 
 
-def shells() -> list[str]:
-    """Blocks of commands; the picture starts with a space and is none."""
+def command_blocks() -> list[str]:
+    """Code blocks with commands. The block that starts with a space is a diagram."""
     return [body for language, body in BLOCKS if not language and not body.startswith(" ")]
 
 
 def commands(program: str) -> list[list[str]]:
-    """Each use of a program in blocks, and in text between backquotes."""
-    lines = "\n".join(shells()).replace("\\\n", " ").splitlines()
+    """Each command line of a program, in code blocks and between backquotes."""
+    lines = "\n".join(command_blocks()).replace("\\\n", " ").splitlines()
     inline = [" ".join(one.split()) for one in re.findall(r"(?<!`)`([^`]+)`", TEXT)]
     return [
         shlex.split(line, comments=True)
@@ -44,24 +44,24 @@ def commands(program: str) -> list[list[str]]:
     ]
 
 
-def test_page_can_be_read_in_one_sitting() -> None:
+def test_page_is_not_too_long() -> None:
     assert len(TEXT.splitlines()) <= 420
 
 
 def test_commands_say_what_they_need() -> None:
-    assert len(shells()) > 5
-    for body in shells():
+    assert len(command_blocks()) > 5
+    for body in command_blocks():
         assert re.match(r"# (offline|needs AWS)", body), body
 
 
-@pytest.mark.parametrize("body", shells(), ids=range(len(shells())))
-def test_commands_are_shell(body: str) -> None:
+@pytest.mark.parametrize("body", command_blocks(), ids=range(len(command_blocks())))
+def test_commands_are_valid_shell(body: str) -> None:
     done = subprocess.run(["bash", "-n"], input=body, text=True, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_offline_commands_work(tmp_path: Path) -> None:
-    (body,) = [one for one in shells() if one.startswith("# offline")]
+    (body,) = [one for one in command_blocks() if one.startswith("# offline")]
     script = body.replace("/tmp/iot-policy", str(tmp_path / "policy"))
     subprocess.run(["bash", "-euc", script], cwd=ROOT, check=True)
     made = sorted((tmp_path / "policy").iterdir())
@@ -75,7 +75,7 @@ def test_offline_commands_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", commands("ansible-playbook"), ids=" ".join)
-def test_playbook_commands(command: list[str]) -> None:
+def test_playbook_commands_have_valid_options(command: list[str]) -> None:
     _, playbook, *options = command
     known = set(settings()) | PLAYBOOK_VARIABLES
     for option, value in pairwise(options):
@@ -94,7 +94,7 @@ def test_playbook_commands(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_variables_exist() -> None:
+def test_variables_of_the_page_exist() -> None:
     known = set(settings()) | PLAYBOOK_VARIABLES
     prefixes = "|".join(("aws_base", *ROLES))
     named = set(re.findall(rf"\b((?:{prefixes})_[a-z0-9_]+)\b", TEXT))

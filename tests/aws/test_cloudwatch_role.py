@@ -1,4 +1,4 @@
-"""The IAM role of the CloudWatch exporter in the emulator: there when it is asked for, and gone."""
+"""The IAM role of the CloudWatch exporter, created in the emulator."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PARAMETERS = {
 
 
 @pytest.mark.timeout(120)
-def test_role_of_the_exporter_comes_and_goes(account: Emulator) -> None:
+def test_exporter_role_is_created_and_removed_by_its_parameter(account: Emulator) -> None:
     cloudformation = account.client("cloudformation")
 
     def apply(call: Callable[..., Any], service_account: str) -> dict[str, str]:
-        """Bring the stack up to date; return its outputs."""
+        """Create or update the stack; return its outputs."""
         given = PARAMETERS | {"CloudWatchExporterServiceAccount": service_account}
         call(
             StackName="eks",

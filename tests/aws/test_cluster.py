@@ -1,7 +1,7 @@
-"""What runs on the cluster: the collector on IoT Core and RDS, Prometheus and Grafana.
+"""The workloads on EKS: the collector with IoT Core and RDS, Prometheus and Grafana.
 
-The cluster is a stand-in for its API, and the database is none: what the Job runs in it is tried in
-tests/test_rds_roles.py.
+A stand-in for the Kubernetes API replaces the cluster. There is no database: the SQL of the Job is
+tested in tests/test_rds_roles.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deployments import Deployment
 pytestmark = pytest.mark.timeout(1200)
 
 Object = dict[str, Any]
-# What checkov asks for and we do not do; tests/test_kubernetes.py says why.
+# Failed checks of checkov that we accept; the reasons are in tests/test_kubernetes.py.
 CHECKOV_SKIPS = {
     "CKV_K8S_15": {"collector", "prometheus", "grafana"},
     "CKV_K8S_38": {"prometheus"},
@@ -35,13 +35,13 @@ def objects(deployed: Deployment, kind: str | None = None) -> list[Object]:
     return [one for one in found if kind in (None, one["kind"])]
 
 
-def named(deployed: Deployment, kind: str, name: str) -> Object:
+def find_object(deployed: Deployment, kind: str, name: str) -> Object:
     (found,) = (one for one in objects(deployed, kind) if one["metadata"]["name"] == name)
     return found
 
 
 def secret(deployed: Deployment, name: str) -> dict[str, str]:
-    data = named(deployed, "Secret", name)["data"]
+    data = find_object(deployed, "Secret", name)["data"]
     return {key: base64.b64decode(value).decode() for key, value in data.items()}
 
 
@@ -53,13 +53,13 @@ def outputs(deployed: Deployment, stack: str) -> dict[str, str]:
 
 
 def password(deployed: Deployment, output: str) -> str:
-    """A password of the database, from Secrets Manager."""
+    """A database password from Secrets Manager, by the stack output with its ARN."""
     secrets = deployed.account.client("secretsmanager")
     value = secrets.get_secret_value(SecretId=outputs(deployed, "rds")[output])["SecretString"]
     return str(json.loads(value)["password"])
 
 
-def test_manifests_pass_the_gates_of_the_local_ones(deployed: Deployment, tmp_path: Path) -> None:
+def test_manifests_pass_validation_and_checkov(deployed: Deployment, tmp_path: Path) -> None:
     found = objects(deployed)
     assert len(found) > 25
     for version in ("1.34", "1.35", "1.36"):
@@ -74,10 +74,10 @@ def test_manifests_pass_the_gates_of_the_local_ones(deployed: Deployment, tmp_pa
     assert report["summary"]["passed"] > 150
 
 
-def test_collector_is_on_iot_core_and_rds(deployed: Deployment) -> None:
+def test_collector_is_configured_for_iot_core_and_rds(deployed: Deployment) -> None:
     rds = outputs(deployed, "rds")
     endpoint = deployed.account.client("iot").describe_endpoint(endpointType="iot:Data-ATS")
-    settings = named(deployed, "ConfigMap", "collector")["data"]
+    settings = find_object(deployed, "ConfigMap", "collector")["data"]
     assert settings["IOT_MQTT_URL"] == f"awsiot://{endpoint['endpointAddress']}"
     assert settings["IOT_MQTT_TOPICS"] == "iot/data"
     assert settings["IOT_DATABASE_URL"] == (
@@ -86,29 +86,29 @@ def test_collector_is_on_iot_core_and_rds(deployed: Deployment) -> None:
     )
     assert settings["IOT_DATABASE_PASSWORD_SECRET"] == rds["CollectorSecretArn"]
     assert settings["AWS_REGION"] == "eu-west-1"
-    # The collector takes what IoT Core's quotas allow, and has no other account.
+    # These settings stay at their defaults for IoT Core, and no MQTT user is set.
     absent = ("IOT_MQTT_MAX_INFLIGHT", "IOT_MQTT_USERNAME", "IOT_BROKER_METRICS")
     for name in (*absent, "IOT_DATABASE_PASSWORD_FILE"):
         assert name not in settings
-    workload = named(deployed, "StatefulSet", "collector")["spec"]
+    workload = find_object(deployed, "StatefulSet", "collector")["spec"]
     assert workload["replicas"] == 1
     spec = workload["template"]["spec"]
     (container,) = spec["containers"]
     assert container["image"] == "registry.invalid/collector:1"
     environment = {one["name"]: one for one in container["env"]}
-    # The policies of IoT Core and IAM name this prefix, and the last number tells pod 0 apart.
+    # The IoT and IAM policies contain this prefix. The collector reads the ordinal at the end.
     assert environment["IOT_MQTT_CLIENT_ID"]["value"] == "iot-collector-$(POD_NAME)"
     assert environment["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
     assert list(environment).index("POD_NAME") < list(environment).index("IOT_MQTT_CLIENT_ID")
     assert [one["name"] for one in spec["volumes"]] == ["database-ca"]
     for one in [*spec["containers"], *spec["initContainers"]]:
         assert [mount["mountPath"] for mount in one["volumeMounts"]] == ["/etc/iot-database"]
-    bundle = named(deployed, "ConfigMap", "database-ca")["data"]["ca.pem"]
+    bundle = find_object(deployed, "ConfigMap", "database-ca")["data"]["ca.pem"]
     assert bundle.strip() == deployed.account.rds_certificates.read_text().strip()
 
 
-def test_only_the_collector_may_take_its_iam_role(deployed: Deployment) -> None:
-    account = named(deployed, "ServiceAccount", "collector")
+def test_only_the_collector_may_assume_its_iam_role(deployed: Deployment) -> None:
+    account = find_object(deployed, "ServiceAccount", "collector")
     role = outputs(deployed, "eks")["CollectorRoleArn"]
     assert account["metadata"]["annotations"] == {"eks.amazonaws.com/role-arn": role}
     assert account["automountServiceAccountToken"] is False
@@ -124,7 +124,7 @@ def test_only_the_collector_may_take_its_iam_role(deployed: Deployment) -> None:
     )
 
 
-def test_what_pods_may_reach(deployed: Deployment) -> None:
+def test_network_policies_limit_egress(deployed: Deployment) -> None:
     port = int(outputs(deployed, "rds")["Port"])
     subnets = outputs(deployed, "network")["DatabaseSubnetIds"].split(",")
     found = deployed.account.client("ec2").describe_subnets(SubnetIds=subnets)["Subnets"]
@@ -142,15 +142,15 @@ def test_what_pods_may_reach(deployed: Deployment) -> None:
     assert ranges(egress["collector"][port]) == ranges(database)
     assert ranges(egress["grafana"][port]) == ranges(database)
     assert egress["collector"].keys() == {443, port}
-    assert egress["collector"][443] is None  # AWS's addresses change
+    assert egress["collector"][443] is None  # the addresses of AWS services change
     assert egress["default-deny"] == {}
     assert {one["spec"].get("type", "ClusterIP") for one in objects(deployed, "Service")} == {
         "ClusterIP"
     }
 
 
-def test_volumes_are_encrypted_gp3(deployed: Deployment) -> None:
-    storage = named(deployed, "StorageClass", "gp3")
+def test_volumes_use_encrypted_gp3(deployed: Deployment) -> None:
+    storage = find_object(deployed, "StorageClass", "gp3")
     assert storage["provisioner"] == "ebs.csi.aws.com"
     assert storage["parameters"] == {"type": "gp3", "encrypted": "true"}
     assert storage["volumeBindingMode"] == "WaitForFirstConsumer"
@@ -162,9 +162,11 @@ def test_volumes_are_encrypted_gp3(deployed: Deployment) -> None:
     assert claims == ["gp3", "gp3"]
 
 
-def test_grafana_reads_rds_as_the_reader(deployed: Deployment) -> None:
+def test_grafana_connects_to_rds_as_the_reader(deployed: Deployment) -> None:
     rds = outputs(deployed, "rds")
-    sources = yaml.safe_load(named(deployed, "ConfigMap", "grafana")["data"]["datasources.yml"])
+    sources = yaml.safe_load(
+        find_object(deployed, "ConfigMap", "grafana")["data"]["datasources.yml"]
+    )
     (source,) = (one for one in sources["datasources"] if one["type"] == "postgres")
     assert source["url"] == f"{rds['Host']}:{rds['Port']}"
     assert source["user"] == "iot_reader"
@@ -174,7 +176,7 @@ def test_grafana_reads_rds_as_the_reader(deployed: Deployment) -> None:
         "sslRootCertFile": "/etc/iot-database/ca.pem",
     }
     assert wanted.items() <= source["jsonData"].items()
-    spec = named(deployed, "StatefulSet", "grafana")["spec"]["template"]["spec"]
+    spec = find_object(deployed, "StatefulSet", "grafana")["spec"]["template"]["spec"]
     mounts = {one["name"]: one["mountPath"] for one in spec["containers"][0]["volumeMounts"]}
     assert mounts["database-ca"] == "/etc/iot-database"
     assert secret(deployed, "iot-passwords")["reader_db_password"] == password(
@@ -182,7 +184,7 @@ def test_grafana_reads_rds_as_the_reader(deployed: Deployment) -> None:
     )
 
 
-def test_passwords_are_where_they_are_needed_and_nowhere_else(deployed: Deployment) -> None:
+def test_passwords_are_only_where_they_are_needed(deployed: Deployment) -> None:
     passwords = {
         name: password(deployed, f"{name}SecretArn") for name in ("Master", "Collector", "Reader")
     }
@@ -190,7 +192,10 @@ def test_passwords_are_where_they_are_needed_and_nowhere_else(deployed: Deployme
     for name, word in passwords.items():
         assert word not in deployed.first_run.output, name
     names = {one["metadata"]["name"] for one in objects(deployed, "Secret")}
-    assert names == {"iot-passwords", "postgres-roles-made"}  # the administrator's is gone
+    assert names == {
+        "iot-passwords",
+        "postgres-roles-made",
+    }  # the Secret of the master password is deleted
     held = json.dumps(secret(deployed, "iot-passwords") | secret(deployed, "postgres-roles-made"))
     assert passwords["Master"] not in held
     assert passwords["Collector"] not in held
@@ -199,7 +204,7 @@ def test_passwords_are_where_they_are_needed_and_nowhere_else(deployed: Deployme
     assert objects(deployed, "Job") == []
 
 
-def test_summary_says_how_to_reach_it(deployed: Deployment) -> None:
+def test_summary_shows_how_to_reach_the_services(deployed: Deployment) -> None:
     text = " ".join(deployed.first_run.output.split())
     assert "collector 1/1, grafana 1/1, prometheus 1/1" in text
     kubeconfig = deployed.home / ".kube/iot-system-eu-west-1"
@@ -209,11 +214,11 @@ def test_summary_says_how_to_reach_it(deployed: Deployment) -> None:
     assert "playbooks/verify.yml -e target=aws -e region=eu-west-1" in text
 
 
-def test_changed_passwords_are_applied_by_the_next_run(deployed: Deployment) -> None:
-    """It starts a new Job; with nothing changed, none is made (test_deployment.py)."""
+def test_next_run_applies_changed_passwords(deployed: Deployment) -> None:
+    """It starts a new Job. Without changes it starts none (test_deployment.py)."""
     tags = ("--tags", "postgres_configure,postgres_run")
     secrets = deployed.account.client("secretsmanager")
-    # As long as those that AWS makes up: other tests look at them.
+    # As long as generated passwords, because other tests check their length.
     words = {"Collector": "another-word" * 3, "Reader": "yet-another-word" * 2}
     for name, word in words.items():
         value = {"username": f"iot_{name.lower()}", "password": word}
@@ -221,7 +226,7 @@ def test_changed_passwords_are_applied_by_the_next_run(deployed: Deployment) -> 
         secrets.put_secret_value(SecretId=arn, SecretString=json.dumps(value))
     before = secret(deployed, "postgres-roles-made")
     check = deployed.deploy("--check", *tags)
-    # The reader's password in the cluster, and what the roles are made of.
+    # The Secret with the reader's password, and the Job that creates the roles.
     assert (check.returncode, check.changed) == (0, 2), check.output
 
     deployed.cluster.ask("never-ready", {"postgres-roles": "Error"})
@@ -240,17 +245,17 @@ def test_changed_passwords_are_applied_by_the_next_run(deployed: Deployment) -> 
     assert secret(deployed, "iot-passwords")["reader_db_password"] == words["Reader"]
     for word in words.values():
         assert word not in check.output + failed.output + run.output
-    # Grafana reads its password at its start.
+    # Grafana has to restart to read its password.
     assert deployed.deploy("--tags", "grafana_configure,grafana_run").changed == 1
 
 
-def test_rate_of_messages_decides_how_many_collectors(deployed: Deployment) -> None:
+def test_message_rate_sets_the_number_of_collectors(deployed: Deployment) -> None:
     rate = ("-e", "iot_core_messages_per_second=250")
     run = deployed.deploy("--check", "-v", *rate, "--tags", "collector_run")
     assert run.returncode == 0, run.output
     assert re.search(r"^ +replicas: 4$", run.output, re.MULTILINE)
     assert "IOT_MQTT_TOPICS: $share/collectors/iot/data\n" in run.output
-    # What the pods may subscribe to has the shared filter as well.
+    # The IAM policy also allows the shared filter.
     name = outputs(deployed, "eks")["CollectorRoleArn"].rpartition("/")[2]
     policy = deployed.account.client("iam").get_role_policy(
         RoleName=name, PolicyName="read-from-iot-core"

@@ -1,6 +1,6 @@
-"""What was really created, against the controls of CIS EKS and AWS Foundational Security.
+"""The created resources against the controls of CIS EKS and AWS Foundational Security.
 
-Each test is named after its control, and asks the service, not the template.
+Each test is named after its control. It queries the service, not the template.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_eks_3_secrets_are_encrypted(cluster: dict[str, Any]) -> None:
     assert ":key/" in configuration["provider"]["keyArn"]
 
 
-def test_eks_8_control_plane_is_logged(deployed: Deployment, cluster: dict[str, Any]) -> None:
+def test_eks_8_control_plane_logs_are_on(deployed: Deployment, cluster: dict[str, Any]) -> None:
     (logged,) = [one for one in cluster["logging"]["clusterLogging"] if one["enabled"]]
     wanted = {"api", "audit", "authenticator", "controllerManager", "scheduler"}
     assert set(logged["types"]) == wanted
@@ -77,7 +77,7 @@ def test_eks_8_control_plane_is_logged(deployed: Deployment, cluster: dict[str, 
     assert group["retentionInDays"] == 30
 
 
-def test_nodes_take_imdsv2_one_hop_and_encrypted_disks(deployed: Deployment) -> None:
+def test_nodes_require_imdsv2_and_encrypt_their_disks(deployed: Deployment) -> None:
     ec2 = deployed.account.client("ec2")
     (template,) = ec2.describe_launch_templates()["LaunchTemplates"]
     versions = ec2.describe_launch_template_versions(LaunchTemplateId=template["LaunchTemplateId"])
@@ -87,7 +87,7 @@ def test_nodes_take_imdsv2_one_hop_and_encrypted_disks(deployed: Deployment) -> 
     assert all(device["Ebs"]["Encrypted"] for device in data["BlockDeviceMappings"])
 
 
-def test_service_account_roles_are_for_one_service_account(deployed: Deployment) -> None:
+def test_irsa_role_trusts_one_service_account(deployed: Deployment) -> None:
     iam = deployed.account.client("iam")
     role = output(deployed, "eks", "CollectorRoleArn").split("/")[-1]
     document = iam.get_role(RoleName=role)["Role"]["AssumeRolePolicyDocument"]
@@ -133,7 +133,7 @@ def test_rds_11_has_backups(database: dict[str, Any]) -> None:
     assert database["BackupRetentionPeriod"] >= 7
 
 
-def test_rds_13_takes_minor_upgrades(database: dict[str, Any]) -> None:
+def test_rds_13_upgrades_minor_versions(database: dict[str, Any]) -> None:
     assert database["AutoMinorVersionUpgrade"] is True
 
 
@@ -141,11 +141,11 @@ def test_rds_17_copies_its_tags_to_snapshots(database: dict[str, Any]) -> None:
     assert database["CopyTagsToSnapshot"] is True
 
 
-def test_rds_23_has_another_port(database: dict[str, Any]) -> None:
+def test_rds_23_port_is_not_the_default(database: dict[str, Any]) -> None:
     assert database["Endpoint"]["Port"] == 5433
 
 
-def test_rds_is_reached_by_nodes_alone(deployed: Deployment) -> None:
+def test_rds_accepts_connections_of_nodes_only(deployed: Deployment) -> None:
     (rule,) = rules_of(deployed, output(deployed, "rds", "SecurityGroupId"))
     nodes = output(deployed, "network", "NodeSecurityGroupId")
     assert (rule["FromPort"], rule["ToPort"]) == (5433, 5433)
@@ -153,7 +153,7 @@ def test_rds_is_reached_by_nodes_alone(deployed: Deployment) -> None:
     assert not rule.get("IpRanges")
 
 
-def test_rds_wants_tls(deployed: Deployment) -> None:
+def test_rds_requires_tls(deployed: Deployment) -> None:
     rds = deployed.account.client("rds")
     group = output(deployed, "rds", "ParameterGroupName")
     pages = rds.get_paginator("describe_db_parameters").paginate(DBParameterGroupName=group)
@@ -168,7 +168,7 @@ def test_rds_wants_tls(deployed: Deployment) -> None:
 # --- ECR
 
 
-def test_ecr_1_scans_what_is_pushed(repository: dict[str, Any]) -> None:
+def test_ecr_1_scans_on_push(repository: dict[str, Any]) -> None:
     assert repository["imageScanningConfiguration"]["scanOnPush"] is True
 
 
@@ -176,13 +176,13 @@ def test_ecr_2_tags_are_immutable(repository: dict[str, Any]) -> None:
     assert repository["imageTagMutability"] == "IMMUTABLE"
 
 
-def test_ecr_3_old_images_go(deployed: Deployment, repository: dict[str, Any]) -> None:
+def test_ecr_3_old_images_expire(deployed: Deployment, repository: dict[str, Any]) -> None:
     ecr = deployed.account.client("ecr")
     policy = ecr.get_lifecycle_policy(repositoryName=repository["repositoryName"])
     assert json.loads(policy["lifecyclePolicyText"])["rules"]
 
 
-def test_ecr_5_has_a_key_of_ours(repository: dict[str, Any]) -> None:
+def test_ecr_5_uses_a_customer_managed_key(repository: dict[str, Any]) -> None:
     assert repository["encryptionConfiguration"]["encryptionType"] == "KMS"
     assert ":key/" in repository["encryptionConfiguration"]["kmsKey"]
 
@@ -190,7 +190,7 @@ def test_ecr_5_has_a_key_of_ours(repository: dict[str, Any]) -> None:
 # --- Secrets Manager, IoT, network
 
 
-def test_secrets_are_tagged_and_made_up_by_aws(deployed: Deployment) -> None:
+def test_secrets_are_tagged_and_generated(deployed: Deployment) -> None:
     secrets = deployed.account.client("secretsmanager")
     for name in ("CollectorSecretArn", "ReaderSecretArn"):
         arn = output(deployed, "rds", name)
@@ -218,14 +218,14 @@ def test_iot_policies_have_no_wildcard(deployed: Deployment, name: str) -> None:
             ]
 
 
-def test_collector_publishes_nothing(deployed: Deployment) -> None:
+def test_collector_may_not_publish(deployed: Deployment) -> None:
     iot = deployed.account.client("iot")
     policy = iot.get_policy(policyName=output(deployed, "iot-core", "CollectorPolicyName"))
     assert "iot:Publish" not in policy["policyDocument"]
     assert "topicfilter/$share/collectors/iot/data" in policy["policyDocument"]
 
 
-def test_ec2_2_default_security_group_lets_nothing_through(deployed: Deployment) -> None:
+def test_ec2_2_default_security_group_has_no_rules(deployed: Deployment) -> None:
     ec2 = deployed.account.client("ec2")
     group_id = output(deployed, "network", "DefaultSecurityGroupId")
     (group,) = ec2.describe_security_groups(GroupIds=[group_id])["SecurityGroups"]
@@ -233,12 +233,12 @@ def test_ec2_2_default_security_group_lets_nothing_through(deployed: Deployment)
     assert group["IpPermissionsEgress"] == []
 
 
-def test_ec2_6_flow_logs(deployed: Deployment) -> None:
+def test_ec2_6_vpc_has_a_flow_log(deployed: Deployment) -> None:
     (flow_log,) = deployed.account.client("ec2").describe_flow_logs()["FlowLogs"]
     assert flow_log["ResourceId"] == output(deployed, "network", "VpcId")
 
 
-def test_everything_has_our_tag(deployed: Deployment) -> None:
+def test_vpc_and_subnets_are_tagged(deployed: Deployment) -> None:
     ec2 = deployed.account.client("ec2")
     tag = [{"Name": "tag:Project", "Values": ["iot-system"]}]
     for operation, key in (("describe_vpcs", "Vpcs"), ("describe_subnets", "Subnets")):

@@ -1,4 +1,4 @@
-"""The estimate of the costs: its arithmetic, its table of prices, and where it is shown."""
+"""The cost estimate: its arithmetic, its price table, and where it is shown."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ class Recorder(dict[str, Any]):
         return Recorder(dict(self) | other, self.read)
 
 
-def lines(change: dict[str, Any] | None = None, **usage: Any) -> dict[str, float]:
-    """USD of each line of the first month's bill, with the defaults but for ``change``."""
-    bill = Estimate(settings() | (change or {}), table(), USAGE | usage).month(1)
+def lines(changed: dict[str, Any] | None = None, **usage: Any) -> dict[str, float]:
+    """The first month's bill in USD, by line, with the defaults and ``changed``."""
+    bill = Estimate(settings() | (changed or {}), table(), USAGE | usage).month(1)
     return {line.what: line.usd for line in bill}
 
 
-def change(settings_changed: dict[str, Any] | None = None, **usage: Any) -> float:
-    """What a change makes of the total."""
+def difference(settings_changed: dict[str, Any] | None = None, **usage: Any) -> float:
+    """The difference in USD that changed settings and usage make to the total."""
     before = aws_cost(settings(), table(), USAGE)["total"]
     after = aws_cost(settings() | (settings_changed or {}), table(), USAGE | usage)["total"]
     return float(after - before)
 
 
-def test_page_is_current() -> None:
+def test_tables_of_the_page_are_current() -> None:
     assert PAGE.read_text() == with_tables(PAGE.read_text()), "python tests/aws/cost_tables.py"
 
 
-def test_defaults_stay_within_1000_usd_a_month() -> None:
+def test_defaults_cost_at_most_1000_usd_a_month() -> None:
     assert estimate()["last_month"] <= 1000
     assert estimate()["notes"] == []
 
 
-def test_bill_by_hand() -> None:
-    """Computed on paper from prices.yml, so that a wrong unit is seen."""
+def test_bill_equals_a_manual_calculation() -> None:
+    """Calculated from prices.yml by hand, to find wrong units."""
     bill = lines()
     expected = {
         "EKS control plane": 0.10 * 730,
@@ -67,7 +67,7 @@ def test_bill_by_hand() -> None:
         "RDS storage gp3": 2 * 50 * 0.127,
         # 10 000 devices, 43 800 minutes
         "IoT Core connections": 438 * 0.08,
-        # device to IoT Core, IoT Core to collector, PUBACK of the collector
+        # from device to IoT Core, from IoT Core to collector, and PUBACK of the collector
         "IoT Core messages": 150 * 1.00,
         "IoT Core rule": 50 * 0.30,
         "SQS": 50 * 0.40,
@@ -78,7 +78,7 @@ def test_bill_by_hand() -> None:
     assert bill["NAT gateway with address"] == pytest.approx(0.053 * 730 + 45 * 0.048)
 
 
-def test_storage_grows_as_measured() -> None:
+def test_storage_growth_equals_the_benchmark() -> None:
     growth = (ROOT / "benchmarks/GROWTH.md").read_text()
     (rows,) = re.findall(r"^\| rows \|.* (\d+) M \|$", growth, re.MULTILINE)
     (size,) = re.findall(r"^\| GB with indexes \|.* ([\d.]+) \|$", growth, re.MULTILINE)
@@ -90,12 +90,12 @@ def test_storage_grows_as_measured() -> None:
     assert one.allocated_gib(12) == pytest.approx(one.stored_gib(12) / 0.9, abs=1)
 
 
-def test_storage_that_becomes_full_is_said() -> None:
+def test_full_storage_is_noted() -> None:
     costs = aws_cost(settings() | {"rds_max_storage_gib": 100}, table(), USAGE)
     assert costs["notes"] == ["rds_max_storage_gib: 100 GiB are full in month 6"]
 
 
-def test_class_without_a_price_is_said() -> None:
+def test_instance_class_without_a_price_is_noted() -> None:
     costs = aws_cost(settings() | {"rds_instance_class": "db.x9g.large"}, table(), USAGE)
     (note,) = costs["notes"]
     assert "rds_instance_class: db.x9g.large" in note
@@ -118,11 +118,13 @@ def test_class_without_a_price_is_said() -> None:
         ({"cloudwatch_exporter_enabled": True}, {}, 26 * 12 * 730 / 1000 * 0.01),
     ],
 )
-def test_what_a_choice_changes(changed: dict[str, Any], usage: dict[str, Any], usd: float) -> None:
-    assert change(changed, **usage) == pytest.approx(usd)
+def test_each_choice_changes_the_total(
+    changed: dict[str, Any], usage: dict[str, Any], usd: float
+) -> None:
+    assert difference(changed, **usage) == pytest.approx(usd)
 
 
-def test_exporter_asks_as_often_as_estimated() -> None:
+def test_exporter_makes_the_estimated_number_of_requests() -> None:
     config = render(
         "cloudwatch_exporter/cloudwatch-exporter.yml.j2",
         aws_base_name="iot-system",
@@ -136,20 +138,20 @@ def test_exporter_asks_as_often_as_estimated() -> None:
     assert table()["assumptions"]["cloudwatch_rounds_hour"] == 3600 / int(seconds)
 
 
-def test_one_zone_halves_instance_and_storage() -> None:
+def test_single_az_halves_instance_and_storage() -> None:
     one, two = lines({"rds_multi_az": False}), lines()
     for line in ("RDS for PostgreSQL", "RDS storage gp3"):
         assert 2 * one[line] == pytest.approx(two[line])
 
 
-def test_archive_stops_the_growth() -> None:
+def test_archive_stops_storage_growth() -> None:
     one = Estimate(settings(), table(), {**USAGE, "keep_months": 3})
     assert one.allocated_gib(12) == one.allocated_gib(3)
-    assert -20 < change(keep_months=3) < -10
+    assert -20 < difference(keep_months=3) < -10
 
 
-def test_options_are_those_of_the_issue() -> None:
-    """Each option changes something; what is meant to save money does."""
+def test_options_change_the_total() -> None:
+    """The options that should save money do."""
     for option in estimate()["options"]:
         assert abs(option["change"]) > 1, option
     saving = [option["what"] for option in estimate()["options"] if option["change"] < 0]
@@ -159,7 +161,7 @@ def test_options_are_those_of_the_issue() -> None:
 
 @pytest.mark.parametrize("name", ["devices", "messages", "months"])
 @pytest.mark.parametrize("value", [0, -1, "many", None])
-def test_wrong_use_is_named(name: str, value: Any) -> None:
+def test_wrong_usage_is_named(name: str, value: Any) -> None:
     with pytest.raises(AnsibleFilterError, match=f"{name} is {value!r}"):
         aws_cost(settings(), table(), USAGE | {name: value})
 
@@ -177,7 +179,7 @@ def prices() -> Iterator[tuple[str, dict[str, Any]]]:
         yield from table()[group].items()
 
 
-def test_each_price_says_how_it_is_known() -> None:
+def test_each_price_has_its_source() -> None:
     for name, price in prices():
         assert price["known"] in ("read", "derived", "remembered"), name
         assert price["page"].startswith("aws.amazon.com/"), name
@@ -194,8 +196,8 @@ def test_each_price_and_assumption_is_used() -> None:
         assert set(content[group]) <= read
 
 
-def test_playbook_passes_on_what_the_estimate_reads() -> None:
-    """The defaults of the role list the variables that the filter reads, with real names."""
+def test_role_passes_all_settings_that_the_estimate_reads() -> None:
+    """aws_cost_settings lists exactly the variables that the filter reads."""
     read: set[str] = set()
     aws_cost(Recorder(settings(), read), table(), USAGE)
     assert set(settings()["aws_cost_settings"]) == read
@@ -218,7 +220,7 @@ def test_playbook_prints_the_total(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(Path(sys.executable).with_name("ansible-playbook"), tmp_path / "play.yml"),
-            # Texts, as -e makes of everything.
+            # -e passes all values as strings.
             *("-e", "region=us-east-1", "-e", "rds_multi_az=false", "-e", "eks_nodes_min=3"),
         ],
         cwd=ROOT,

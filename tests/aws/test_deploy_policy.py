@@ -1,7 +1,7 @@
-"""The policies of the deploying user: valid, narrow, and enough for what the deployment calls.
+"""The IAM policies for deployment: valid, as narrow as possible, and sufficient.
 
-What a resource type needs inside CloudFormation is written here from AWS's documentation of its
-API and of IAM: no emulator authorises those calls.
+HANDLERS lists the actions that CloudFormation needs for each resource type, from AWS's API and IAM
+documentation, because no emulator authorises those calls.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ POLICIES: dict[str, Any] = {
 STATEMENTS: list[dict[str, Any]] = [
     statement for policy in POLICIES.values() for statement in policy["Statement"]
 ]
-# No service of botocore has the prefix that IAM uses.
+# IAM action prefixes that differ from the service names of botocore.
 PREFIXES = {"servicequotas": "service-quotas", "tag": "resourcegroupstaggingapi"}
-# Actions without an operation of the same name.
+# IAM actions without an API operation of the same name.
 PERMISSIONS_ONLY = {
     "iot:Publish",  # an operation of the service iot-data
     *("iam:PassRole", "budgets:ModifyBudget", "budgets:ViewBudget"),
@@ -50,8 +50,8 @@ TAGS = {
     "iot": actions("TagResource UntagResource ListTagsForResource", "iot"),
     "rds": actions("AddTagsToResource RemoveTagsFromResource ListTagsForResource", "rds"),
 }
-# What CloudFormation calls, with the rights of whoever runs the playbook, to create, update and
-# delete a resource. Describe* of EC2 and RDS is allowed as a whole.
+# The actions that CloudFormation calls, with the permissions of the user of the playbook, to
+# create, update and delete a resource. The policies allow all Describe* actions of EC2 and RDS.
 HANDLERS: dict[str, set[str]] = {
     "AWS::EC2::VPC": TAGS["ec2"] | actions("CreateVpc DeleteVpc ModifyVpcAttribute", "ec2"),
     "AWS::EC2::InternetGateway": actions("CreateInternetGateway DeleteInternetGateway", "ec2"),
@@ -108,7 +108,7 @@ HANDLERS: dict[str, set[str]] = {
         "UpdateKeyDescription",
         "kms",
     ),
-    # The creator makes the grants by which ECR and EKS use the key.
+    # The creator needs to create the grants with which ECR and EKS use the key.
     "AWS::ECR::Repository": actions(
         "CreateRepository DeleteRepository DescribeRepositories GetLifecyclePolicy "
         "PutLifecyclePolicy DeleteLifecyclePolicy GetRepositoryPolicy "
@@ -130,7 +130,7 @@ HANDLERS: dict[str, set[str]] = {
         "AssociateAccessPolicy DisassociateAccessPolicy ListAssociatedAccessPolicies",
         "eks",
     ),
-    # EKS tries whether the creator may start instances from the launch template.
+    # EKS checks that the creator may start instances from the launch template.
     "AWS::EKS::Nodegroup": actions(
         "CreateNodegroup DeleteNodegroup DescribeNodegroup UpdateNodegroupConfig "
         "UpdateNodegroupVersion DescribeUpdate",
@@ -150,7 +150,7 @@ HANDLERS: dict[str, set[str]] = {
         "ResetDBParameterGroup",
         "rds",
     ),
-    # The secret of the master's password is made with the rights of the creator.
+    # RDS creates the secret of the master password with the permissions of the creator.
     "AWS::RDS::DBInstance": actions(
         "CreateDBInstance DeleteDBInstance ModifyDBInstance RebootDBInstance CreateDBSnapshot",
         "rds",
@@ -203,26 +203,26 @@ HANDLERS: dict[str, set[str]] = {
 }
 
 
-def listed(statement: dict[str, Any], key: str) -> list[str]:
+def as_list(statement: dict[str, Any], key: str) -> list[str]:
     value = statement[key]
     return value if isinstance(value, list) else [value]
 
 
-def allowed() -> set[str]:
-    return {action for statement in STATEMENTS for action in listed(statement, "Action")}
+def allowed_actions() -> set[str]:
+    return {action for statement in STATEMENTS for action in as_list(statement, "Action")}
 
 
-def missing(wanted: set[str]) -> set[str]:
-    patterns = allowed()
+def not_allowed(wanted: set[str]) -> set[str]:
+    patterns = allowed_actions()
     return {one for one in wanted if not any(fnmatchcase(one, pattern) for pattern in patterns)}
 
 
-def recorded() -> set[str]:
+def recorded_calls() -> set[str]:
     lines = (Path(__file__).parent / "calls.txt").read_text().splitlines()
     return {line for line in lines if line and not line.startswith("#")}
 
 
-def kinds() -> set[str]:
+def resource_types() -> set[str]:
     return {
         resource["Type"] for role in ROLES for resource in TEMPLATES[role]["Resources"].values()
     }
@@ -232,26 +232,26 @@ def kinds() -> set[str]:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_policy_is_one_that_iam_takes(name: str) -> None:
+def test_policy_is_valid_for_iam(name: str) -> None:
     policy = POLICIES[name]
     assert policy["Version"] == "2012-10-17"
     assert set(policy) == {"Version", "Statement"}
-    # The quota of a managed policy, white space not counted.
+    # The quota of a managed policy. IAM does not count white space.
     assert len(re.sub(r"\s", "", json.dumps(policy))) <= 6144
     for statement in policy["Statement"]:
         assert set(statement) - {"Condition"} == {"Sid", "Effect", "Action", "Resource"}
         assert statement["Effect"] == "Allow"
         assert re.fullmatch(r"[A-Za-z0-9]+", statement["Sid"])
-        for resource in listed(statement, "Resource"):
+        for resource in as_list(statement, "Resource"):
             assert re.fullmatch(r"\*|arn:aws:[a-z0-9-]+:[a-z0-9-]*:\d{12}:.+", resource)
 
 
-def test_statements_have_names_of_their_own() -> None:
+def test_statement_ids_are_unique() -> None:
     names = [statement["Sid"] for statement in STATEMENTS]
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("action", sorted(allowed()))
+@pytest.mark.parametrize("action", sorted(allowed_actions()))
 def test_action_exists(action: str) -> None:
     assert re.fullmatch(r"[a-z0-9-]+:(Describe\*|[A-Za-z0-9]+)", action)
     prefix, _, operation = action.partition(":")
@@ -266,8 +266,8 @@ def test_action_exists(action: str) -> None:
 # --- narrow ---------------------------------------------------------------------------------------
 
 
-def test_all_resources_only_with_a_reason() -> None:
-    """The table in docs/aws.md says why; the region or our tag is asked for instead."""
+def test_statements_with_all_resources_have_a_reason() -> None:
+    """docs/aws.md has a table of the reasons. All but IAM actions are limited to the region."""
     page = (ROOT / "docs/aws.md").read_text()
     _, _, table = page.partition("| statement | why `*` |")
     rows = table.partition("\n\n")[0].splitlines()[2:]
@@ -275,22 +275,22 @@ def test_all_resources_only_with_a_reason() -> None:
     wide = [one for one in STATEMENTS if one["Resource"] == "*"]
     assert {one["Sid"] for one in wide} == explained
     for statement in wide:
-        if {action.split(":")[0] for action in listed(statement, "Action")} != {"iam"}:
+        if {action.split(":")[0] for action in as_list(statement, "Action")} != {"iam"}:
             assert statement["Condition"]["StringEquals"]["aws:RequestedRegion"] == "eu-west-1"
 
 
-def test_what_has_no_name_of_ours_needs_our_tag() -> None:
-    # CloudFormation gives launch templates no tags (their schema says `taggable: false`).
+def test_unnamed_resources_are_limited_by_tag() -> None:
+    # CloudFormation does not tag launch templates (their schema has `taggable: false`).
     wide = re.compile(r"arn:aws:(ec2|kms):[^:]*:[^:]*:(?!launch-template).*\*$")
     for statement in STATEMENTS:
-        if any(wide.match(resource) for resource in listed(statement, "Resource")):
+        if any(wide.match(resource) for resource in as_list(statement, "Resource")):
             (condition,) = statement["Condition"]["StringEquals"].items()
             assert condition[0].startswith("aws:ResourceTag/")
             assert condition[1] == "iot-system"
 
 
-def test_roles_are_passed_to_named_services_and_take_named_policies() -> None:
-    by_action = {listed(one, "Action")[0]: one for one in STATEMENTS if "iam:" in str(one)}
+def test_pass_role_and_attach_policy_are_limited() -> None:
+    by_action = {as_list(one, "Action")[0]: one for one in STATEMENTS if "iam:" in str(one)}
     trusted = {
         "ec2.amazonaws.com",
         "eks.amazonaws.com",
@@ -309,29 +309,29 @@ def test_roles_are_passed_to_named_services_and_take_named_policies() -> None:
 # --- enough, and no more --------------------------------------------------------------------------
 
 
-def test_handlers_are_those_of_our_resource_types() -> None:
-    assert set(HANDLERS) == kinds()
+def test_handlers_cover_all_resource_types_of_the_templates() -> None:
+    assert set(HANDLERS) == resource_types()
 
 
 @pytest.mark.parametrize("kind", sorted(HANDLERS))
-def test_covers_what_a_resource_needs(kind: str) -> None:
-    assert missing(HANDLERS[kind]) == set()
+def test_policies_allow_the_actions_of_each_resource_type(kind: str) -> None:
+    assert not_allowed(HANDLERS[kind]) == set()
 
 
 @pytest.mark.parametrize("kind", sorted(HANDLERS))
-def test_covers_tags(kind: str) -> None:
-    """CloudFormation gives the stack's tags to each resource; its schemas say what that takes."""
+def test_policies_allow_tagging_of_each_resource_type(kind: str) -> None:
+    """CloudFormation tags each resource. Its schemas list the actions that this needs."""
     schema = PROVIDER_SCHEMA_MANAGER.get_resource_schema("eu-west-1", kind).schema
-    assert missing(set(schema["tagging"].get("permissions", []))) == set()
+    assert not_allowed(set(schema["tagging"].get("permissions", []))) == set()
 
 
-def test_covers_the_calls_of_the_playbooks() -> None:
-    assert missing(recorded()) == set()
+def test_policies_allow_the_calls_of_the_playbooks() -> None:
+    assert not_allowed(recorded_calls()) == set()
 
 
-def test_allows_nothing_else() -> None:
-    needed = recorded().union(*HANDLERS.values())
-    # To see and undo what one has started, and tags of stacks.
+def test_policies_allow_nothing_else() -> None:
+    needed = recorded_calls().union(*HANDLERS.values())
+    # To inspect and undo a deployment by hand, and to tag stacks.
     by_hand = {
         *("cloudformation:GetTemplateSummary", "cloudformation:DetectStackResourceDrift"),
         *("cloudformation:TagResource", "cloudformation:UntagResource"),
@@ -339,14 +339,14 @@ def test_allows_nothing_else() -> None:
     }
     extra = {
         action
-        for action in allowed() - by_hand
+        for action in allowed_actions() - by_hand
         if not any(fnmatchcase(one, action) for one in needed)
     }
     assert extra == set()
 
 
-def test_record_is_complete(deployed: Deployment) -> None:
-    """What a deployment in this run has called is in calls.txt."""
+def test_recorded_calls_are_complete(deployed: Deployment) -> None:
+    """calls.txt has all calls of a deployment."""
     called = {call.action for call in deployed.account.calls()}
-    # Needs no permission.
-    assert called - recorded() - {"sts:GetCallerIdentity"} == set()
+    # GetCallerIdentity needs no permission.
+    assert called - recorded_calls() - {"sts:GetCallerIdentity"} == set()

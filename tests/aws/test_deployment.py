@@ -1,4 +1,4 @@
-"""``playbooks/aws.yml``: what a first run, a second run, a check and a change do, and where."""
+"""``playbooks/aws.yml``: first run, second run, check mode, changes and replacements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(900)
 STACKS = ["network", "ecr", "rds", "eks", "iot-core"]
 
 
-def test_first_run_creates_all_of_it_and_shows_how(deployed: Deployment) -> None:
+def test_first_run_creates_all_stacks_and_shows_progress(deployed: Deployment) -> None:
     run = deployed.first_run
     assert run.returncode == 0, run.output
     assert deployed.account.stacks() == {f"iot-system-{name}": "CREATE_COMPLETE" for name in STACKS}
@@ -33,13 +33,13 @@ def test_first_run_creates_all_of_it_and_shows_how(deployed: Deployment) -> None
     assert "registry.invalid/collector:1 is used, as ecr_image says" in run.output
 
 
-def test_the_database_s_stack_is_protected(deployed: Deployment) -> None:
+def test_only_the_database_stack_has_termination_protection(deployed: Deployment) -> None:
     described = deployed.account.client("cloudformation").describe_stacks()["Stacks"]
     protected = [one["StackName"] for one in described if one["EnableTerminationProtection"]]
     assert protected == ["iot-system-rds"]
 
 
-def test_this_machine_s_address_is_let_in(deployed: Deployment, tmp_path: Path) -> None:
+def test_address_of_the_deploying_machine_is_allowed(deployed: Deployment, tmp_path: Path) -> None:
     (tmp_path / "address").write_text("198.51.100.7\n")
     options = (
         "-e",
@@ -49,7 +49,7 @@ def test_this_machine_s_address_is_let_in(deployed: Deployment, tmp_path: Path) 
     )
     run = deployed.deploy_stacks("--check", *options)
     assert run.returncode == 0, run.output
-    # What refers to the cluster is in the emulator's change set as well.
+    # The emulator's change set also has the resources that refer to the cluster.
     assert "Modify AWS::EKS::Cluster Cluster (ResourcesVpcConfig)" in run.planned
     assert ": REPLACED" not in run.output
 
@@ -59,7 +59,7 @@ def test_second_run_changes_nothing(deployed: Deployment) -> None:
     assert (run.returncode, run.changed, run.events) == (0, 0, []), run.output
 
 
-def test_check_names_the_properties_that_would_change(deployed: Deployment) -> None:
+def test_check_mode_names_the_properties_that_would_change(deployed: Deployment) -> None:
     run = deployed.deploy_stacks(
         "--check",
         "-erds_instance_class=db.m8g.large",
@@ -73,14 +73,14 @@ def test_check_names_the_properties_that_would_change(deployed: Deployment) -> N
     assert run.changed == 2
 
 
-def test_one_changed_value_changes_that_alone(deployed: Deployment) -> None:
+def test_changed_value_changes_only_its_resource(deployed: Deployment) -> None:
     run = deployed.deploy_stacks("-e", "ecr_untagged_days=3")
     assert (run.returncode, run.changed) == (0, 1), run.output
-    # The emulator updates the stack's key as well, which has not changed.
+    # The emulator also updates the unchanged key of the stack.
     assert set(run.events) - {"UPDATE_COMPLETE AWS::KMS::Key Key"} == {
         "UPDATE_COMPLETE AWS::ECR::Repository Repository"
     }
-    assert deployed.deploy_stacks().changed == 1  # and back
+    assert deployed.deploy_stacks().changed == 1  # set it back
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_database_and_cluster_are_not_replaced(
     assert deployed.account.stacks() == before
 
 
-def test_database_and_cluster_are_replaced_when_asked_for_by_name(account: Emulator) -> None:
+def test_database_and_cluster_are_replaced_when_allowed(account: Emulator) -> None:
     deployment = Deployment(account)
     assert deployment.deploy("--tags", "network_run,rds_run,eks_run").returncode == 0
     api = kubernetes.client.ApiClient(kubernetes.client.Configuration(host=deployment.cluster.url))
@@ -124,14 +124,14 @@ def test_database_and_cluster_are_replaced_when_asked_for_by_name(account: Emula
     assert run.returncode == 0, run.output
     assert "DELETE_COMPLETE AWS::RDS::DBInstance Instance" in run.events
     assert "DELETE_COMPLETE AWS::EKS::Cluster Cluster" in run.events
-    # Its volumes would otherwise stay behind.
+    # The namespace is deleted first, or its volumes would be left behind.
     assert "changed: [aws-account] => (item=iot-system)" in run.output
     (database,) = account.client("rds").describe_db_instances()["DBInstances"]
     assert database["DBName"] == "other"
     assert [line for line in deployment.left() if line.startswith("rds: snapshot")]
 
 
-def test_check_of_an_empty_and_of_a_half_built_account(account: Emulator) -> None:
+def test_check_mode_works_in_an_empty_and_a_partly_deployed_account(account: Emulator) -> None:
     deployment = Deployment(account)
     empty = deployment.deploy("--check")
     assert empty.returncode == 0, empty.output
@@ -152,12 +152,12 @@ def test_every_call_is_in_the_region(deployed: Deployment) -> None:
     assert len(deployed.first_calls) > 100
 
 
-def test_third_region_is_empty(deployed: Deployment) -> None:
+def test_other_region_stays_empty(deployed: Deployment) -> None:
     assert deployed.account.stacks("eu-central-1") == {}
     assert deployed.left("eu-central-1") == []
 
 
-def test_kubeconfig_is_private_and_makes_tokens(deployed: Deployment) -> None:
+def test_kubeconfig_is_private_and_gets_tokens(deployed: Deployment) -> None:
     path = deployed.home / ".kube/iot-system-eu-west-1"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     config = yaml.safe_load(path.read_text())
@@ -177,7 +177,7 @@ def test_kubeconfig_is_private_and_makes_tokens(deployed: Deployment) -> None:
     assert credential["apiVersion"] == command["apiVersion"]
 
 
-def test_device_key_is_in_its_file_and_nowhere_else(deployed: Deployment) -> None:
+def test_device_key_is_only_in_its_file(deployed: Deployment) -> None:
     folder = deployed.home / ".local/state/iot-system-eu-west-1/device"
     key = (folder / "device.key").read_text()
     assert stat.S_IMODE((folder / "device.key").stat().st_mode) == 0o600
@@ -188,13 +188,13 @@ def test_device_key_is_in_its_file_and_nowhere_else(deployed: Deployment) -> Non
     assert "BEGIN CERTIFICATE" in (folder / "device.pem").read_text()
 
 
-def test_lookup_of_the_endpoint(deployed: Deployment) -> None:
+def test_iot_endpoint_is_shown(deployed: Deployment) -> None:
     endpoint = deployed.account.client("iot").describe_endpoint(endpointType="iot:Data-ATS")
     assert f"mqtts://{endpoint['endpointAddress']}:8883" in deployed.first_run.output
 
 
 def test_calls_are_recorded_for_the_policy(deployed: Deployment) -> None:
-    """The IAM actions that the playbooks need; docs/aws-deploy-policy/ is compared with them."""
+    """AWS_CALLS=file writes the recorded calls, with which the deploy policies are compared."""
     actions = {call.action for call in deployed.account.calls()}
     assert {
         "cloudformation:CreateStack",
@@ -206,7 +206,7 @@ def test_calls_are_recorded_for_the_policy(deployed: Deployment) -> None:
         Path(folder).write_text("\n".join(sorted(actions)) + "\n")
 
 
-def test_observer_is_not_recorded(account: Emulator) -> None:
+def test_calls_of_the_test_are_not_recorded(account: Emulator) -> None:
     account.client("ec2").describe_vpcs()
     assert account.calls() == []
     session = boto3.Session("test", "test", region_name="eu-west-1")

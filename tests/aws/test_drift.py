@@ -1,4 +1,4 @@
-"""``playbooks/verify.yml -e target=aws`` finds what somebody has changed or deleted by hand."""
+"""``playbooks/verify.yml -e target=aws`` finds resources that were changed or deleted by hand."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from deployments import ROOT, Deployment
 pytestmark = pytest.mark.timeout(900)
 
 
-def test_nothing_differs(deployed: Deployment) -> None:
+def test_unchanged_deployment_has_no_drift(deployed: Deployment) -> None:
     run = deployed.verify()
     assert run.returncode == 0, run.output
     assert "every resource is what its stack has created" in run.output
-    # What follows the message is a Job, which the stand-in for the cluster only says to have run.
+    # A Job follows the message. The stand-in for the cluster does not really run it.
     (payload,) = set(re.findall(r"--topic=iot/data: (verify:[0-9a-fA-F]{20})", run.output))
     assert payload
     assert "iot:Publish" in {call.action for call in deployed.account.calls()}
 
 
-def test_what_was_deleted_and_changed_is_named(deployed: Deployment) -> None:
+def test_deleted_and_changed_resources_are_named(deployed: Deployment) -> None:
     iot, logs = deployed.account.client("iot"), deployed.account.client("logs")
     rule = iot.get_topic_rule(ruleName="iot_system_replay_1")["rule"]
     iot.delete_topic_rule(ruleName="iot_system_replay_1")
     logs.put_retention_policy(logGroupName="iot-system-vpc-flow", retentionInDays=1)
     try:
         again = deployed.deploy_stacks()
-        assert again.changed == 0, again.output  # a deployment does not see it
+        assert again.changed == 0, again.output  # a deployment does not detect drift
         run = deployed.verify()
     finally:
         kept = {key: rule[key] for key in ("sql", "actions", "awsIotSqlVersion", "errorAction")}
@@ -41,15 +41,15 @@ def test_what_was_deleted_and_changed_is_named(deployed: Deployment) -> None:
     assert "--deployment-mode REVERT_DRIFT" in text
 
 
-def test_stack_that_is_gone(deployed: Deployment) -> None:
+def test_missing_stack_is_reported(deployed: Deployment) -> None:
     other = Deployment(deployed.account, "eu-west-2")
     run = other.verify()
     assert run.returncode == 2
     assert "iot-system-network: there is no such stack" in run.output
 
 
-# What is not asked for one by one: parts of something that is, or one per account (off by default).
-NOT_ASKED = {
+# Types that are not checked: parts of a checked resource, or one per account (off by default).
+NOT_CHECKED = {
     "AWS::EC2::Route",
     "AWS::EC2::VPCGatewayAttachment",
     "AWS::IoT::PolicyPrincipalAttachment",
@@ -59,15 +59,15 @@ NOT_ASKED = {
 }
 
 
-def test_every_type_of_the_templates_is_asked_for() -> None:
+def test_all_resource_types_of_the_templates_are_checked() -> None:
     types = set()
     for template in ROOT.glob("roles/*/files/stack.yml"):
         types |= set(re.findall(r"^    Type: (AWS::\S+)$", template.read_text(), re.MULTILINE))
     parameters = {kind for kind in types if kind.endswith("::Id")}
-    assert types - parameters == set(aws_account.ASK) | NOT_ASKED
+    assert types - parameters == set(aws_account.ASK) | NOT_CHECKED
 
 
-def test_names_that_preflight_knows_are_those_of_the_stacks(
+def test_preflight_knows_the_names_of_all_resources(
     deployed: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in deployed.account.environment.items():
@@ -75,11 +75,11 @@ def test_names_that_preflight_knows_are_those_of_the_stacks(
     account = aws_account.Account("eu-west-1", "iot-system")
     names = [pair for pairs in aws_account.names_of("iot-system").values() for pair in pairs]
     missing = [physical_id for kind, physical_id in names if not account.has(kind, physical_id)]
-    # One rule a topic, and there is one topic.
+    # There is one rule for each topic, and only one topic.
     assert missing == ["iot_system_replay_2", "iot_system_replay_3"]
 
 
-def test_what_differs_in_writing_alone_is_no_difference() -> None:
+def test_differences_in_json_formatting_are_ignored() -> None:
     text = {"ExpectedValue": '"{\\"a\\": 1}"', "ActualValue": '{"a":1}'}
     assert aws_account.same(text)
     assert not aws_account.same(text | {"ActualValue": '{"a":2}'})

@@ -1,4 +1,4 @@
-"""From any state: the next run completes what is half done, and teardown removes it."""
+"""After an interruption, the next run completes the deployment, and teardown removes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from testing.service import eventually
 pytestmark = pytest.mark.timeout(1800)
 
 STACKS = ["network", "ecr", "rds", "eks", "iot-core"]
-# In each stack a type of its last resources, so that there is something to roll back.
+# For each stack, one of its last resources. If it fails, there is something to roll back.
 LATE = {
     "network": ("AWS::EC2::NatGateway", "NatA"),
     "ecr": ("AWS::ECR::Repository", "Repository"),
@@ -21,28 +21,28 @@ LATE = {
 }
 
 
-# One plugin makes all stacks. The role ecr does nothing besides, so it is not interrupted; the
-# others have a password, a kubeconfig, namespaces, a certificate or a snapshot to go on with.
+# One plugin creates all stacks. The role ecr does nothing else, so it is not interrupted. The other
+# roles also handle a password, a kubeconfig, namespaces, a certificate or a snapshot.
 INTERRUPTED = [name for name in STACKS if name != "ecr"]
 
 
 def tag(stack: str) -> str:
-    """The tag of what a role does to its stack; with it a run is quicker than with all of them."""
+    """The tag of the tasks that create a stack. With a tag, a run is faster."""
     return stack.replace("-", "_") + "_run"
 
 
 def tags(stack: str) -> str:
-    """The tags of a run that completes the stack interrupted last, and goes as far as `stack`."""
+    """The tags of a run from the stack that was interrupted last up to ``stack``."""
     last = max(INTERRUPTED.index(stack) - 1, 0)
     return ",".join(map(tag, STACKS[STACKS.index(INTERRUPTED[last]) : STACKS.index(stack) + 1]))
 
 
-def complete(deployment: Deployment) -> dict[str, str]:
+def all_stacks_complete(deployment: Deployment) -> dict[str, str]:
     return {f"iot-system-{name}": "CREATE_COMPLETE" for name in STACKS}
 
 
-def test_killed_while_a_stack_is_made_or_deleted(account: Emulator) -> None:
-    """Each run completes the stack in which the last one was killed, and is killed in another."""
+def test_next_run_completes_stacks_after_a_kill(account: Emulator) -> None:
+    """Each run completes the stack of the last kill, and is killed in the next stack."""
     deployment = Deployment(account)
     for stack in INTERRUPTED:
         account.scenario(slow={LATE[stack][0]: 4})
@@ -55,10 +55,10 @@ def test_killed_while_a_stack_is_made_or_deleted(account: Emulator) -> None:
     account.scenario()
     run = deployment.deploy_stacks()
     assert run.returncode == 0, run.output
-    assert account.stacks() == complete(deployment)
+    assert account.stacks() == all_stacks_complete(deployment)
     assert deployment.deploy_stacks().changed == 0
 
-    # The same for teardown, in the order in which it deletes them.
+    # The same for teardown, in its order of deletion.
     for stack in ("iot-core", "rds", "eks", "network"):
         account.scenario(slow={LATE[stack][0]: 4})
         deployment.kill_when(
@@ -73,7 +73,7 @@ def test_killed_while_a_stack_is_made_or_deleted(account: Emulator) -> None:
     assert account.stacks() == {}
 
 
-def test_a_failure_is_named_and_the_next_run_goes_on(account: Emulator) -> None:
+def test_failed_resource_is_named_and_the_next_run_continues(account: Emulator) -> None:
     deployment = Deployment(account)
     for stack in INTERRUPTED:
         kind, resource = LATE[stack]
@@ -88,9 +88,9 @@ def test_a_failure_is_named_and_the_next_run_goes_on(account: Emulator) -> None:
     account.scenario()
     run = deployment.deploy_stacks()
     assert run.returncode == 0, run.output
-    assert account.stacks() == complete(deployment)
+    assert account.stacks() == all_stacks_complete(deployment)
 
-    # A deletion that failed is taken up again by teardown.
+    # The next teardown continues after a failed deletion.
     for stack in ("iot-core", "network"):
         account.scenario(fail_deletion={LATE[stack][0]: f"in the way of {stack}"})
         run = deployment.teardown("-e", "final_snapshot=false")
@@ -102,8 +102,8 @@ def test_a_failure_is_named_and_the_next_run_goes_on(account: Emulator) -> None:
     assert not [line for line in deployment.left() if "snapshot" in line]
 
 
-def break_stacks(account: Emulator, kinds: dict[str, str]) -> None:
-    """Bring stacks of ours into a state by CloudFormation's own API, with small templates."""
+def create_broken_stacks(account: Emulator, kinds: dict[str, str]) -> None:
+    """Create stacks in the given states, with small templates."""
     cloudformation = account.client("cloudformation")
     queue = "Resources: {Thing: {Type: 'AWS::SQS::Queue', Properties: {}}}"
     for stack, kind in kinds.items():
@@ -136,24 +136,24 @@ STATES = {
 }
 
 
-def test_stacks_in_every_dead_state_are_replaced(account: Emulator) -> None:
-    break_stacks(account, STATES)
+def test_stacks_that_cannot_be_updated_are_replaced(account: Emulator) -> None:
+    create_broken_stacks(account, STATES)
     deployment = Deployment(account)
     check = deployment.deploy("--check")
     assert check.returncode == 0, check.output
     run = deployment.deploy_stacks()
     assert run.returncode == 0, run.output
-    assert account.stacks() == complete(deployment)
+    assert account.stacks() == all_stacks_complete(deployment)
 
 
-def test_stacks_in_every_dead_state_are_taken_down(account: Emulator) -> None:
-    break_stacks(account, STATES)
+def test_stacks_that_cannot_be_updated_are_deleted(account: Emulator) -> None:
+    create_broken_stacks(account, STATES)
     run = Deployment(account).teardown()
     assert run.returncode == 0, run.output
     assert account.stacks() == {}
 
 
-def test_update_that_could_not_be_rolled_back(account: Emulator) -> None:
+def test_failed_update_rollback_is_explained(account: Emulator) -> None:
     deployment = Deployment(account)
     assert deployment.deploy("--tags", "network_run").returncode == 0
     account.scenario(status={"iot-system-network": "UPDATE_ROLLBACK_FAILED"})
@@ -164,7 +164,7 @@ def test_update_that_could_not_be_rolled_back(account: Emulator) -> None:
     )
 
 
-def test_credentials_expire_in_the_middle(account: Emulator) -> None:
+def test_next_run_continues_after_credentials_expire(account: Emulator) -> None:
     deployment = Deployment(account)
     account.scenario(slow={"AWS::EC2::NatGateway": 4}, expired_after="cloudformation:CreateStack")
     run = deployment.deploy("--tags", "network_run")

@@ -1,8 +1,8 @@
-"""The collector at the emulator's MQTT broker, with the role that the playbook made for it.
+"""The collector connects to the emulator's MQTT broker, with the IAM role of the playbook.
 
-The emulator checks signatures, the role's trust policy and its permissions. TLS is the tests' own.
-It checks no rate and no window, and delivers nothing for shared subscriptions: for that,
-collector/tests/test_iot_core.py has a stand-in.
+The emulator checks signatures, and the role's trust policy and permissions. TLS is provided by the
+tests. The emulator has no rate limits, no limit of in-flight messages and no shared subscriptions;
+collector/tests/unit/test_iot_core.py tests these with a stand-in.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from testing.service import eventually
 
 pytestmark = pytest.mark.timeout(900)
 
-NAMED = Path(__file__).parents[2] / "testing/named_collector.py"
+NAMED_COLLECTOR = Path(__file__).parents[2] / "testing/named_collector.py"
 
 
 def output(account: Emulator, stack: str, name: str) -> str:
@@ -54,7 +54,7 @@ def endpoint(deployed: Deployment, certificates: Certificates) -> Iterator[Endpo
 
 
 def token(issuer: str, service_account: str) -> str:
-    """What a pod finds in AWS_WEB_IDENTITY_TOKEN_FILE; the emulator reads it and trusts it."""
+    """The content of AWS_WEB_IDENTITY_TOKEN_FILE. The emulator does not check its signature."""
     claims = {
         "iss": f"https://{issuer}",
         "sub": f"system:serviceaccount:{service_account}",
@@ -66,12 +66,12 @@ def token(issuer: str, service_account: str) -> str:
 
 
 class Pod(Collector):
-    """A collector with the environment that EKS gives to a pod of the service account."""
+    """A collector with the environment that EKS sets in a pod of the service account."""
 
     endpoint_port = 0
 
     def command(self) -> Sequence[str]:
-        return [sys.executable, str(NAMED), NAME, str(self.endpoint_port), "run"]
+        return [sys.executable, str(NAMED_COLLECTOR), NAME, str(self.endpoint_port), "run"]
 
 
 @pytest.fixture
@@ -112,18 +112,18 @@ def make_pod(
         pod.close()
 
 
-def problem(pod: Pod, *words: str) -> None:
-    """Wait until it is not ready for a reason with these words."""
+def assert_not_ready(pod: Pod, *words: str) -> None:
+    """Start the pod; wait until /readyz fails with a reason that has all these words."""
     pod.launch().wait_listening()
 
-    def why() -> bool:
+    def failing() -> bool:
         answer = pod.get("/readyz")
         return answer.status == 503 and all(word in answer.body.decode() for word in words)
 
-    eventually(why, what=f"it says {words}")
+    eventually(failing, what=f"/readyz says {words}")
 
 
-def test_messages_reach_the_table(
+def test_messages_are_stored_live_and_from_the_session(
     deployed: Deployment, make_pod: Callable[..., Pod], database: Database
 ) -> None:
     pod = make_pod().start()
@@ -131,7 +131,7 @@ def test_messages_reach_the_table(
     publish(deployed.account, *payloads)
     pod.wait_settled(len(payloads))
     assert sorted(database.payloads()) == sorted(payloads)
-    # What is published while it is away waits in its session.
+    # The session queues messages while the pod is stopped.
     assert pod.stop() == 0
     publish(deployed.account, b"later")
     pod.start()
@@ -141,19 +141,19 @@ def test_messages_reach_the_table(
     assert "X-Amz-" not in pod.log()
 
 
-def test_another_client_id(make_pod: Callable[..., Pod]) -> None:
+def test_other_client_id_is_refused(make_pod: Callable[..., Pod]) -> None:
     pod = make_pod()
     pod.settings["IOT_MQTT_CLIENT_ID"] = "another-0"
-    problem(pod, "Not authorized", "iot:Connect on client/another-0")
+    assert_not_ready(pod, "Not authorized", "iot:Connect on client/another-0")
 
 
-def test_another_topic(make_pod: Callable[..., Pod]) -> None:
+def test_other_topic_is_refused(make_pod: Callable[..., Pod]) -> None:
     pod = make_pod()
     pod.settings["IOT_MQTT_TOPICS"] = "iot/other"
-    problem(pod, "iot/other", "Not authorized")
+    assert_not_ready(pod, "iot/other", "Not authorized")
 
 
-def test_another_service_account(make_pod: Callable[..., Pod]) -> None:
+def test_other_service_account_is_refused(make_pod: Callable[..., Pod]) -> None:
     pod = make_pod("iot-system:another")
-    problem(pod, "AccessDenied", "AWS_WEB_IDENTITY_TOKEN_FILE")
+    assert_not_ready(pod, "AccessDenied", "AWS_WEB_IDENTITY_TOKEN_FILE")
     assert pod.metrics()['mqtt_errors_total{kind="bug"}'] == 0

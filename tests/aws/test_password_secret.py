@@ -1,4 +1,4 @@
-"""``IOT_DATABASE_PASSWORD_SECRET``: the password in Secrets Manager, rotated under load."""
+"""``IOT_DATABASE_PASSWORD_SECRET``: a database password in Secrets Manager."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ def account(make_account: Callable[[], Emulator]) -> Emulator:
 
 @pytest.fixture
 def secret(account: Emulator) -> str:
-    """The ARN of a secret in the form in which RDS writes one."""
+    """The ARN of a secret with the JSON that RDS uses."""
     made = account.client("secretsmanager").create_secret(
-        Name=f"secret-{next(NUMBERS)}", SecretString=rds(FIRST)
+        Name=f"secret-{next(NUMBERS)}", SecretString=rds_secret(FIRST)
     )
     return str(made["ARN"])
 
 
 @pytest.fixture
 def user(database: Database) -> Iterator[Database]:
-    """The database as a user of its own."""
+    """The database with a user whose password can be changed."""
     role = f"{database.name}_rotated"
     database.query(f"CREATE ROLE {role} LOGIN SUPERUSER PASSWORD '{FIRST}'")
     yield Database(database.server, database.name, role, FIRST)
     database.query(f"ALTER ROLE {role} NOLOGIN")
 
 
-def rds(password: str) -> str:
+def rds_secret(password: str) -> str:
     return json.dumps({"username": "collector", "password": password, "port": 5432})
 
 
 def reads(account: Emulator) -> int:
-    """How often secrets were read."""
+    """The number of GetSecretValue calls."""
     return [call.action for call in account.calls()].count(READ)
 
 
-def test_rotation(
+def test_messages_are_stored_once_while_the_password_is_rotated(
     account: Emulator,
     secret: str,
     user: Database,
@@ -63,7 +63,7 @@ def test_rotation(
     broker: Mosquitto,
     make_collector: Callable[..., Collector],
 ) -> None:
-    """In both orders: the secret first, then the database first."""
+    """First the secret changes before the database, then the database before the secret."""
     before = reads(account)
     collector = make_collector(
         broker,
@@ -81,27 +81,27 @@ def test_rotation(
     with Stream(broker) as stream:
         stream.more(100)
         for _ in range(3):
-            cut_and_wait(user, database, collector)
-        assert reads(account) - before == 1, "a password that is good is not asked for again"
+            terminate_and_reconnect(user, database, collector)
+        assert reads(account) - before == 1, "a valid password is not read again"
 
-        manager.put_secret_value(SecretId=secret, SecretString=rds(SECOND))
-        cut_and_wait(user, database, collector)
+        manager.put_secret_value(SecretId=secret, SecretString=rds_secret(SECOND))
+        terminate_and_reconnect(user, database, collector)
         assert reads(account) - before == 1
         rotate_database(SECOND)
-        cut_and_wait(user, database, collector)
+        terminate_and_reconnect(user, database, collector)
         assert reads(account) - before == 2
 
         rotate_database(FIRST)
-        cut(user, database)
+        terminate_sessions(user, database)
         stream.more(100)
         eventually(
             lambda: "authentication" in str(collector.health()["database"]["error"]),
-            what="it is refused",
+            what="the old password is refused",
         )
-        asked = reads(account)
-        manager.put_secret_value(SecretId=secret, SecretString=rds(FIRST))
+        before_update = reads(account)
+        manager.put_secret_value(SecretId=secret, SecretString=rds_secret(FIRST))
         collector.wait_ready()
-        assert reads(account) > asked
+        assert reads(account) > before_update
         acknowledged = stream.finish()
     collector.wait_settled(len(acknowledged))
     assert Counter(database.payloads()) == Counter(acknowledged), "each message once"
@@ -121,27 +121,26 @@ def sessions(user: Database, database: Database) -> set[int]:
     return {pid for (pid,) in found}
 
 
-def cut(user: Database, database: Database) -> set[int]:
-    """End the collector's session; return its process id."""
+def terminate_sessions(user: Database, database: Database) -> set[int]:
+    """Terminate the collector's sessions; return their process ids."""
     old = eventually(lambda: sessions(user, database), what="a session")
     database.query("SELECT pg_terminate_backend(pid) FROM unnest(%s) pid", list(old))
     return old
 
 
-def cut_and_wait(user: Database, database: Database, collector: Collector) -> None:
-    """End the collector's session, and wait for its next one."""
-    old = cut(user, database)
+def terminate_and_reconnect(user: Database, database: Database, collector: Collector) -> None:
+    """Terminate the collector's sessions, and wait until it is connected again."""
+    old = terminate_sessions(user, database)
     eventually(lambda: sessions(user, database) - old, what="a new session")
     collector.wait_ready()
 
 
-def test_secret_that_is_not_there(
+def test_collector_waits_for_a_missing_secret(
     account: Emulator,
     user: Database,
     broker: Mosquitto,
     make_collector: Callable[..., Collector],
 ) -> None:
-    """The collector waits for it, and says what is wrong."""
     collector = make_collector(
         broker,
         user,
@@ -153,7 +152,7 @@ def test_secret_that_is_not_there(
     collector.launch().wait_listening()
     error = eventually(
         lambda: str(collector.health()["database"]["error"]).partition("password: ")[2],
-        what="it says so",
+        what="the missing secret is reported",
     )
     assert "IOT_DATABASE_PASSWORD_SECRET: " in error
     assert "check the name, account and region of to-be-made" in error
@@ -165,12 +164,12 @@ def test_secret_that_is_not_there(
     ("text", "said"),
     [
         (f"{FIRST}\n", None),
-        (rds(FIRST), None),
+        (rds_secret(FIRST), None),
         ('{"username": "secret-name"}', "key password is missing"),
         ('{"password": 12345}', "no text"),
     ],
 )
-def test_forms(
+def test_secret_may_be_text_or_json(
     text: str, said: str | None, account: Emulator, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in account.environment.items():
@@ -186,7 +185,7 @@ def test_forms(
     aws.client.cache_clear()
 
 
-def test_endpoint_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_endpoint_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -199,7 +198,9 @@ def test_endpoint_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("other", ["", "_FILE"])
-def test_one_way_only(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secret_and_password_exclude_each_other(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IOT_DATABASE_PASSWORD_SECRET", "a-name")
     monkeypatch.setenv(f"IOT_DATABASE_PASSWORD{other}", "/dev/null")
     with pytest.raises(SettingsError, match="IOT_DATABASE_PASSWORD_SECRET: set only one of"):

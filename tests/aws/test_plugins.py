@@ -1,4 +1,4 @@
-"""The action plugin that shows a stack's events, without AWS: what it says when."""
+"""The action plugin cloudformation_stack, without AWS: its progress lines and error messages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
 
 class CloudFormation:
-    """The events of one stack, as boto3 gives them; newest first."""
+    """A boto3 client with one stack. Events are returned newest first, as by AWS."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
         self.statuses: list[str] = []
 
-    def happens(self, status: str, kind: str = "AWS::EKS::Cluster", reason: str = "") -> None:
+    def add_event(self, status: str, kind: str = "AWS::EKS::Cluster", reason: str = "") -> None:
         event = {
             "EventId": str(len(self.events)),
             "StackId": "arn:stack",
@@ -47,7 +47,7 @@ class CloudFormation:
 
 
 class Watched:
-    """What is shown of a stack, with a clock that the test moves."""
+    """The progress of a stack, with a clock that the test sets."""
 
     def __init__(self) -> None:
         self.stack, self.lines, self.now = CloudFormation(), [], 0.0
@@ -67,16 +67,16 @@ def watched() -> Watched:
     return Watched()
 
 
-def test_shows_what_is_done(watched: Watched) -> None:
-    watched.stack.happens("CREATE_IN_PROGRESS")
+def test_completed_resources_are_shown(watched: Watched) -> None:
+    watched.stack.add_event("CREATE_IN_PROGRESS")
     assert watched.look(5) == []
-    watched.stack.happens("CREATE_COMPLETE")
+    watched.stack.add_event("CREATE_COMPLETE")
     assert watched.look(10) == ["15 s CREATE_COMPLETE AWS::EKS::Cluster Cluster"]
     assert watched.look(5) == []
 
 
-def test_names_once_a_minute_what_is_under_way(watched: Watched) -> None:
-    watched.stack.happens("CREATE_IN_PROGRESS")
+def test_resources_in_progress_are_shown_once_a_minute(watched: Watched) -> None:
+    watched.stack.add_event("CREATE_IN_PROGRESS")
     assert watched.look(59) == []
     assert watched.look(2) == ["61 s IN_PROGRESS AWS::EKS::Cluster Cluster"]
     assert watched.look(58) == []
@@ -85,26 +85,26 @@ def test_names_once_a_minute_what_is_under_way(watched: Watched) -> None:
 
 def test_earlier_events_are_not_shown() -> None:
     stack = CloudFormation()
-    stack.happens("CREATE_COMPLETE")
+    stack.add_event("CREATE_COMPLETE")
     lines: list[str] = []
     progress = plugin.Progress(stack, "s", lines.append, lambda: 0)
     progress.look()
     assert lines == []
 
 
-def test_first_cause_is_not_a_consequence(watched: Watched) -> None:
-    watched.stack.happens("CREATE_FAILED", "AWS::IAM::Role", "Resource creation cancelled")
-    watched.stack.happens("CREATE_FAILED", "AWS::RDS::DBInstance", "no such class")
+def test_first_cause_is_not_a_cancelled_resource(watched: Watched) -> None:
+    watched.stack.add_event("CREATE_FAILED", "AWS::IAM::Role", "Resource creation cancelled")
+    watched.stack.add_event("CREATE_FAILED", "AWS::RDS::DBInstance", "no such class")
     watched.look()
     result = {"msg": "Unknown error", "output": "Stack create failed. Delete complete."}
-    said = plugin.explain("iot-system-rds", result, watched.progress.failures)
-    assert said == (
+    message = plugin.explain("iot-system-rds", result, watched.progress.failures)
+    assert message == (
         "iot-system-rds: Stack create failed. Delete complete. "
         "First cause: AWS::RDS::DBInstance DBInstance: no such class"
     )
 
 
-def test_cause_from_the_module_when_the_watcher_was_too_late() -> None:
+def test_cause_is_read_from_the_module_without_events() -> None:
     log = [
         "AWS::X::Y B CREATE_FAILED: Resource creation cancelled",
         "AWS::X::Y A CREATE_FAILED: why",
@@ -116,7 +116,7 @@ def test_cause_from_the_module_when_the_watcher_was_too_late() -> None:
     assert "gives no reason" in plugin.explain("s", {"msg": "Unknown error"}, [])
 
 
-def test_settled_waits_for_what_is_in_progress(watched: Watched) -> None:
+def test_settle_waits_for_an_operation_in_progress(watched: Watched) -> None:
     watched.stack.statuses = ["UPDATE_IN_PROGRESS", "UPDATE_IN_PROGRESS", "UPDATE_COMPLETE"]
     found = plugin.settle(watched.stack, "s", watched.progress, 0)
     assert (found["status"], found["alive"]) == ("UPDATE_COMPLETE", True)
@@ -135,17 +135,19 @@ def test_settled_waits_for_what_is_in_progress(watched: Watched) -> None:
         ("IMPORT_COMPLETE", True),
     ],
 )
-def test_what_can_be_updated(watched: Watched, status: str, alive: bool) -> None:
+def test_settle_tells_whether_the_stack_can_be_updated(
+    watched: Watched, status: str, alive: bool
+) -> None:
     watched.stack.statuses = [status]
     assert plugin.settle(watched.stack, "s", watched.progress, 0)["alive"] is alive
 
 
-def test_no_stack(watched: Watched) -> None:
+def test_settle_without_a_stack(watched: Watched) -> None:
     found = plugin.settle(watched.stack, "s", watched.progress, 0)
     assert (found["status"], found["alive"], found["outputs"]) == (None, False, {})
 
 
-def test_lines_of_changes() -> None:
+def test_changes_are_shown_with_properties_and_replacement() -> None:
     change = {
         "Action": "Modify",
         "ResourceType": "AWS::RDS::DBInstance",
@@ -168,6 +170,6 @@ def test_lines_of_changes() -> None:
         "The SSO session associated with this profile has expired",
     ],
 )
-def test_credentials_are_recognised(text: str) -> None:
+def test_credential_errors_are_recognised(text: str) -> None:
     assert plugin.CREDENTIALS.search(text)
     assert not plugin.CREDENTIALS.search("Token bucket exhausted")

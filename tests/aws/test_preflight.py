@@ -1,4 +1,4 @@
-"""What is checked before anything is created, each with what to do about it."""
+"""The preflight checks for AWS. Each error says how to fix it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from testing.aws.emulator import Emulator
 
 pytestmark = pytest.mark.timeout(300)
 
-WANTS = {
+DEFAULT_WANTS = {
     "kubernetes_version": "1.35",
     "support_type": "STANDARD",
     "postgres_version": "17",
@@ -35,17 +35,17 @@ def account(make_account: Callable[[], Emulator]) -> Emulator:
 
 
 @pytest.fixture(autouse=True)
-def _good_day(account: Emulator) -> None:
+def _no_faults(account: Emulator) -> None:
     account.scenario()
 
 
-def ask(
+def preflight(
     account: Emulator,
     region: str = "eu-west-1",
     wants: dict[str, Any] | None = None,
     **environment: str,
 ) -> tuple[int, str]:
-    """Exit code, and what the program says about what is in the way."""
+    """Run the preflight checks; return the exit status and the errors."""
     own = Deployment(account)
     done = subprocess.run(
         [
@@ -54,7 +54,7 @@ def ask(
             "preflight",
             f"--region={region}",
             "--name=iot-system",
-            f"--wants={json.dumps(WANTS | (wants or {}))}",
+            f"--wants={json.dumps(DEFAULT_WANTS | (wants or {}))}",
         ],
         env=own.environment | environment,
         capture_output=True,
@@ -64,8 +64,8 @@ def ask(
     return done.returncode, done.stderr
 
 
-def test_nothing_in_the_way(account: Emulator) -> None:
-    assert ask(account) == (0, "")
+def test_empty_account_passes(account: Emulator) -> None:
+    assert preflight(account) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_nothing_in_the_way(account: Emulator) -> None:
         ),
     ],
 )
-def test_what_is_in_the_way(
+def test_each_obstacle_is_named_with_its_fix(
     account: Emulator,
     scenario: dict[str, Any],
     wants: dict[str, Any],
@@ -141,25 +141,27 @@ def test_what_is_in_the_way(
     fix: str,
 ) -> None:
     account.scenario(**scenario)
-    returncode, message = ask(account, wants=wants, **environment)
+    returncode, message = preflight(account, wants=wants, **environment)
     assert returncode == 1
     assert says in message
     assert fix in message
     assert "Traceback" not in message
 
 
-def test_region_that_does_not_exist(account: Emulator) -> None:
-    returncode, message = ask(account, region="eu-west-9")
+def test_unknown_region_is_refused(account: Emulator) -> None:
+    returncode, message = preflight(account, region="eu-west-9")
     assert returncode == 1
     assert "There is no region eu-west-9" in message
     assert "eu-west-1" in message
 
 
-def test_extended_support_is_a_choice(account: Emulator) -> None:
-    assert ask(account, wants={"kubernetes_version": "1.31", "support_type": "EXTENDED"})[0] == 0
+def test_extended_support_can_be_chosen(account: Emulator) -> None:
+    assert (
+        preflight(account, wants={"kubernetes_version": "1.31", "support_type": "EXTENDED"})[0] == 0
+    )
 
 
-def plant_database(account: Emulator) -> None:
+def create_database(account: Emulator) -> None:
     account.client("rds").create_db_instance(
         DBInstanceIdentifier="iot-system",
         Engine="postgres",
@@ -170,43 +172,43 @@ def plant_database(account: Emulator) -> None:
     )
 
 
-def plant_cluster(account: Emulator) -> None:
+def create_cluster(account: Emulator) -> None:
     account.client("eks").create_cluster(
         name="iot-system", roleArn="arn:aws:iam::000000000000:role/x", resourcesVpcConfig={}
     )
 
 
-def plant_log_group(account: Emulator) -> None:
+def create_log_group(account: Emulator) -> None:
     account.client("logs").create_log_group(logGroupName="/aws/eks/iot-system/cluster")
 
 
-def plant_repository(account: Emulator) -> None:
+def create_repository(account: Emulator) -> None:
     account.client("ecr").create_repository(repositoryName="iot-system/collector")
 
 
-def plant_policy(account: Emulator) -> None:
+def create_policy(account: Emulator) -> None:
     account.client("iot").create_policy(
         policyName="iot-system-device", policyDocument='{"Version": "2012-10-17", "Statement": []}'
     )
 
 
 @pytest.mark.parametrize(
-    ("plant", "what"),
+    ("create", "what"),
     [
-        (plant_database, "AWS::RDS::DBInstance iot-system"),
-        (plant_cluster, "AWS::EKS::Cluster iot-system"),
-        (plant_log_group, "AWS::Logs::LogGroup /aws/eks/iot-system/cluster"),
-        (plant_repository, "AWS::ECR::Repository iot-system/collector"),
-        (plant_policy, "AWS::IoT::Policy iot-system-device"),
+        (create_database, "AWS::RDS::DBInstance iot-system"),
+        (create_cluster, "AWS::EKS::Cluster iot-system"),
+        (create_log_group, "AWS::Logs::LogGroup /aws/eks/iot-system/cluster"),
+        (create_repository, "AWS::ECR::Repository iot-system/collector"),
+        (create_policy, "AWS::IoT::Policy iot-system-device"),
     ],
     ids=["database", "cluster", "log group", "repository", "policy"],
 )
-def test_name_that_somebody_else_has(
-    account: Emulator, plant: Callable[[Emulator], None], what: str
+def test_existing_name_is_refused(
+    account: Emulator, create: Callable[[Emulator], None], what: str
 ) -> None:
-    # Each in the same account: what is planted is named, whatever else is in the way.
-    plant(account)
-    returncode, message = ask(account)
+    # All cases share an account, so errors of earlier cases may be there as well.
+    create(account)
+    returncode, message = preflight(account)
     assert returncode == 1
     assert f"{what} exists" in message
     assert "choose another aws_base_name" in message
@@ -236,7 +238,9 @@ def test_playbook_stops_before_it_creates_anything(make_account: Callable[[], Em
         ),
     ],
 )
-def test_wrong_setting(make_account: Callable[[], Emulator], option: str, says: str) -> None:
+def test_wrong_setting_stops_the_playbook(
+    make_account: Callable[[], Emulator], option: str, says: str
+) -> None:
     account = make_account()
     run = Deployment(account).deploy("-e", option)
     assert run.returncode == 2
@@ -255,11 +259,11 @@ def test_wrong_setting(make_account: Callable[[], Emulator], option: str, says: 
     ],
     ids=["none", "version 1"],
 )
-def test_aws_cli_is_missing_or_old(
+def test_missing_or_old_aws_cli_stops_the_playbook(
     make_account: Callable[[], Emulator], script: str | None, says: str
 ) -> None:
     account = make_account()
-    path = tools(account.folder)
+    path = bin_without_engine(account.folder)
     if script:
         (path / "aws").write_text(script)
         (path / "aws").chmod(0o755)
@@ -271,18 +275,20 @@ def test_aws_cli_is_missing_or_old(
     assert account.stacks() == {}
 
 
-def test_no_image_and_nothing_that_builds_one(make_account: Callable[[], Emulator]) -> None:
+def test_missing_image_and_engine_stop_the_playbook(make_account: Callable[[], Emulator]) -> None:
     account = make_account()
     without = f"{ROOT}/testing/aws/bin:/nonexistent"
-    run = Deployment(account).deploy("-e", "ecr_image=", PATH=f"{without}:{tools(account.folder)}")
+    run = Deployment(account).deploy(
+        "-e", "ecr_image=", PATH=f"{without}:{bin_without_engine(account.folder)}"
+    )
     assert run.returncode == 2
     assert "podman: " in run.output
     assert "-e ecr_image=registry/name:tag" in run.output
     assert account.stacks() == {}
 
 
-def tools(folder: Path) -> Path:
-    """A directory with what the playbook needs before it looks for an engine, and no engine."""
+def bin_without_engine(folder: Path) -> Path:
+    """A directory for PATH with the programs that the playbook needs, but no container engine."""
     path = folder / "tools"
     path.mkdir()
     for name in ("sh", "dirname"):

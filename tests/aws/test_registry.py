@@ -1,7 +1,7 @@
-"""The collector's image: built and pushed once for each state of its sources.
+"""The image of the collector is built and pushed once for each state of its sources.
 
-The engine is a stand-in that notes what it is asked; tests/test_image.py builds the same Dockerfile
-with a real one.
+A stand-in for the container engine records its arguments. tests/test_image.py builds the Dockerfile
+with a real engine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ esac
 """
 
 
-def test_built_and_pushed_once(account: Emulator, tmp_path: Path) -> None:
+def test_image_is_built_and_pushed_once(account: Emulator, tmp_path: Path) -> None:
     engine = tmp_path / "podman"
     engine.write_text(ENGINE.format(folder=tmp_path))
     engine.chmod(0o755)
@@ -39,14 +39,14 @@ def test_built_and_pushed_once(account: Emulator, tmp_path: Path) -> None:
 
     run = deployment.deploy(*options, **environment)
     assert run.returncode == 0, run.output
-    asked = (tmp_path / "asked").read_text().splitlines()
-    verbs = [line.split()[0] for line in asked if not line.startswith("info")]
+    calls = (tmp_path / "asked").read_text().splitlines()
+    verbs = [line.split()[0] for line in calls if not line.startswith("info")]
     assert verbs == ["build", "login", "push"]
     (image,) = account.client("ecr").list_images(repositoryName="iot-system/collector")["imageIds"]
-    assert asked[-1].endswith(f"iot-system/collector:{image['imageTag']}")
+    assert calls[-1].endswith(f"iot-system/collector:{image['imageTag']}")
     password = (tmp_path / "password").read_text()
     assert password
-    assert password not in run.output + "\n".join(asked)
+    assert password not in run.output + "\n".join(calls)
     assert not Path((tmp_path / "auth").read_text().strip()).exists()
 
     again = deployment.deploy(*options, **environment)
@@ -54,7 +54,7 @@ def test_built_and_pushed_once(account: Emulator, tmp_path: Path) -> None:
     other = deployment.deploy(
         *options, "-e", '{"ecr_build_arguments": {"REVISION": "other"}}', **environment
     )
-    assert other.changed == 2, other.output  # another state of what is built: build and push
+    assert other.changed == 2, other.output  # a changed build argument: build and push
     assert (
         len(account.client("ecr").list_images(repositoryName="iot-system/collector")["imageIds"])
         == 2

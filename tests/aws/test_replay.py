@@ -1,8 +1,8 @@
-"""``iot-collector replay``: what an outage has cost is back in the table, each message once.
+"""``iot-collector replay`` restores messages that were lost in an outage, each of them once.
 
-Devices publish to two places here, which are one in IoT Core: to Mosquitto, from which the
-collector reads, and to the emulator, whose rules engine copies into SQS with the SQL of the
-template.
+In IoT Core, devices publish to one endpoint. Here they publish to two: to Mosquitto, from which the
+collector reads, and to the emulator, whose rules engine copies messages into SQS with the SQL of
+the template.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ RULES = {"replay_1": "iot/#", "replay_2": "iot/data"}
 NUMBERS = itertools.count()
 
 
-class Cloud:
-    """An account with a replay queue and rules for ``iot/#`` and ``iot/data``, which overlap."""
+class ReplayQueue:
+    """A queue in an account, with rules for ``iot/#`` and ``iot/data``, which overlap."""
 
     def __init__(self, account: Emulator, queue: str) -> None:
         self.account = account
@@ -78,16 +78,16 @@ class Cloud:
             )
 
     def publish(self, messages: Iterable[Message]) -> None:
-        """Publish to the rules only."""
+        """Publish to the rules, not to Mosquitto."""
         for topic, payload in messages:
             self._data.publish(topic=topic, qos=1, payload=payload)
 
     def put(self, body: str) -> None:
-        """Put something into the queue that no rule has written."""
+        """Send a message to the queue without a rule."""
         self.sqs.send_message(QueueUrl=self.url, MessageBody=body)
 
     def size(self) -> int:
-        """How many messages the queue has, hidden ones included."""
+        """The number of messages in the queue, in-flight messages included."""
         names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
         found = self.sqs.get_queue_attributes(QueueUrl=self.url, AttributeNames=names)
         return sum(int(found["Attributes"][name]) for name in names)
@@ -95,12 +95,12 @@ class Cloud:
 
 @pytest.fixture(scope="module")
 def account(make_account: Callable[[], Emulator]) -> Emulator:
-    """One account for most of these tests: each has a queue of its own."""
+    """An account for most of these tests. Each test has its own queue in it."""
     return with_rules(make_account())
 
 
 def with_rules(account: Emulator) -> Emulator:
-    """An account with rules that `Cloud` replaces by its own."""
+    """Create the rules that `ReplayQueue` replaces."""
     payload = {"sql": "SELECT * FROM 'none'", "actions": []}
     for name in RULES:
         account.client("iot").create_topic_rule(ruleName=name, topicRulePayload=payload)
@@ -108,23 +108,23 @@ def with_rules(account: Emulator) -> Emulator:
 
 
 @pytest.fixture
-def cloud(account: Emulator) -> Cloud:
+def replay_queue(account: Emulator) -> ReplayQueue:
     """An empty queue."""
-    return Cloud(account, f"queue-{next(NUMBERS)}")
+    return ReplayQueue(account, f"queue-{next(NUMBERS)}")
 
 
 class Replay:
-    """Runs the command; remembers the counts of its summary."""
+    """Runs the command and parses the counts of its summary."""
 
-    def __init__(self, cloud: Cloud, database: Database, **settings: str) -> None:
+    def __init__(self, replay_queue: ReplayQueue, database: Database, **settings: str) -> None:
         self.settings = {
-            **cloud.account.environment,
+            **replay_queue.account.environment,
             **database.environment(),
-            "IOT_REPLAY_QUEUE": cloud.arn,
+            "IOT_REPLAY_QUEUE": replay_queue.arn,
             **settings,
         }
         self.counts: dict[str, int] = {}
-        self.said = ""
+        self.output = ""
 
     def __call__(self, *options: str, fault: str = "none", status: int = 0) -> dict[str, int]:
         done = subprocess.run(
@@ -135,10 +135,10 @@ class Replay:
             timeout=120,
             check=False,
         )
-        self.said = done.stdout + done.stderr
-        assert "Traceback" not in self.said, self.said
-        assert done.returncode == status, self.said
-        found = re.findall(r"^(\w+(?: \w+)?) +(\d+)", self.said, re.MULTILINE)
+        self.output = done.stdout + done.stderr
+        assert "Traceback" not in self.output, self.output
+        assert done.returncode == status, self.output
+        found = re.findall(r"^(\w+(?: \w+)?) +(\d+)", self.output, re.MULTILINE)
         self.counts = {name: int(count) for name, count in found}
         return self.counts
 
@@ -148,73 +148,76 @@ def now() -> str:
 
 
 def stored(database: Database) -> Counter[Message]:
-    """How often each message is in the table."""
+    """How often each message is stored."""
     return Counter((row.topic, row.payload) for row in database.rows())
 
 
-def counted(start: int, count: int) -> list[Message]:
-    """So many messages, a third of which are equal, and a third of which are not for all rules."""
+def make_messages(start: int, count: int) -> list[Message]:
+    """Make messages: one third are equal, and another third match only one of the rules."""
     kinds = (("iot/data", b"state:on"), ("iot/data", b"n:%d"), ("iot/door", b'{"n":%d}'))
     made = [(*kinds[i % 3], i) for i in range(start, start + count)]
     return [(t, p % i if b"%" in p else p) for t, p, i in made]
 
 
-def send(cloud: Cloud, broker: Mosquitto, messages: list[Message]) -> None:
-    """Publish to both sides of what is IoT Core."""
-    # Each to both at the same time: their times are what is compared.
+def send(replay_queue: ReplayQueue, broker: Mosquitto, messages: list[Message]) -> None:
+    """Publish to Mosquitto and to the rules."""
+    # In small batches, because replay compares the times of both.
     for start in range(0, len(messages), 10):
         publish(broker, messages[start : start + 10])
-        cloud.publish(messages[start : start + 10])
+        replay_queue.publish(messages[start : start + 10])
 
 
 def forget_sessions(broker: Mosquitto) -> None:
-    """Have the broker forget all sessions, as IoT Core does after an hour."""
+    """Make the broker lose all sessions, as IoT Core does after an hour."""
     broker.kill()
     (broker.folder / "mosquitto.db").unlink(missing_ok=True)
     broker.start()
 
 
 def outage(
-    cloud: Cloud,
+    replay_queue: ReplayQueue,
     broker: Mosquitto,
     database: Database,
     collector: Collector,
 ) -> Counter[Message]:
-    """Have the database away for longer than the session; return all that was published."""
-    before, waiting, lost, after = (counted(i * 60, 60) for i in range(4))
-    send(cloud, broker, before)
+    """Stop the database for longer than the session lasts; return all published messages."""
+    before, waiting, lost, after = (make_messages(i * 60, 60) for i in range(4))
+    send(replay_queue, broker, before)
     collector.wait_settled(60)
     database.server.stop()
-    send(cloud, broker, waiting)  # received and not acknowledged
-    eventually(lambda: collector.metrics()["messages_in_flight"] == 60, what="all wait")
+    send(replay_queue, broker, waiting)  # received and not acknowledged
+    eventually(lambda: collector.metrics()["messages_in_flight"] == 60, what="all messages wait")
     collector.kill()
     forget_sessions(broker)
-    send(cloud, broker, lost)
+    send(replay_queue, broker, lost)
     database.server.start()
     collector.start()
-    send(cloud, broker, after)
+    send(replay_queue, broker, after)
     collector.wait_settled(60)
     published = Counter([*before, *waiting, *lost, *after])
-    assert stored(database) == Counter([*before, *after]), "the outage has cost something"
+    assert stored(database) == Counter([*before, *after]), "messages are missing after the outage"
     return published
 
 
-def test_outage_of_the_database_longer_than_the_session(
-    cloud: Cloud, broker: Mosquitto, own_database: Database, make_collector: MakeCollector
+def test_messages_lost_in_an_outage_are_restored_once(
+    replay_queue: ReplayQueue,
+    broker: Mosquitto,
+    own_database: Database,
+    make_collector: MakeCollector,
 ) -> None:
     collector = make_collector(broker, own_database).start()
     start = time.time()
-    published = outage(cloud, broker, own_database, collector)
+    published = outage(replay_queue, broker, own_database, collector)
     live = own_database.query("SELECT max(id) FROM messages")[0][0]
-    replay = Replay(cloud, own_database)
+    replay = Replay(replay_queue, own_database)
     counts = replay("--until", now())
     assert stored(own_database) == published
     assert counts["restored"] == 120
     assert counts["stored already"] == 120
     assert counts["repeated"] == 160, "two thirds are copied by both rules"
     assert counts["left"] == counts["malformed"] == counts["dead letters"] == 0
-    assert cloud.size() == 0
-    # They look like what the collector stores, but for the time, which is IoT Core's.
+    assert replay_queue.size() == 0
+    # Restored rows are like rows of the collector, with the time at which IoT Core received them.
     restored = own_database.query(
         "SELECT topic, fields, qos, retained, extract(epoch FROM received_at),"
         " date_trunc('milliseconds', received_at) = received_at FROM messages WHERE id > %s",
@@ -222,29 +225,31 @@ def test_outage_of_the_database_longer_than_the_session(
     )
     assert all(row[2:4] == (1, False) and row[5] and row[4] > start for row in restored)
     assert {"n": 61} in [fields for _, fields, *_ in restored]
-    # Again, with nothing new: no message twice.
+    # A second run restores nothing.
     assert replay("--until", now())["restored"] == 0
     assert stored(own_database) == published
 
 
-def test_killed_and_run_again(cloud: Cloud, database: Database) -> None:
-    """At each step; every other message is stored already."""
-    messages = counted(0, 90)
-    cloud.publish(messages)
+def test_messages_are_restored_once_after_kills(
+    replay_queue: ReplayQueue, database: Database
+) -> None:
+    """The command is killed at each step. Every other message is already stored."""
+    messages = make_messages(0, 90)
+    replay_queue.publish(messages)
     store_by_hand(database, [m for i, m in enumerate(messages) if i % 2])
-    replay = Replay(cloud, database, WAIT="1")
+    replay = Replay(replay_queue, database, WAIT="1")
     for moment in MOMENTS:
         replay("--until", now(), fault=moment, status=-9)
     counts = replay("--until", now())
     assert stored(database) == Counter(messages)
     assert counts["left"] == 0
-    assert cloud.size() == 0
+    assert replay_queue.size() == 0
     assert replay("--until", now())["restored"] == 0
     assert stored(database) == Counter(messages)
 
 
 def store_by_hand(database: Database, messages: list[Message]) -> None:
-    """Store messages as the collector would have, just now."""
+    """Insert messages as the collector would, with the current time."""
     for topic, payload in messages:
         database.query(
             "INSERT INTO messages (received_at, topic, payload, qos, retained)"
@@ -254,45 +259,47 @@ def store_by_hand(database: Database, messages: list[Message]) -> None:
         )
 
 
-def test_delivered_again_after_it_was_settled(cloud: Cloud, database: Database) -> None:
-    """SQS may: the trace id is known, whether or not the message was missing."""
-    cloud.publish([("iot/door", b"a"), ("iot/door", b"b")])
+def test_copy_redelivered_by_sqs_is_not_restored_again(
+    replay_queue: ReplayQueue, database: Database
+) -> None:
+    """Its trace id is known, whether or not the message had to be restored."""
+    replay_queue.publish([("iot/door", b"a"), ("iot/door", b"b")])
     store_by_hand(database, [("iot/door", b"a")])
-    found = cloud.sqs.receive_message(
-        QueueUrl=cloud.url, MaxNumberOfMessages=10, VisibilityTimeout=0
+    found = replay_queue.sqs.receive_message(
+        QueueUrl=replay_queue.url, MaxNumberOfMessages=10, VisibilityTimeout=0
     )
     bodies = [message["Body"] for message in found["Messages"]]
     assert len(bodies) == 2
-    replay = Replay(cloud, database)
+    replay = Replay(replay_queue, database)
     assert replay("--until", now())["restored"] == 1
     for body in bodies:
-        cloud.put(body)
+        replay_queue.put(body)
     assert replay("--until", now())["repeated"] == 2
     assert stored(database) == Counter([("iot/door", b"a"), ("iot/door", b"b")])
 
 
-def test_message_ids(
-    cloud: Cloud, broker: Mosquitto, database: Database, make_collector: MakeCollector
+def test_messages_with_ids_are_compared_by_id(
+    replay_queue: ReplayQueue, broker: Mosquitto, database: Database, make_collector: MakeCollector
 ) -> None:
-    """By id, nothing has to wait, and the collector stores nothing again that comes later."""
+    """With ids, copies need not wait, and the collector stores no restored message again."""
     settings = {"IOT_MESSAGE_ID_KEY": "id"}
     collector = make_collector(broker, database, **settings).start()
     named = [("iot/data", b'{"id":%d,"v":1}' % i) for i in range(40)]
     publish(broker, named[:20])
     collector.wait_settled(20)
-    # Equal in all but the id; published again by the device; with other content.
-    cloud.publish([*named, *named[15:25], ("iot/data", b'{"id":3,"v":2}')])
-    cloud.publish([("iot/data", b"no id")] * 2)
-    counts = Replay(cloud, database, **settings)()
+    # Messages that differ only in the id, duplicates of the device, and another payload.
+    replay_queue.publish([*named, *named[15:25], ("iot/data", b'{"id":3,"v":2}')])
+    replay_queue.publish([("iot/data", b"no id")] * 2)
+    counts = Replay(replay_queue, database, **settings)()
     assert counts["restored"] == 20
     assert counts["stored already"] == 31
-    assert counts["left"] == 2, "what has no id may still be on its way"
+    assert counts["left"] == 2, "messages without an id may still arrive"
     publish(broker, named[30:])
     assert collector.wait_settled(30)["db_duplicates_total"] == 10
     assert stored(database) == Counter(named)
 
 
-def test_ids_are_kept_as_long_as_copies(
+def test_message_ids_are_kept_as_long_as_copies_in_the_queue(
     broker: Mosquitto, database: Database, make_collector: MakeCollector
 ) -> None:
     database.query(
@@ -307,22 +314,24 @@ def test_ids_are_kept_as_long_as_copies(
     assert database.query("SELECT max(id::int) FROM message_ids") == [(14,)]
 
 
-def test_young_copies_wait_for_a_later_run(cloud: Cloud, database: Database) -> None:
-    cloud.publish([("iot/door", b"a")])
-    replay = Replay(cloud, database)
+def test_recent_copies_are_left_for_a_later_run(
+    replay_queue: ReplayQueue, database: Database
+) -> None:
+    replay_queue.publish([("iot/door", b"a")])
+    replay = Replay(replay_queue, database)
     counts = replay()
     assert (counts["left"], counts["restored"]) == (1, 0)
-    assert "IoT Core received them after 20" in replay.said
-    assert database.count() == cloud.size() == 0
+    assert "IoT Core received them after 20" in replay.output
+    assert database.count() == replay_queue.size() == 0
     assert replay("--until", now())["restored"] == 1
-    # An old one is decided about, with a session that ended long ago.
-    cloud.put(copy("iot/door", b"old", datetime.now(UTC) - timedelta(hours=9)))
-    assert Replay(cloud, database, IOT_MQTT_SESSION_EXPIRY_SECONDS="3600")()["restored"] == 1
+    # An old copy is restored, because its session has expired.
+    replay_queue.put(copy("iot/door", b"old", datetime.now(UTC) - timedelta(hours=9)))
+    assert Replay(replay_queue, database, IOT_MQTT_SESSION_EXPIRY_SECONDS="3600")()["restored"] == 1
     assert stored(database) == Counter([("iot/door", b"a"), ("iot/door", b"old")])
 
 
 def copy(topic: str, payload: bytes, at: datetime, trace_id: str = "") -> str:
-    """What the rule would have written at another time."""
+    """A message of the rule at another time."""
     return json.dumps(
         {
             "topic": topic,
@@ -333,34 +342,34 @@ def copy(topic: str, payload: bytes, at: datetime, trace_id: str = "") -> str:
     )
 
 
-def test_since_deletes_older_copies_unread(cloud: Cloud, database: Database) -> None:
+def test_since_deletes_older_copies_unread(replay_queue: ReplayQueue, database: Database) -> None:
     outage_began = datetime.now(UTC) - timedelta(hours=10)
-    for hours in (-12, -9, -3, 1):  # a row may be eight hours late
-        cloud.put(copy("iot/door", b"%d" % hours, outage_began + timedelta(hours=hours)))
-    replay = Replay(cloud, database, IOT_MQTT_SESSION_EXPIRY_SECONDS="3600")
+    for hours in (-12, -9, -3, 1):  # a row may be stored up to eight hours late
+        replay_queue.put(copy("iot/door", b"%d" % hours, outage_began + timedelta(hours=hours)))
+    replay = Replay(replay_queue, database, IOT_MQTT_SESSION_EXPIRY_SECONDS="3600")
     counts = replay("--since", outage_began.isoformat())
     assert (counts["unread"], counts["restored"]) == (2, 2)
     assert database.payloads() == [b"-3", b"1"]
-    assert cloud.size() == 0
+    assert replay_queue.size() == 0
 
 
-def test_months_that_have_no_partition(cloud: Cloud, database: Database) -> None:
-    """The database was restored, or the outage lasted over the turn of a month."""
+def test_missing_partitions_are_created(replay_queue: ReplayQueue, database: Database) -> None:
+    """They can be missing after a restore, or after an outage into the next month."""
     month_ago = datetime.now(UTC) - timedelta(days=35)
-    cloud.put(copy("iot/door", b"old", month_ago))
-    assert Replay(cloud, database)("--until", now())["restored"] == 1
+    replay_queue.put(copy("iot/door", b"old", month_ago))
+    assert Replay(replay_queue, database)("--until", now())["restored"] == 1
 
 
 def test_refused_rows_become_dead_letters(
-    cloud: Cloud, broker: Mosquitto, database: Database, make_collector: MakeCollector
+    replay_queue: ReplayQueue, broker: Mosquitto, database: Database, make_collector: MakeCollector
 ) -> None:
-    """And a message that is one already is not missing."""
+    """A copy of an existing dead letter counts as stored."""
     database.query("ALTER TABLE messages ADD CHECK (payload <> 'bad')")
     collector = make_collector(broker, database).start()
     publish(broker, [("iot/door", b"bad")])
     collector.wait_settled(1)
-    cloud.publish([("iot/door", b"bad")] * 2 + [("iot/door", b"good")])
-    counts = Replay(cloud, database)("--until", now())
+    replay_queue.publish([("iot/door", b"bad")] * 2 + [("iot/door", b"good")])
+    counts = Replay(replay_queue, database)("--until", now())
     assert counts["dead letters"] == counts["stored already"] == counts["restored"] == 1
     assert [letter.payload for letter in database.dead_letters()] == [b"bad", b"bad"]
     assert database.payloads() == [b"good"]
@@ -380,79 +389,79 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("body", MALFORMED)
-def test_malformed(body: str) -> None:
+def test_malformed_copy_is_refused(body: str) -> None:
     with pytest.raises(ValueError, match=MALFORMED[body]):
         parse(body)
 
 
-def test_malformed_copies_stay_in_the_queue(cloud: Cloud, database: Database) -> None:
-    cloud.put("not json")
-    cloud.put("{}")
-    cloud.publish([("iot/door", b"a"), ("iot/door", b"")])
-    replay = Replay(cloud, database)
+def test_malformed_copies_stay_in_the_queue(replay_queue: ReplayQueue, database: Database) -> None:
+    replay_queue.put("not json")
+    replay_queue.put("{}")
+    replay_queue.publish([("iot/door", b"a"), ("iot/door", b"")])
+    replay = Replay(replay_queue, database)
     counts = replay("--until", now(), status=1)
     assert (counts["malformed"], counts["restored"]) == (2, 2)
-    assert re.search(r"[-0-9a-f]{36}: it is not JSON", replay.said)
-    assert cloud.size() == 2
+    assert re.search(r"[-0-9a-f]{36}: it is not JSON", replay.output)
+    assert replay_queue.size() == 2
     assert Counter(database.payloads()) == Counter([b"a", b""])
 
 
-def test_nothing_to_do(cloud: Cloud, database: Database) -> None:
-    counts = Replay(cloud, database)()
+def test_empty_queue_restores_nothing(replay_queue: ReplayQueue, database: Database) -> None:
+    counts = Replay(replay_queue, database)()
     assert not any(counts.values())
 
 
-def test_credentials_that_expire_in_the_middle(
+def test_replay_can_be_repeated_after_credentials_expire(
     make_account: Callable[[], Emulator], database: Database
 ) -> None:
-    cloud = Cloud(with_rules(make_account()), "replay")
-    messages = counted(0, 200)
-    cloud.publish(messages)
-    replay = Replay(cloud, database, WAIT="1")
-    cloud.account.scenario(expired_after="sqs:DeleteMessageBatch")
+    replay_queue = ReplayQueue(with_rules(make_account()), "replay")
+    messages = make_messages(0, 200)
+    replay_queue.publish(messages)
+    replay = Replay(replay_queue, database, WAIT="1")
+    replay_queue.account.scenario(expired_after="sqs:DeleteMessageBatch")
     replay("--until", now(), status=4)
-    assert "when calling the DeleteMessageBatch operation" in replay.said
-    assert "the AWS credentials are expired or wrong: renew them" in replay.said
-    assert "Nothing is lost. Run `iot-collector replay` again" in replay.said
+    assert "when calling the DeleteMessageBatch operation" in replay.output
+    assert "the AWS credentials are expired or wrong: renew them" in replay.output
+    assert "Nothing is lost. Run `iot-collector replay` again" in replay.output
     assert database.count("replay_copies") > 0
-    cloud.account.scenario()
+    replay_queue.account.scenario()
     replay("--until", now())
     assert stored(database) == Counter(messages)
 
 
-def test_queue_that_cannot_be_used(cloud: Cloud, database: Database) -> None:
-    replay = Replay(cloud, database, IOT_REPLAY_QUEUE=f"{ARN}-other")
+def test_unusable_queue_is_explained(replay_queue: ReplayQueue, database: Database) -> None:
+    replay = Replay(replay_queue, database, IOT_REPLAY_QUEUE=f"{ARN}-other")
     replay(status=4)
-    assert f"check the name, account and region of {ARN}-other" in replay.said
-    replay = Replay(cloud, database, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    assert f"check the name, account and region of {ARN}-other" in replay.output
+    replay = Replay(replay_queue, database, AWS_ENDPOINT_URL="http://127.0.0.1:9")
     replay(status=4)
-    assert "check the AWS credentials, and the network's way to AWS" in replay.said
+    assert "check the AWS credentials, and the network's way to AWS" in replay.output
     replay.settings |= {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
     replay(status=4)
-    assert "Unable to locate credentials" in replay.said
+    assert "Unable to locate credentials" in replay.output
 
 
-def test_wrong_settings_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(*options: str, **settings: str) -> str:
+def test_wrong_settings_and_options_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def output(*options: str, **settings: str) -> str:
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         done = CliRunner().invoke(main, ["replay", *options])
         assert done.exit_code == 2, done.output
         return str(done.output)
 
-    assert "IOT_REPLAY_QUEUE: is not set" in said()
-    assert "not the ARN of an SQS standard queue" in said(IOT_REPLAY_QUEUE="iot-system-replay")
-    assert "not the ARN of an SQS standard queue" in said(IOT_REPLAY_QUEUE=f"{ARN}.fifo")
+    assert "IOT_REPLAY_QUEUE: is not set" in output()
+    assert "not the ARN of an SQS standard queue" in output(IOT_REPLAY_QUEUE="iot-system-replay")
+    assert "not the ARN of an SQS standard queue" in output(IOT_REPLAY_QUEUE=f"{ARN}.fifo")
     one = {"IOT_REPLAY_QUEUE": ARN}
-    assert "no time such as" in said("--since", "yesterday", **one)
-    assert "in the future" in said("--until", "2100-01-01", **one)
-    assert "--since is not before --until" in said(
+    assert "no time such as" in output("--since", "yesterday", **one)
+    assert "in the future" in output("--until", "2100-01-01", **one)
+    assert "--since is not before --until" in output(
         "--since", "2026-02-02", "--until", "2026-02-01", **one
     )
 
 
 @pytest.mark.parametrize(
-    ("code", "operation", "said"),
+    ("code", "operation", "message"),
     [
         ("AccessDenied", "ReceiveMessage", "must be allowed sqs:ReceiveMessage on the-queue"),
         ("AccessDeniedException", "ReceiveMessage", "must be allowed sqs:ReceiveMessage on"),
@@ -462,25 +471,28 @@ def test_wrong_settings_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
         ("InternalError", "ReceiveMessage", "sqs:ReceiveMessage on the-queue failed"),
     ],
 )
-def test_errors_of_aws(code: str, operation: str, said: str) -> None:
-    with pytest.raises(aws.AwsError, match=said), aws.explained("sqs:ReceiveMessage", "the-queue"):
+def test_errors_of_aws_are_explained(code: str, operation: str, message: str) -> None:
+    with (
+        pytest.raises(aws.AwsError, match=message),
+        aws.explained("sqs:ReceiveMessage", "the-queue"),
+    ):
         raise ClientError({"Error": {"Code": code, "Message": "no"}}, operation)
 
 
-def test_database_cut_off_and_away(
-    cloud: Cloud, database: Database, make_proxy: Callable[[int], Proxy]
+def test_replay_continues_after_lost_database_connections(
+    replay_queue: ReplayQueue, database: Database, make_proxy: Callable[[int], Proxy]
 ) -> None:
-    messages = counted(0, 300)
-    cloud.publish(messages)
+    messages = make_messages(0, 300)
+    replay_queue.publish(messages)
     proxy = make_proxy(database.server.port)
     url = database.url.replace(str(database.server.port), str(proxy.port))
-    replay = Replay(cloud, database, IOT_DATABASE_URL=url)
+    replay = Replay(replay_queue, database, IOT_DATABASE_URL=url)
     cuts: list[Any] = []
 
     def cut(_wire: object, data: bytes) -> None:
         if len(cuts) < 3 and (b"INSERT INTO replay_copies" in data or b"UPDATE" in data):
             cuts.append(time.monotonic())
-            proxy.down = "lose"  # the answer is lost, whatever it was
+            proxy.down = "lose"  # the answer of the database is lost
         else:
             proxy.down = "pass"
 
@@ -488,34 +500,38 @@ def test_database_cut_off_and_away(
     replay("--until", now())
     assert len(cuts) == 3
     assert stored(database) == Counter(messages)
-    assert "database is not usable, will retry" in replay.said
+    assert "database is not usable, will retry" in replay.output
 
 
-def test_check(cloud: Cloud, broker: Mosquitto, database: Database) -> None:
-    cloud.publish([("iot/door", b"a")])
-    settings = Replay(cloud, database).settings | broker.environment()
+def test_check_includes_the_replay_queue(
+    replay_queue: ReplayQueue, broker: Mosquitto, database: Database
+) -> None:
+    replay_queue.publish([("iot/door", b"a")])
+    settings = Replay(replay_queue, database).settings | broker.environment()
     done = run_command("check", **settings)
     assert done.returncode == 0, done.stdout
-    assert f"ok    replay queue {cloud.arn}: about 1 copies" in done.stdout
+    assert f"ok    replay queue {replay_queue.arn}: about 1 copies" in done.stdout
     done = run_command("check", **(settings | {"IOT_REPLAY_QUEUE": ARN}))
     assert done.returncode == 16
     assert f"check the name, account and region of {ARN}" in done.stdout
 
 
-def test_two_at_once(cloud: Cloud, database: Database) -> None:
+def test_second_replay_at_the_same_time_is_refused(
+    replay_queue: ReplayQueue, database: Database
+) -> None:
     with contextlib.closing(database.connect()) as other, other.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_lock(hashtext('iot.replay'))")
-        replay = Replay(cloud, database)
+        replay = Replay(replay_queue, database)
         replay(status=1)
-    assert "another `iot-collector replay` is running" in replay.said
+    assert "another `iot-collector replay` is running" in replay.output
 
 
-# --- pairing
+# --- matching copies and rows
 
 HOUR = 3600.0
 
 
-def test_a_row_accounts_for_one_copy() -> None:
+def test_each_row_matches_one_copy() -> None:
     assert missing([1.0, 2.0], [1.1], HOUR) == {1}
     assert missing([1.0, 2.0], [2.1], HOUR) == {0}
     assert missing([1.0, 2.0], [1.9], HOUR) == {0}, "the collector's clock may be behind"
@@ -530,7 +546,7 @@ def test_a_row_accounts_for_one_copy() -> None:
     st.sampled_from([1.0, 10.0]),
 )
 def test_equal_messages_at_regular_times(copies: list[tuple[bool, float]], every: float) -> None:
-    """A device that always says the same: those that are missing are found, with their times."""
+    """The copies without a row are found by time, although all messages are equal."""
     times = [10_000 + i * every for i in range(len(copies))]
     rows = [at + late for at, (is_stored, late) in zip(times, copies, strict=True) if is_stored]
     lost = {i for i, (is_stored, _) in enumerate(copies) if not is_stored}
@@ -539,7 +555,7 @@ def test_equal_messages_at_regular_times(copies: list[tuple[bool, float]], every
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
 def test_equal_messages_from_a_session(live: int, lost: int, queued: int) -> None:
-    """Those that a session kept come later, at 10 a second; the number of missing ones is right."""
+    """Queued messages are stored later, 10 a second. The number of missing messages is right."""
     times = [10_000.0 + i for i in range(live + lost + queued)]
     back = 10_000.0 + live + lost + queued
     rows = [at + 0.05 for at in times[:live]] + [back + i / 10 for i in range(queued)]

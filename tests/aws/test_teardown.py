@@ -1,4 +1,4 @@
-"""``playbooks/teardown.yml -e target=aws``: everything of ours goes, and nothing else."""
+"""``playbooks/teardown.yml -e target=aws`` deletes the whole system and nothing else."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from testing.aws.emulator import Emulator
 pytestmark = pytest.mark.timeout(900)
 
 
-def plant_look_alikes(account: Emulator, region: str) -> dict[str, str]:
-    """What looks like ours and is somebody else's: no tag of ours, or another name."""
+def create_unrelated_resources(account: Emulator, region: str) -> dict[str, str]:
+    """Create resources of other systems, with similar names and without our tag."""
     ec2 = account.client("ec2", region)
     vpc = ec2.create_vpc(CidrBlock="10.99.0.0/16")["Vpc"]["VpcId"]
     subnet = ec2.create_subnet(VpcId=vpc, CidrBlock="10.99.0.0/24")["Subnet"]["SubnetId"]
@@ -26,11 +26,13 @@ def plant_look_alikes(account: Emulator, region: str) -> dict[str, str]:
     return {"interface": interface["NetworkInterfaceId"], "volume": volume, "vpc": vpc}
 
 
-def check_look_alikes(account: Emulator, region: str, planted: dict[str, str]) -> None:
+def assert_unrelated_resources_exist(
+    account: Emulator, region: str, unrelated: dict[str, str]
+) -> None:
     ec2 = account.client("ec2", region)
-    ec2.describe_vpcs(VpcIds=[planted["vpc"]])
-    ec2.describe_network_interfaces(NetworkInterfaceIds=[planted["interface"]])
-    ec2.describe_volumes(VolumeIds=[planted["volume"]])
+    ec2.describe_vpcs(VpcIds=[unrelated["vpc"]])
+    ec2.describe_network_interfaces(NetworkInterfaceIds=[unrelated["interface"]])
+    ec2.describe_volumes(VolumeIds=[unrelated["volume"]])
     groups = account.client("logs", region).describe_log_groups()["logGroups"]
     assert "/aws/eks/iot-system-2/cluster" in [group["logGroupName"] for group in groups]
     account.client("ecr", region).describe_repositories(repositoryNames=["iot-system-2/collector"])
@@ -38,8 +40,8 @@ def check_look_alikes(account: Emulator, region: str, planted: dict[str, str]) -
     account.client("iam", region).get_role(RoleName="iot-system-eks-of-somebody-else")
 
 
-def plant_what_a_cluster_leaves(account: Emulator, region: str) -> None:
-    """Interfaces of nodes that are gone, volumes of claims, a security group of EKS."""
+def create_leftovers_of_a_cluster(account: Emulator, region: str) -> None:
+    """Create network interfaces of deleted nodes, volumes of claims and a security group of EKS."""
     ec2 = account.client("ec2", region)
     ours = [{"Key": "Project", "Value": "iot-system"}]
     (vpc,) = ec2.describe_vpcs(Filters=[{"Name": "tag:Project", "Values": ["iot-system"]}])["Vpcs"]
@@ -59,15 +61,15 @@ def plant_what_a_cluster_leaves(account: Emulator, region: str) -> None:
     )
 
 
-def test_one_of_two_regions_is_taken_down(deployed: Deployment) -> None:
+def test_teardown_deletes_one_region_and_nothing_else(deployed: Deployment) -> None:
     account, region = deployed.account, "us-east-1"
     other = Deployment(account, region)
     first = other.deploy()
     assert first.returncode == 0, first.output
     in_europe = deployed.left()
-    planted = plant_look_alikes(account, region)
-    plant_what_a_cluster_leaves(account, region)
-    # By hand, before: teardown does not mind.
+    unrelated = create_unrelated_resources(account, region)
+    create_leftovers_of_a_cluster(account, region)
+    # Teardown ignores resources that are already deleted.
     account.client("iot", region).delete_topic_rule(ruleName="iot_system_replay_1")
     account.scenario(
         log_groups_that_come_back=[
@@ -76,15 +78,15 @@ def test_one_of_two_regions_is_taken_down(deployed: Deployment) -> None:
         ],
     )
 
-    asked = other.run("teardown.yml", "--extra-vars=target=aws")
-    assert asked.returncode == 2
-    assert "-e confirm=true" in asked.output
+    unconfirmed = other.run("teardown.yml", "--extra-vars=target=aws")
+    assert unconfirmed.returncode == 2
+    assert "-e confirm=true" in unconfirmed.output
     assert len(account.stacks(region)) == 5
 
     run = other.teardown()
     account.scenario()
     assert run.returncode == 0, run.output
-    # The namespace went while the cluster was there, and its volumes were waited for.
+    # The namespace is deleted before the cluster, so that its volumes are deleted.
     text = " ".join(run.output.split())
     assert "changed: [aws-account] => (item=iot-system)" in text
     assert text.index("(item=iot-system)") < text.index("DELETE_COMPLETE AWS::EKS::Cluster Cluster")
@@ -94,7 +96,7 @@ def test_one_of_two_regions_is_taken_down(deployed: Deployment) -> None:
     assert [line for line in kept if "PendingDeletion" not in line and "snapshot" not in line] == []
     assert [line for line in kept if line.startswith("rds: snapshot")]
     assert all(line in " ".join(run.output.split()) for line in kept)
-    check_look_alikes(account, region, planted)
+    assert_unrelated_resources_exist(account, region, unrelated)
     assert deployed.left() == in_europe
     assert not (other.home / ".kube/iot-system-us-east-1").exists()
 
@@ -102,7 +104,7 @@ def test_one_of_two_regions_is_taken_down(deployed: Deployment) -> None:
     assert (again.returncode, again.changed) == (0, 0), again.output
 
 
-def test_what_is_left_is_a_failure_and_named(account: Emulator) -> None:
+def test_remaining_resources_are_named_and_fail_the_teardown(account: Emulator) -> None:
     deployment = Deployment(account)
     tags = [{"ResourceType": "volume", "Tags": [{"Key": "Project", "Value": "iot-system"}]}]
     ec2 = account.client("ec2")
@@ -111,7 +113,7 @@ def test_what_is_left_is_a_failure_and_named(account: Emulator) -> None:
     ]
     instance = ec2.run_instances(ImageId="ami-1", MinCount=1, MaxCount=1)["Instances"][0]
     ec2.attach_volume(VolumeId=volume, InstanceId=instance["InstanceId"], Device="/dev/sdf")
-    # Of a Service whose namespace could not be deleted; the controller tags it, not we.
+    # The load balancer of a Service that still exists. It is tagged by its controller.
     owned = [{"Key": "kubernetes.io/cluster/iot-system", "Value": "owned"}]
     balancer = account.client("elbv2").create_load_balancer(Name="k8s-service", Tags=owned)[
         "LoadBalancers"

@@ -1,7 +1,7 @@
-"""The five CloudFormation templates, without an account: what linters say, and what is promised.
+"""The five CloudFormation templates without an AWS account: linters and security controls.
 
-The controls are those of AWS Security Hub (AWS Foundational Security Best Practices); a test that
-is about one has it in its name.
+Controls are from AWS Security Hub (AWS Foundational Security Best Practices). A test of a control
+has the id of the control in its name, such as rds_2.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FILES = {role: ROOT / "roles" / role / "files/stack.yml" for role in ROLES}
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML with CloudFormation's short forms. cfn-lint has one, which takes seconds to import."""
+    """YAML with CloudFormation's short forms. The loader of cfn-lint takes seconds to import."""
 
 
 def _long_form(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> dict[str, Any]:
-    """``!Sub text`` is ``{"Fn::Sub": "text"}``, and so on."""
+    """Load ``!Sub text`` as ``{"Fn::Sub": "text"}``, and so on."""
     value: Any
     if isinstance(node, yaml.ScalarNode):
         value = loader.construct_scalar(node)
@@ -46,22 +46,22 @@ TEMPLATES: dict[str, Any] = {
     role: yaml.load(file.read_text(), _Loader) for role, file in FILES.items()
 }
 
-# What checkov asks for and we do not do: of which resources, and why.
+# Failed checks of checkov that we accept, with their resources and the reason.
 CHECKOV_SKIPS = {
-    # CloudWatch Logs encrypts every group with a key of its own. A customer key would be deleted
-    # with the stack, and logs that somebody keeps could not be read any longer.
+    # CloudWatch Logs encrypts each log group with its own key. A customer managed key would be
+    # deleted with the stack, and retained logs could no longer be read.
     "CKV_AWS_158": {
         *("network.FlowLogGroup", "rds.LogGroup", "rds.UpgradeLogGroup"),
         *("eks.LogGroup", "iot_core.ErrorLogGroup"),
     },
-    # The key aws/secretsmanager does, as long as no other account reads the secret.
+    # The key aws/secretsmanager is enough, because no other account reads the secret.
     "CKV_AWS_149": {"rds.CollectorSecret", "rds.ReaderSecret"},
-    # It knows keys of KMS only. The queue is encrypted by SQS, which needs no rights on a key.
+    # The check accepts only KMS keys. The queue uses SSE-SQS, which needs no permission on a key.
     "CKV_AWS_27": {"iot_core.ReplayQueue"},
 }
-# Actions that AWS defines for no resource at all: of which roles.
-WITHOUT_RESOURCE = {"eks.CloudWatchExporterRole": "cloudwatch:GetMetricStatistics"}
-# The properties that name a resource.
+# Actions without resource-level permissions, by role.
+WITHOUT_RESOURCE_LEVEL = {"eks.CloudWatchExporterRole": "cloudwatch:GetMetricStatistics"}
+# The properties that are the name of a resource.
 NAMES = {
     *("DBInstanceIdentifier", "LogGroupName", "Name", "PolicyName", "QueueName", "RepositoryName"),
     *("RuleName", "ThingGroupName", "ThingName", "ThingTypeName"),
@@ -69,7 +69,7 @@ NAMES = {
 
 
 def resources(role: str, kind: str = "") -> dict[str, Any]:
-    """The properties of each resource, by logical id; only of type ``kind`` where it is given."""
+    """The properties of the resources in a template, by logical id; all types if no ``kind``."""
     found: dict[str, Any] = {
         name: resource.get("Properties", {})
         for name, resource in TEMPLATES[role]["Resources"].items()
@@ -79,8 +79,8 @@ def resources(role: str, kind: str = "") -> dict[str, Any]:
     return found
 
 
-def everywhere(kind: str) -> dict[str, Any]:
-    """The properties of the resources of type ``kind`` in all stacks, by ``role.logical id``."""
+def all_resources(kind: str) -> dict[str, Any]:
+    """The properties of all resources of type ``kind``, by ``role.logical id``."""
     return {
         f"{role}.{name}": resource.get("Properties", {})
         for role in ROLES
@@ -89,8 +89,8 @@ def everywhere(kind: str) -> dict[str, Any]:
     }
 
 
-def default(role: str, value: Any) -> Any:
-    """``value`` with the parameter's default in place of a reference."""
+def resolve_default(role: str, value: Any) -> Any:
+    """``value``, or the default of the parameter that it refers to."""
     if isinstance(value, dict) and set(value) == {"Ref"}:
         return TEMPLATES[role]["Parameters"][value["Ref"]]["Default"]
     return value
@@ -100,15 +100,15 @@ def parameter(role: str, name: str) -> Any:
     return TEMPLATES[role]["Parameters"][name]
 
 
-def pairs(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth."""
+def walk(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each key and value, at any depth."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key, inner
-            yield from pairs(inner)
+            yield from walk(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from pairs(inner)
+            yield from walk(inner)
 
 
 def as_list(value: Any) -> list[Any]:
@@ -116,12 +116,12 @@ def as_list(value: Any) -> list[Any]:
 
 
 def statements(kind: str, document: str) -> Iterator[tuple[str, Any]]:
-    """The statements of the policies called ``document`` in resources of ``kind``, and where."""
-    for place, properties in everywhere(kind).items():
-        for key, policy in pairs(properties):
+    """Yield ``role.logical id`` and each statement of the policies in property ``document``."""
+    for place, properties in all_resources(kind).items():
+        for key, policy in walk(properties):
             if key != document:
                 continue
-            if "Fn::Sub" in policy:  # a trust policy whose keys hold references
+            if "Fn::Sub" in policy:  # a trust policy with references in its keys
                 policy = json.loads(policy["Fn::Sub"][0])
             for statement in policy["Statement"]:
                 yield place, statement
@@ -135,7 +135,7 @@ def accepts(role: str, name: str, value: str) -> bool:
 
 
 @pytest.mark.timeout(300)
-def test_cfn_lint_finds_nothing() -> None:
+def test_cfn_lint_has_no_findings() -> None:
     done = subprocess.run(
         [
             str(Path(sys.executable).with_name("cfn-lint")),
@@ -152,7 +152,7 @@ def test_cfn_lint_finds_nothing() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_checkov_finds_what_has_a_reason() -> None:
+def test_checkov_has_only_accepted_findings() -> None:
     report = checkov("cloudformation", FILES.values())
     failed: dict[str, set[str]] = {}
     for check in report["results"]["failed_checks"]:
@@ -164,18 +164,18 @@ def test_checkov_finds_what_has_a_reason() -> None:
     assert report["summary"]["passed"] > 80
 
 
-# --- the templates as such ------------------------------------------------------------------------
+# --- all templates --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_template_can_be_sent_as_it_is(role: str) -> None:
-    # A larger one has to come from a bucket, and there is none yet.
+def test_template_fits_into_the_request(role: str) -> None:
+    # A larger template has to be uploaded to a bucket first.
     assert FILES[role].stat().st_size < 51_200
-    assert "Transform" not in TEMPLATES[role]  # would need CAPABILITY_AUTO_EXPAND
+    assert "Transform" not in TEMPLATES[role]  # needs CAPABILITY_AUTO_EXPAND
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_each_parameter_says_what_it_takes(role: str) -> None:
+def test_each_parameter_is_described_and_constrained(role: str) -> None:
     for name, spec in TEMPLATES[role]["Parameters"].items():
         assert spec["Description"].endswith("."), name
         checked_by_aws = spec["Type"].removeprefix("List<").startswith("AWS::")
@@ -193,7 +193,7 @@ def test_each_parameter_is_used(role: str) -> None:
         assert f'"Ref": "{name}"' in text or f"${{{name}}}" in text, name
 
 
-def test_what_a_parameter_says_is_an_output_is_one() -> None:
+def test_outputs_named_by_parameters_exist() -> None:
     found = 0
     for role in ROLES:
         for spec in TEMPLATES[role]["Parameters"].values():
@@ -205,7 +205,7 @@ def test_what_a_parameter_says_is_an_output_is_one() -> None:
     assert found == 6
 
 
-def test_same_parameter_same_specification() -> None:
+def test_shared_parameters_have_equal_constraints() -> None:
     seen: dict[str, Any] = {}
     for role in ROLES:
         for name in ("LogRetentionDays", "SubscribeArns", "ReceiveArns", "CollectorClientIdPrefix"):
@@ -224,7 +224,7 @@ def test_same_parameter_same_specification() -> None:
     [
         ("iot-system", True),
         ("iot2", True),
-        # RDS takes no hyphen at the end nor two in a row, and a letter has to come first.
+        # RDS allows no trailing hyphen, no two hyphens in a row, and needs a letter first.
         ("iot--system", False),
         ("iot-", False),
         ("2iot", False),
@@ -232,40 +232,40 @@ def test_same_parameter_same_specification() -> None:
         ("iot_system", False),
     ],
 )
-def test_prefix(value: str, good: bool) -> None:
+def test_prefix_is_valid_for_all_services(value: str, good: bool) -> None:
     assert accepts("network", "Prefix", value) is good
 
 
 def test_names_start_with_the_prefix() -> None:
-    """So that two systems can share a region; two regions can share the account."""
+    """So two systems can share a region, and two regions can share an account."""
     found = 0
     for role in ROLES:
         for logical_id, properties in resources(role).items():
             for key in NAMES & properties.keys():
                 if properties[key].get("Ref") in TEMPLATES[role]["Resources"]:
-                    continue  # the name of another resource of the stack
+                    continue  # refers to the name of another resource
                 assert "Prefix" in json.dumps(properties[key]), (role, logical_id, key)
                 found += 1
     assert found == 17
-    # IAM is one for all regions: what has no name gets one of its own in each of them.
-    for place, properties in everywhere("AWS::IAM::Role").items():
+    # IAM is global. Without a RoleName, CloudFormation generates a unique name in each region.
+    for place, properties in all_resources("AWS::IAM::Role").items():
         assert "RoleName" not in properties, place
     budget = resources("iot_core", "AWS::Budgets::Budget")["Budget"]["Budget"]
     assert "${AWS::Region}" in budget["BudgetName"]["Fn::Sub"]
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_no_region_or_account_is_written_out(role: str) -> None:
+def test_no_region_or_account_is_hard_coded(role: str) -> None:
     text = json.dumps({k: v for k, v in TEMPLATES[role].items() if k != "Parameters"})
     assert not re.search(r"\b[a-z]{2}-(north|south|east|west|central)[a-z]*-\d", text)
     assert not re.search(r"\b\d{12}\b", text)
-    assert "arn:aws:" not in text  # in China and GovCloud it is another word
+    assert "arn:aws:" not in text  # the partition differs in China and GovCloud
 
 
-def test_log_groups_end_and_are_there_before_their_writers() -> None:
-    for place, properties in everywhere("AWS::Logs::LogGroup").items():
+def test_log_groups_have_retention_and_exist_before_their_writers() -> None:
+    for place, properties in all_resources("AWS::Logs::LogGroup").items():
         role = place.partition(".")[0]
-        assert default(role, properties["RetentionInDays"]) == 30, place
+        assert resolve_default(role, properties["RetentionInDays"]) == 30, place
     assert TEMPLATES["eks"]["Resources"]["Cluster"]["DependsOn"] == "LogGroup"
     instance = TEMPLATES["rds"]["Resources"]["Instance"]
     exported = instance["Properties"]["EnableCloudwatchLogsExports"]
@@ -274,21 +274,23 @@ def test_log_groups_end_and_are_there_before_their_writers() -> None:
     assert groups.keys() <= {*instance["DependsOn"]}
 
 
-# --- rights ---------------------------------------------------------------------------------------
+# --- permissions ----------------------------------------------------------------------------------
 
 
-def test_no_policy_names_every_resource() -> None:
+def test_no_policy_has_all_resources_or_wildcard_actions() -> None:
     checked = 0
     for place, statement in statements("AWS::IAM::Role", "PolicyDocument"):
         for resource in as_list(statement["Resource"]):
-            assert resource != "*" or statement["Action"] == WITHOUT_RESOURCE.get(place), place
+            assert resource != "*" or statement["Action"] == WITHOUT_RESOURCE_LEVEL.get(place), (
+                place
+            )
         for action in as_list(statement["Action"]):
             assert "*" not in action, place
         checked += 1
     assert checked > 6
 
 
-def test_exporter_reads_metrics_of_its_region_and_nothing_else() -> None:
+def test_exporter_may_only_read_metrics_of_its_region() -> None:
     resource = TEMPLATES["eks"]["Resources"]["CloudWatchExporterRole"]
     assert resource["Condition"] == "WithCloudWatchExporter"
     assert parameter("eks", "CloudWatchExporterServiceAccount")["Default"] == ""
@@ -304,7 +306,7 @@ def test_exporter_reads_metrics_of_its_region_and_nothing_else() -> None:
     ]
 
 
-def test_exporter_asks_for_the_resources_of_the_stacks() -> None:
+def test_exporter_reads_metrics_of_the_stacks_resources() -> None:
     config = yaml.safe_load(
         render(
             "cloudwatch_exporter/cloudwatch-exporter.yml.j2",
@@ -313,7 +315,7 @@ def test_exporter_asks_for_the_resources_of_the_stacks() -> None:
             cloudwatch_exporter_replay_rules=3,
         )
     )
-    asked = {
+    requested = {
         (job["namespace"], dimension["name"], dimension["value"])
         for job in config["static"]
         for dimension in job["dimensions"]
@@ -324,7 +326,7 @@ def test_exporter_asks_for_the_resources_of_the_stacks() -> None:
     queue = resources("iot_core", "AWS::SQS::Queue")["ReplayQueue"]["QueueName"]["Fn::Sub"]
     group = resources("iot_core", "AWS::Logs::LogGroup")["ErrorLogGroup"]["LogGroupName"]["Fn::Sub"]
     rules = resources("iot_core", "AWS::IoT::TopicRule").values()
-    assert asked == {
+    assert requested == {
         ("AWS/RDS", "DBInstanceIdentifier", "plant-7"),
         ("AWS/SQS", "QueueName", queue.replace("${Prefix}", "plant-7")),
         ("AWS/Logs", "LogGroupName", group.replace("${Prefix}", "plant-7")),
@@ -337,7 +339,7 @@ def test_exporter_asks_for_the_resources_of_the_stacks() -> None:
 
 
 def test_no_wildcard_in_iot_policies() -> None:
-    """``*`` stands in the client ids of the collector, which have a prefix, and nowhere else."""
+    """``*`` is allowed only in the client ids of the collector, after their prefix."""
     checked = 0
     for kind in ("AWS::IoT::Policy", "AWS::IAM::Role"):
         for place, statement in statements(kind, "PolicyDocument"):
@@ -358,7 +360,7 @@ def test_no_wildcard_in_iot_policies() -> None:
 
 
 @pytest.mark.parametrize("role", ["eks", "iot_core"])
-def test_arns_of_topics_are_not_everything(role: str) -> None:
+def test_topic_arns_do_not_match_all_topics(role: str) -> None:
     arn = "arn:aws:iot:eu-west-1:123456789012:"
     assert accepts(role, "SubscribeArns", arn + "topicfilter/iot/data")
     assert accepts(
@@ -372,14 +374,14 @@ def test_arns_of_topics_are_not_everything(role: str) -> None:
     assert not accepts(role, "ReceiveArns", "*")
 
 
-def test_arns_of_what_devices_publish_are_not_everything() -> None:
+def test_publish_arns_do_not_match_all_topics() -> None:
     arn = "arn:aws:iot:eu-west-1:123456789012:"
     assert accepts("iot_core", "PublishArns", arn + "topic/iot/${iot:Connection.Thing.ThingName}")
     assert not accepts("iot_core", "PublishArns", arn + "topic/*")
     assert not accepts("iot_core", "PublishArns", arn + "topicfilter/iot/data")
 
 
-def test_collector_has_the_same_rights_by_role_and_by_certificate() -> None:
+def test_collector_has_equal_permissions_by_role_and_certificate() -> None:
     role = resources("eks", "AWS::IAM::Role")["CollectorRole"]
     always = [p for p in role["Policies"] if "Fn::If" not in p]
     by_role = {p["PolicyName"]: p["PolicyDocument"]["Statement"] for p in always}
@@ -387,7 +389,7 @@ def test_collector_has_the_same_rights_by_role_and_by_certificate() -> None:
     by_certificate = policy["PolicyDocument"]["Statement"]
     assert by_role["read-from-iot-core"] == by_certificate
     connect, subscribe, receive = by_certificate
-    # Of what a CONNECT can ask for, it may have a session that outlives the connection.
+    # The only CONNECT attribute that it may use is a persistent session.
     assert connect["Condition"] == {
         "ForAllValues:StringEquals": {"iot:ConnectAttributes": ["PersistentConnect"]}
     }
@@ -401,7 +403,7 @@ def test_collector_has_the_same_rights_by_role_and_by_certificate() -> None:
     ]
 
 
-def test_device_connects_as_its_own_thing_and_only_publishes() -> None:
+def test_device_may_only_connect_as_its_thing_and_publish() -> None:
     policy = resources("iot_core", "AWS::IoT::Policy")["DevicePolicy"]["PolicyDocument"]
     connect, publish = policy["Statement"]
     assert connect["Action"] == "iot:Connect"
@@ -410,8 +412,8 @@ def test_device_connects_as_its_own_thing_and_only_publishes() -> None:
     assert publish["Action"] == "iot:Publish"
 
 
-def test_key_of_the_example_device_never_gets_here() -> None:
-    for place, properties in everywhere("AWS::IoT::Certificate").items():
+def test_private_keys_are_not_accepted_as_parameters() -> None:
+    for place, properties in all_resources("AWS::IoT::Certificate").items():
         assert properties.keys() == {"CertificateSigningRequest", "Status"}, place
     for name in ("DeviceCsr", "CollectorCsr"):
         body = "MIHyMIGYAgEAMDYxCzAJBgNVBAYTAkRF\n"
@@ -420,7 +422,7 @@ def test_key_of_the_example_device_never_gets_here() -> None:
         assert not accepts("iot_core", name, request.replace("CERTIFICATE REQUEST", "PRIVATE KEY"))
 
 
-def test_one_service_account_for_each_irsa_role() -> None:
+def test_each_irsa_role_trusts_one_service_account() -> None:
     accounts = {}
     for place, statement in statements("AWS::IAM::Role", "AssumeRolePolicyDocument"):
         if statement["Action"] == "sts:AssumeRoleWithWebIdentity":
@@ -438,16 +440,16 @@ def test_one_service_account_for_each_irsa_role() -> None:
     }
 
 
-def test_services_take_roles_for_this_account_only() -> None:
+def test_services_may_assume_roles_only_for_this_account() -> None:
     for place, statement in statements("AWS::IAM::Role", "AssumeRolePolicyDocument"):
-        # EC2 and EKS are not documented to say for whom they come; IRSA names the service account.
+        # EC2 and EKS are not documented to send aws:SourceAccount. IRSA names the service account.
         if place in ("eks.NodeRole", "eks.ClusterRole"):
             assert "Condition" not in statement, place
         elif "Service" in statement["Principal"]:
             assert "AWS::AccountId" in json.dumps(statement["Condition"]), place
 
 
-def test_topic_rules_write_to_the_queue_or_else_to_the_log() -> None:
+def test_topic_rules_write_to_the_queue_and_errors_to_the_log() -> None:
     for name, rule in resources("iot_core", "AWS::IoT::TopicRule").items():
         payload = rule["TopicRulePayload"]
         assert payload["Actions"][0]["Sqs"]["QueueUrl"] == {"Ref": "ReplayQueue"}, name
@@ -457,23 +459,23 @@ def test_topic_rules_write_to_the_queue_or_else_to_the_log() -> None:
     assert queue["MessageRetentionPeriod"] == 14 * 86_400
 
 
-def test_collector_may_empty_the_replay_queue_and_no_more() -> None:
+def test_collector_may_only_read_and_delete_from_the_replay_queue() -> None:
     role = resources("eks", "AWS::IAM::Role")["CollectorRole"]
     always = [p for p in role["Policies"] if "Fn::If" not in p]
     policies = {p["PolicyName"]: p["PolicyDocument"]["Statement"] for p in always}
     (statement,) = policies["replay"]
     calls = ["sqs:DeleteMessage", "sqs:GetQueueAttributes", "sqs:ReceiveMessage"]
     assert statement["Action"] == calls
-    # The eks stack is built first and knows the queue by its name.
+    # The eks stack is created before the queue, so it refers to it by name.
     queue = resources("iot_core", "AWS::SQS::Queue")["ReplayQueue"]["QueueName"]["Fn::Sub"]
     place = "arn:${AWS::Partition}:sqs:${AWS::Region}:${AWS::AccountId}:"
     assert statement["Resource"]["Fn::Sub"] == place + queue
-    # What the collector asks for is what it may do.
-    asked = (ROOT / "collector/iot_collector/replay_queue.py").read_text()
-    assert sorted(set(re.findall(r'explained\("(sqs:\w+)"', asked))) == calls
+    # The collector calls exactly the allowed actions.
+    requested = (ROOT / "collector/iot_collector/replay_queue.py").read_text()
+    assert sorted(set(re.findall(r'explained\("(sqs:\w+)"', requested))) == calls
 
 
-def test_collector_may_use_its_place_in_the_archive_and_no_other() -> None:
+def test_collector_may_only_use_its_path_in_the_archive_bucket() -> None:
     (choice,) = [
         policy["Fn::If"]
         for policy in resources("eks", "AWS::IAM::Role")["CollectorRole"]["Policies"]
@@ -485,20 +487,20 @@ def test_collector_may_use_its_place_in_the_archive_and_no_other() -> None:
     assert bucket["Action"] == "s3:ListBucket"
     assert bucket["Resource"]["Fn::Sub"][0] == "arn:${AWS::Partition}:s3:::${Bucket}"
     assert objects["Resource"] == {"Fn::Sub": "arn:${AWS::Partition}:s3:::${ArchivePath}/*"}
-    # What the collector tells people to allow is what it may do.
-    asked = (ROOT / "collector/iot_collector/archive_files.py").read_text()
-    (line,) = set(re.findall(r"; allow (.+)\"", asked))
+    # The error messages of the collector name exactly the allowed actions.
+    requested = (ROOT / "collector/iot_collector/archive_files.py").read_text()
+    (line,) = set(re.findall(r"; allow (.+)\"", requested))
     assert set(re.findall(r"s3:\w+", line)) == {bucket["Action"], *objects["Action"]}
 
 
-def test_archive_path_is_no_pattern() -> None:
+def test_archive_path_has_no_wildcard() -> None:
     for right in ("", "my-bucket", "my-bucket/iot/months"):
         assert accepts("eks", "ArchivePath", right), right
     for wrong in ("*", "my-bucket/*", "my-bucket/", "s3://my-bucket"):
         assert not accepts("eks", "ArchivePath", wrong), wrong
 
 
-def test_settings_of_the_whole_account_are_left_alone_unless_asked() -> None:
+def test_account_wide_logging_is_off_by_default() -> None:
     logging = TEMPLATES["iot_core"]["Resources"]["Logging"]
     assert logging["Condition"] == "WithLogging"
     assert parameter("iot_core", "IotLogging")["Default"] == "false"
@@ -507,7 +509,7 @@ def test_settings_of_the_whole_account_are_left_alone_unless_asked() -> None:
 # --- network --------------------------------------------------------------------------------------
 
 
-def test_database_subnets_have_no_route_out() -> None:
+def test_database_subnets_have_no_route_to_the_internet() -> None:
     routes = resources("network", "AWS::EC2::Route")
     tables = {route["RouteTableId"]["Ref"] for route in routes.values()}
     assert tables == {"PublicRoutes", "PrivateRoutesA", "PrivateRoutesB", "PrivateRoutesC"}
@@ -521,7 +523,7 @@ def test_database_subnets_have_no_route_out() -> None:
     assert used.keys() == resources("network", "AWS::EC2::Subnet").keys()
 
 
-def test_ec2_15_subnets_give_no_public_addresses() -> None:
+def test_ec2_15_subnets_assign_no_public_addresses() -> None:
     subnets = resources("network", "AWS::EC2::Subnet")
     assert len(subnets) == 9
     for name, subnet in subnets.items():
@@ -533,7 +535,7 @@ def test_ec2_6_vpc_has_a_flow_log() -> None:
     assert flow_log["ResourceId"] == {"Ref": "Vpc"}
 
 
-def test_third_zone_moves_no_subnet() -> None:
+def test_third_zone_does_not_change_the_cidr_of_other_subnets() -> None:
     subnets = resources("network", "AWS::EC2::Subnet")
     places = [subnet["CidrBlock"]["Fn::Select"][0] for subnet in subnets.values()]
     assert sorted(places) == list(range(9))
@@ -542,8 +544,8 @@ def test_third_zone_moves_no_subnet() -> None:
         assert condition == ("ThreeZones" if name.endswith("C") else None), name
 
 
-def test_security_groups_let_nothing_out_and_the_internet_not_in() -> None:
-    groups = everywhere("AWS::EC2::SecurityGroup")
+def test_security_groups_allow_no_egress_and_no_internet() -> None:
+    groups = all_resources("AWS::EC2::SecurityGroup")
     assert len(groups) == 3
     for place, group in groups.items():
         (egress,) = group["SecurityGroupEgress"]
@@ -562,11 +564,11 @@ def test_ecr_1_images_are_scanned() -> None:
     assert repository()["ImageScanningConfiguration"] == {"ScanOnPush": True}
 
 
-def test_ecr_2_tags_do_not_move() -> None:
+def test_ecr_2_tags_are_immutable() -> None:
     assert repository()["ImageTagMutability"] == "IMMUTABLE"
 
 
-def test_ecr_3_old_images_go() -> None:
+def test_ecr_3_old_images_expire() -> None:
     text = repository()["LifecyclePolicy"]["LifecyclePolicyText"]["Fn::Sub"]
     for name in ("KeepImages", "UntaggedDays"):
         text = text.replace(f"${{{name}}}", str(parameter("ecr", name)["Default"]))
@@ -575,7 +577,7 @@ def test_ecr_3_old_images_go() -> None:
     assert tagged["selection"]["countNumber"] == 20
 
 
-def test_ecr_5_customer_key() -> None:
+def test_ecr_5_images_are_encrypted_with_a_customer_managed_key() -> None:
     encryption = repository()["EncryptionConfiguration"]
     assert encryption == {"EncryptionType": "KMS", "KmsKey": {"Fn::GetAtt": ["Key", "Arn"]}}
 
@@ -583,15 +585,15 @@ def test_ecr_5_customer_key() -> None:
 # --- keys and secrets -----------------------------------------------------------------------------
 
 
-def test_kms_4_keys_rotate_and_there_are_two() -> None:
-    keys = everywhere("AWS::KMS::Key")
+def test_kms_4_both_keys_rotate() -> None:
+    keys = all_resources("AWS::KMS::Key")
     assert keys.keys() == {"ecr.Key", "eks.Key"}
     for place, key in keys.items():
         assert key["EnableKeyRotation"] is True, place
 
 
 def test_secretsmanager_1_rds_rotates_the_master_password() -> None:
-    """The two others are rotated by whoever runs the playbook; Security Hub reports them."""
+    """The other two passwords are rotated by hand. Security Hub reports them."""
     assert database()["ManageMasterUserPassword"] is True
     assert "MasterUserPassword" not in database()
 
@@ -601,7 +603,7 @@ def test_no_secret_is_a_parameter_or_an_output() -> None:
         for name in [*TEMPLATES[role]["Parameters"], *TEMPLATES[role]["Outputs"]]:
             if re.search("Password|Secret|PrivateKey", name):
                 assert name.endswith("SecretArn"), (role, name)
-    for place, secret in everywhere("AWS::SecretsManager::Secret").items():
+    for place, secret in all_resources("AWS::SecretsManager::Secret").items():
         assert "SecretString" not in secret, place
         assert secret["GenerateSecretString"]["PasswordLength"] >= 32, place
 
@@ -613,86 +615,87 @@ def database() -> Any:
     return resources("rds", "AWS::RDS::DBInstance")["Instance"]
 
 
-def test_rds_2_not_public() -> None:
+def test_rds_2_database_is_not_public() -> None:
     assert database()["PubliclyAccessible"] is False
 
 
-def test_rds_3_encrypted_by_a_key_that_outlives_the_stack() -> None:
+def test_rds_3_storage_key_is_not_part_of_the_stack() -> None:
     assert database()["StorageEncrypted"] is True
     assert "KmsKeyId" not in database()
 
 
 def test_rds_5_multi_az() -> None:
-    assert default("rds", database()["MultiAZ"]) == "true"
+    assert resolve_default("rds", database()["MultiAZ"]) == "true"
 
 
 def test_rds_6_enhanced_monitoring() -> None:
-    assert default("rds", database()["MonitoringInterval"]) == 60
+    assert resolve_default("rds", database()["MonitoringInterval"]) == 60
     assert 0 not in parameter("rds", "MonitoringSeconds")["AllowedValues"]
 
 
-def test_rds_8_deletion_protection_that_no_rollback_meets() -> None:
-    assert default("rds", database()["DeletionProtection"]) == "true"
+def test_rds_8_database_is_protected_and_nothing_depends_on_it() -> None:
+    """So no resource can fail after it, and no rollback has to delete it."""
+    assert resolve_default("rds", database()["DeletionProtection"]) == "true"
     for name, resource in TEMPLATES["rds"]["Resources"].items():
         assert "Instance" not in as_list(resource.get("DependsOn", [])), name
-        for key, value in pairs(resource):
+        for key, value in walk(resource):
             assert (key, value) != ("Ref", "Instance"), name
             assert not (key == "Fn::GetAtt" and value[0] == "Instance"), name
 
 
-def test_rds_9_logs_go_to_cloudwatch() -> None:
+def test_rds_9_logs_are_exported_to_cloudwatch() -> None:
     assert database()["EnableCloudwatchLogsExports"] == ["postgresql", "upgrade"]
 
 
-def test_rds_10_iam_authentication() -> None:
-    assert default("rds", database()["EnableIAMDatabaseAuthentication"]) == "true"
+def test_rds_10_iam_authentication_is_on() -> None:
+    assert resolve_default("rds", database()["EnableIAMDatabaseAuthentication"]) == "true"
 
 
-def test_rds_11_backups() -> None:
-    assert default("rds", database()["BackupRetentionPeriod"]) >= 7
+def test_rds_11_backups_are_kept_7_days() -> None:
+    assert resolve_default("rds", database()["BackupRetentionPeriod"]) >= 7
 
 
-def test_rds_13_minor_versions_come_by_themselves() -> None:
+def test_rds_13_minor_versions_are_upgraded_automatically() -> None:
     assert database()["AutoMinorVersionUpgrade"] is True
 
 
-def test_rds_17_tags_go_to_snapshots() -> None:
+def test_rds_17_tags_are_copied_to_snapshots() -> None:
     assert database()["CopyTagsToSnapshot"] is True
 
 
-def test_rds_23_not_the_default_port() -> None:
-    assert default("rds", database()["Port"]) != 5432
+def test_rds_23_port_is_not_the_default() -> None:
+    assert resolve_default("rds", database()["Port"]) != 5432
 
 
-def test_rds_25_master_is_not_called_by_its_usual_name() -> None:
-    assert default("rds", database()["MasterUsername"]) not in ("postgres", "admin")
+def test_rds_25_master_user_name_is_not_the_default() -> None:
+    assert resolve_default("rds", database()["MasterUsername"]) not in ("postgres", "admin")
 
 
-def test_database_lets_in_the_nodes_only() -> None:
+def test_database_accepts_connections_of_nodes_only() -> None:
     (rule,) = resources("rds", "AWS::EC2::SecurityGroup")["SecurityGroup"]["SecurityGroupIngress"]
     assert rule["SourceSecurityGroupId"] == {"Ref": "NodeSecurityGroupId"}
     assert rule["FromPort"] == rule["ToPort"] == database()["Port"] == {"Ref": "Port"}
 
 
-def test_database_insists_on_tls_and_logs_no_passwords() -> None:
+def test_database_requires_tls_and_logs_no_statements() -> None:
     parameters = resources("rds", "AWS::RDS::DBParameterGroup")["ParameterGroup"]["Parameters"]
     assert parameters["rds.force_ssl"] == "1"
     assert parameters["log_statement"] == "none"
 
 
-def test_deleting_the_database_keeps_a_snapshot() -> None:
+def test_deleted_database_leaves_a_snapshot() -> None:
     instance = TEMPLATES["rds"]["Resources"]["Instance"]
     assert instance["DeletionPolicy"] == instance["UpdateReplacePolicy"] == "Snapshot"
 
 
 @pytest.mark.parametrize(("mode", "days"), [("standard", 7), ("advanced", 465)])
-def test_database_insights_have_the_retention_of_their_mode(mode: str, days: int) -> None:
+def test_database_insights_retention_fits_the_mode(mode: str, days: int) -> None:
     properties = database()
     assert properties["DatabaseInsightsMode"] == {"Ref": "InsightsMode"}
     assert properties["EnablePerformanceInsights"] is True
     condition, *values = properties["PerformanceInsightsRetentionPeriod"]["Fn::If"]
-    asked = TEMPLATES["rds"]["Conditions"][condition]["Fn::Equals"][1]
-    assert values[0 if mode == asked else 1] == days
+    requested = TEMPLATES["rds"]["Conditions"][condition]["Fn::Equals"][1]
+    assert values[0 if mode == requested else 1] == days
     assert mode in parameter("rds", "InsightsMode")["AllowedValues"]
 
 
@@ -713,8 +716,8 @@ def test_eks_1_endpoint_is_private_unless_ranges_are_given() -> None:
     assert not accepts("eks", "PublicAccessCidrs", "everybody")
 
 
-def test_eks_2_version_is_named() -> None:
-    # Whether AWS supports it, the playbook asks before it makes anything.
+def test_eks_2_version_is_a_parameter() -> None:
+    # The playbook checks that AWS supports it before it creates anything.
     assert cluster()["Version"] == {"Ref": "KubernetesVersion"}
 
 
@@ -724,13 +727,13 @@ def test_eks_3_secrets_are_encrypted() -> None:
     assert encryption["Provider"] == {"KeyArn": {"Fn::GetAtt": ["Key", "Arn"]}}
 
 
-def test_eks_8_every_log_is_on() -> None:
+def test_eks_8_all_control_plane_logs_are_on() -> None:
     enabled = cluster()["Logging"]["ClusterLogging"]["EnabledTypes"]
     kinds = {"api", "audit", "authenticator", "controllerManager", "scheduler"}
     assert {kind["Type"] for kind in enabled} == kinds
 
 
-def test_access_is_by_entries_alone() -> None:
+def test_cluster_access_uses_only_access_entries() -> None:
     assert cluster()["AccessConfig"]["AuthenticationMode"] == "API"
     entries = resources("eks", "AWS::EKS::AccessEntry")
     assert len(entries) == 3
@@ -739,7 +742,7 @@ def test_access_is_by_entries_alone() -> None:
     assert not accepts("eks", "AdminArn1", "arn:aws:iam::123456789012:root")
 
 
-def test_nodes_keep_their_credentials_and_encrypt_their_disks() -> None:
+def test_nodes_require_imdsv2_and_encrypt_their_disks() -> None:
     data = resources("eks", "AWS::EC2::LaunchTemplate")["LaunchTemplate"]["LaunchTemplateData"]
     assert data["MetadataOptions"]["HttpTokens"] == "required"
     assert data["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
@@ -748,14 +751,14 @@ def test_nodes_keep_their_credentials_and_encrypt_their_disks() -> None:
     assert tagged.keys() == {"instance", "volume", "network-interface"}
     for tags in tagged.values():
         assert {"Key": "Project", "Value": {"Ref": "Prefix"}} in tags
-    # Without the cluster's own group the nodes could not talk to the control plane.
+    # Without the cluster security group, nodes cannot reach the control plane.
     assert data["SecurityGroupIds"] == [
         {"Fn::GetAtt": ["Cluster", "ClusterSecurityGroupId"]},
         {"Ref": "NodeSecurityGroupId"},
     ]
 
 
-def test_network_comes_before_the_nodes_and_pods_after_them() -> None:
+def test_network_add_ons_come_before_nodes_and_others_after() -> None:
     everything = TEMPLATES["eks"]["Resources"]
     assert {*everything["Nodes"]["DependsOn"]} == {"VpcCni", "KubeProxy"}
     after = {
@@ -767,7 +770,7 @@ def test_network_comes_before_the_nodes_and_pods_after_them() -> None:
     assert cluster()["BootstrapSelfManagedAddons"] is False
 
 
-def test_settings_of_add_ons_are_json() -> None:
+def test_configuration_of_add_ons_is_json() -> None:
     settings = {
         addon["AddonName"]: json.loads(addon["ConfigurationValues"]["Fn::Sub"])
         for addon in resources("eks", "AWS::EKS::Addon").values()
@@ -775,6 +778,6 @@ def test_settings_of_add_ons_are_json() -> None:
     }
     assert settings["vpc-cni"]["enableNetworkPolicy"] == "true"
     tags = json.loads(settings["vpc-cni"]["env"]["ADDITIONAL_ENI_TAGS"])
-    # How teardown recognises what the add-ons leave behind.
+    # Teardown finds the resources that the add-ons leave behind by this tag.
     assert tags == settings["aws-ebs-csi-driver"]["controller"]["extraVolumeTags"]
     assert tags == {"Project": "${Prefix}"}

@@ -1,27 +1,27 @@
 #!/usr/bin/env python3
-"""A stand-in for minikube, docker and kubectl, as far as roles/minikube calls them.
+"""A stand-in for the commands of minikube, docker and kubectl that roles/minikube calls.
 
-It is not minikube: it starts nothing and only remembers, in the file state.json of the directory
-$MINIKUBE_STANDIN, what it was told. It answers in the formats of minikube 1.38, read from the
-sources of kubernetes/minikube and not recorded from a running one:
+It starts nothing. It only keeps its state in the file state.json of the directory
+$MINIKUBE_STANDIN. Its output has the formats of minikube 1.38, taken from the source code of
+kubernetes/minikube and not recorded from a running minikube:
 
 - `profile list -o json`: cmd/minikube/cmd/config/profile_list.go, pkg/minikube/config/types.go; an
   example of the real output is in its pull request 9996.
 - `status -o json` and its exit code (1 host + 2 cluster + 4 kubeconfig), and `null` with exit code
   0 for a node whose container is gone: cmd/minikube/cmd/status.go, pkg/minikube/cluster/status.go.
 - `addons list -o json`: cmd/minikube/cmd/config/addons_list.go.
-- `image ls`: ListImages in pkg/minikube/machine/cache_images.go; one name a line, a stopped cluster
-  lists nothing and succeeds. Short names get the host of a registry and /library/ before them: pull
-  request 16214.
+- `image ls`: ListImages in pkg/minikube/machine/cache_images.go; one name per line; a stopped
+  cluster lists nothing and succeeds. Short names are prefixed with a registry host and /library/:
+  pull request 16214.
 - `image build` succeeds when the build fails: issues 12556 and 16576, BuildImage in
   pkg/minikube/machine/build_images.go.
 - `start` and `delete`: exit codes from pkg/minikube/reason/exitcodes.go; texts from issues.
 
-Not verified against the real one: what `start --wait=all` waits for, how long anything takes, and
-the exact text of a failed start or build. The workflow's job `kubernetes` runs the real minikube.
+Not verified against a real minikube: what `start --wait=all` waits for, how long commands take, and
+the exact text of a failed start or build. The CI job `kubernetes` runs the real minikube.
 
-The calls are kept in calls.log, a line each. In state.json, beside `profiles` and `images`:
-`docker` is up, down or denied; `fails` names the commands that fail (start, build).
+calls.log has a line for each call. state.json contains, besides `profiles` and `images`: `docker`,
+which is up, down or denied, and `fails`, the commands that fail (start, build).
 """
 
 import json
@@ -46,7 +46,7 @@ def fail(text: str, code: int) -> NoReturn:
 
 
 def options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """({"profile": "iot-system", "force": ""}, ["image", "ls"]) of the form --name=value."""
+    """Split options from words: ({"profile": "x", "force": ""}, ["image", "ls"])."""
     flags = [a[2:].partition("=") for a in arguments if a.startswith("--")]
     return {name: value for name, _, value in flags}, [
         a for a in arguments if not a.startswith("--")
@@ -63,7 +63,7 @@ def docker(state: Object, arguments: list[str]) -> None:
         info = {"NCPU": 4, "MemTotal": 16 << 30, "DockerRootDir": "/", **state.get("info", {})}
         print(json.dumps(info))
         return
-    # The client prints an empty answer beside the error.
+    # The docker client also prints an empty answer on stdout.
     print("null")
     fail(
         {
@@ -77,7 +77,7 @@ def docker(state: Object, arguments: list[str]) -> None:
 
 
 def status(profile: Object) -> tuple[Object | None, int]:
-    """(what `status -o json` prints, its exit code)"""
+    """Return the output of `status -o json` and its exit code."""
     if profile["host"] == "Nonexistent":
         return None, 0
     running = profile["host"] == "Running"
@@ -126,7 +126,7 @@ def start(state: Object, name: str, flags: dict[str, str]) -> None:
         }
         state["profiles"][name] = {"host": "Stopped", "config": config}
     elif "kubernetes-version" in flags:
-        # Of all that a start may ask of an existing cluster, minikube changes this.
+        # The version is the only option that changes an existing cluster.
         kubernetes = state["profiles"][name]["config"]["KubernetesConfig"]
         kubernetes["KubernetesVersion"] = flags["kubernetes-version"]
     if "start" in state.get("fails", []):

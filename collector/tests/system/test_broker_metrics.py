@@ -1,4 +1,4 @@
-"""What Mosquitto publishes about itself becomes metrics of the collector."""
+"""The $SYS topics of Mosquitto become metrics of the collector."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ DROPPED = "mqtt_broker_messages_dropped_total"
 CONNECTED = "mqtt_broker_metrics_connected"
 
 
-def about_the_broker(collector: Collector) -> Metrics:
+def broker_metrics(collector: Collector) -> Metrics:
     return {
         name: value
         for name, value in collector.metrics().items()
@@ -33,12 +33,12 @@ def test_metrics_follow_the_broker(
     collector = make_collector(broker, database, IOT_BROKER_METRICS="true").start()
     publish(broker, [("iot/data", b"n:%d" % i) for i in range(40)])
 
-    def all_of_it() -> Metrics | None:
-        found = about_the_broker(collector)
+    def complete_metrics() -> Metrics | None:
+        found = broker_metrics(collector)
         return found if found.get(DROPPED) and found["mqtt_broker_uptime_seconds"] else None
 
-    found = eventually(all_of_it, what="the broker has dropped what the session cannot hold")
-    assert found[DROPPED] >= 40 - 15  # of the session `away`, whose queue is full
+    found = eventually(complete_metrics, what="the broker drops messages of a full queue")
+    assert found[DROPPED] >= 40 - 15  # from the full queue of the session `away`
     assert found["mqtt_broker_messages_received_total"] == 40
     assert found["mqtt_broker_messages_sent_total"] >= 40
     assert found['mqtt_broker_clients{state="disconnected"}'] == 1
@@ -54,23 +54,23 @@ def test_metrics_follow_the_broker(
         "mqtt_broker_clients_expired_total",
     }
     assert at_least <= found.keys()
-    # The session is one that the broker forgets, and no subscription of the collector's own.
+    # The connection for metrics has no persistent session.
     assert database.query("SELECT client_id FROM sessions ORDER BY 1") == [
         ("away",),
         ("collector",),
     ]
 
-    # No broker, no metrics of it; and they come back with it.
+    # Without a broker there are no broker metrics.
     broker.stop()
-    eventually(lambda: not about_the_broker(collector), what="the metrics are gone")
+    eventually(lambda: not broker_metrics(collector), what="the metrics are gone")
     assert collector.metrics()[CONNECTED] == 0
     broker.start()
-    eventually(lambda: about_the_broker(collector), what="the metrics are back")
+    eventually(lambda: broker_metrics(collector), what="the metrics are back")
     assert collector.metrics()[CONNECTED] == 1
     assert collector.stop() == 0
 
 
-def test_refused_topic_is_missing_and_nothing_else(
+def test_only_the_refused_topic_is_missing(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: object
 ) -> None:
     broker = make_broker("sys_interval 1", limits=NO_LIMITS)
@@ -79,18 +79,18 @@ def test_refused_topic_is_missing_and_nothing_else(
         config.write("\n".join([*security.settings, ""]))
     broker.start()
     collector = make_collector(broker, database, IOT_BROKER_METRICS="true").start()
-    found = eventually(lambda: about_the_broker(collector), what="there are metrics")
-    eventually(lambda: DROPPED in about_the_broker(collector), what="the others come")
+    found = eventually(lambda: broker_metrics(collector), what="there are metrics")
+    eventually(lambda: DROPPED in broker_metrics(collector), what="the other metrics arrive")
     assert "mqtt_broker_uptime_seconds" not in found
     (warning,) = (event for event in collector.events() if "refused to subs" in event["event"])
     assert warning["topics"] == ["$SYS/broker/uptime"]
     assert collector.health()["problems"] == []
 
 
-def test_no_metrics_without_the_right_to_read_them(
+def test_messages_are_stored_without_permission_to_read_sys_topics(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database
 ) -> None:
-    """Which changes nothing for the messages."""
+    """There are no broker metrics, and the collector is healthy."""
     broker = make_broker("sys_interval 1", limits=NO_LIMITS)
     acl = broker.folder / "acl"
     acl.write_text("topic readwrite #\n")
@@ -101,9 +101,9 @@ def test_no_metrics_without_the_right_to_read_them(
     eventually(lambda: collector.metrics()[CONNECTED] == 1, what="it is connected")
     publish(broker, [("iot/data", b"n:1")])
     collector.wait_settled(1)
-    assert about_the_broker(collector) == {}
+    assert broker_metrics(collector) == {}
     assert collector.status("/health") == 200
 
 
-def test_off_by_default(collector: Collector) -> None:
+def test_broker_metrics_are_off_by_default(collector: Collector) -> None:
     assert not any(name.startswith("mqtt_broker") for name in collector.metrics())

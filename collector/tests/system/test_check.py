@@ -1,4 +1,4 @@
-"""``iot-collector check``: its checks, its exit status and its hints."""
+"""``iot-collector check``: checks, exit status and hints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from testing.service import HOST, free_port
 
 
 def check(*parts: Mosquitto | Database, **settings: str) -> tuple[int, list[str], list[str]]:
-    """Return the exit status, and the lines of checks that succeeded and that failed."""
+    """Run the command; return the exit status and the lines of successful and failed checks."""
     merged: dict[str, str] = {}
     for part in parts:
         merged |= part.environment()
@@ -27,7 +27,7 @@ def check(*parts: Mosquitto | Database, **settings: str) -> tuple[int, list[str]
     return done.returncode, right, wrong
 
 
-def test_everything_is_right(broker: Mosquitto, database: Database) -> None:
+def test_status_is_0_when_all_checks_succeed(broker: Mosquitto, database: Database) -> None:
     status, right, wrong = check(broker, database)
     assert (status, wrong) == (0, [])
     assert [line.split()[0] for line in right] == ["settings:", "broker", "database"]
@@ -35,7 +35,7 @@ def test_everything_is_right(broker: Mosquitto, database: Database) -> None:
     assert f"/{database.name} as postgres" in right[2]
 
 
-def test_settings() -> None:
+def test_wrong_settings_are_reported() -> None:
     done = run_command("check", IOT_HTTP_PORT="zero", IOT_MQTT_TOPIC="x")
     assert done.returncode == 2
     first, second = done.stderr.splitlines()
@@ -44,7 +44,7 @@ def test_settings() -> None:
     assert second.startswith("wrong setting: IOT_HTTP_PORT: ")
 
 
-def test_broker_unreachable(database: Database) -> None:
+def test_unreachable_broker_is_reported(database: Database) -> None:
     status, _, wrong = check(database, IOT_MQTT_URL=f"mqtt://{HOST}:{free_port()}")
     assert status == 4
     (line,) = wrong
@@ -52,14 +52,14 @@ def test_broker_unreachable(database: Database) -> None:
     assert "IOT_MQTT_URL" in line
 
 
-def test_broker_unknown(database: Database) -> None:
+def test_unknown_host_name_of_the_broker_is_reported(database: Database) -> None:
     status, _, wrong = check(database, IOT_MQTT_URL="mqtt://no-such-host.invalid")
     assert status == 4
     assert "IOT_MQTT_URL" in wrong[0]
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
-def test_broker_password(
+def test_wrong_broker_password_is_reported(
     version: str, make_broker: Callable[..., Mosquitto], database: Database, tmp_path: Path
 ) -> None:
     users, secret = tmp_path / "users", tmp_path / "secret"
@@ -76,7 +76,7 @@ def test_broker_password(
     assert check(broker, database, IOT_MQTT_USERNAME="me", **settings)[0] == 0
 
 
-def test_broker_certificate(
+def test_untrusted_broker_certificate_is_reported(
     make_broker: Callable[..., Mosquitto], database: Database, tmp_path: Path
 ) -> None:
     certificates = make_certificates(tmp_path)
@@ -89,7 +89,7 @@ def test_broker_certificate(
     assert check(broker, database, IOT_MQTT_CA_FILE=str(certificates.ca))[0] == 0
 
 
-def test_database_unreachable(broker: Mosquitto) -> None:
+def test_unreachable_database_is_reported(broker: Mosquitto) -> None:
     url = f"postgresql://me@{HOST}:{free_port()}/iot"
     status, _, wrong = check(broker, IOT_DATABASE_URL=url)
     assert status == 8
@@ -97,20 +97,20 @@ def test_database_unreachable(broker: Mosquitto) -> None:
     assert "IOT_DATABASE_URL" in wrong[0]
 
 
-def test_database_password(broker: Mosquitto, database: Database) -> None:
+def test_wrong_database_password_is_reported(broker: Mosquitto, database: Database) -> None:
     status, _, wrong = check(broker, database, IOT_DATABASE_PASSWORD="wrong-one")
     assert status == 8
     assert "IOT_DATABASE_PASSWORD_FILE" in wrong[0]
     assert "wrong-one" not in wrong[0]
 
 
-def test_database_schema(broker: Mosquitto, empty_database: Database) -> None:
+def test_missing_schema_is_reported(broker: Mosquitto, empty_database: Database) -> None:
     status, _, wrong = check(broker, empty_database)
     assert status == 8
     assert "iot-collector migrate" in wrong[0]
 
 
-def test_database_schema_of_an_older_release(broker: Mosquitto, database: Database) -> None:
+def test_schema_of_an_older_release_is_reported(broker: Mosquitto, database: Database) -> None:
     database.query("DELETE FROM schema_migrations WHERE name LIKE '0002%'")
     status, _, wrong = check(broker, database)
     assert status == 8
@@ -118,7 +118,7 @@ def test_database_schema_of_an_older_release(broker: Mosquitto, database: Databa
     assert "iot-collector migrate" in wrong[0]
 
 
-def test_database_rights(broker: Mosquitto, database: Database) -> None:
+def test_missing_privileges_are_reported(broker: Mosquitto, database: Database) -> None:
     role = f"{database.name}_reader"
     database.query(f"CREATE ROLE {role} LOGIN PASSWORD 'x'; GRANT pg_read_all_data TO {role}")
     status, _, wrong = check(broker, Database(database.server, database.name, role, "x"))
@@ -127,7 +127,7 @@ def test_database_rights(broker: Mosquitto, database: Database) -> None:
     assert "grant" in wrong[0].lower()
 
 
-def test_broker_and_database_unreachable() -> None:
+def test_unreachable_broker_and_database_are_both_reported() -> None:
     status, _, wrong = check(
         IOT_MQTT_URL=f"mqtt://{HOST}:{free_port()}",
         IOT_DATABASE_URL=f"postgresql://me@{HOST}:{free_port()}/iot",
@@ -136,7 +136,7 @@ def test_broker_and_database_unreachable() -> None:
     assert len(wrong) == 2
 
 
-def test_a_running_collector_is_not_disturbed(
+def test_check_does_not_disturb_a_running_collector(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
     settings = {name: collector.settings[name] for name in ("IOT_MQTT_CLIENT_ID",)}

@@ -22,7 +22,9 @@ FILL = (
 )
 
 
-def test_recipes(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_on_an_archive_are_correct(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     database.query(FILL)
     done = run_command("archive", **database.environment(), IOT_ARCHIVE_TARGET=str(tmp_path))
     assert done.returncode == 0, done.stderr

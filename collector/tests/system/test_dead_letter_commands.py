@@ -9,9 +9,9 @@ import pytest
 from testing.collector import clean_environment, iot_collector, run_command
 from testing.postgres import Database, Row
 
-# Every byte, a pattern that COPY's text format would change, and what is no UTF-8.
+# All byte values, escapes of COPY's text format, and invalid UTF-8.
 NASTY = bytes(range(256)) + b"\\N\t\\.\r\n\xff"
-MOMENT = datetime(2019, 3, 31, 1, 59, 59, 123_457, tzinfo=UTC)  # there is no partition for it
+MOMENT = datetime(2019, 3, 31, 1, 59, 59, 123_457, tzinfo=UTC)  # no partition exists for it
 
 INSERT = (
     "INSERT INTO dead_letters"
@@ -37,7 +37,7 @@ def dead_letters(database: Database, *arguments: object) -> subprocess.Completed
     return run_command("dead-letters", *map(str, arguments), **database.environment())
 
 
-def test_retry_stores_every_byte_once(database: Database) -> None:
+def test_retry_stores_the_message_unchanged_and_once(database: Database) -> None:
     properties = b'{"user": {"a": ["1", "2"]}, "content_type": "x"}'
     first = add_dead_letter(
         database, NASTY, topic="größe/\u2603".encode(), properties=properties, qos=2
@@ -58,7 +58,7 @@ def test_retry_stores_every_byte_once(database: Database) -> None:
     assert f"there is no dead letter {first}" in again.stderr
 
 
-def test_refused_again_keeps_the_new_reason(database: Database) -> None:
+def test_message_refused_again_gets_the_new_reason(database: Database) -> None:
     bad, good = add_dead_letter(database, b"poison"), add_dead_letter(database, b"fine")
     database.query("ALTER TABLE messages ADD CONSTRAINT no_poison CHECK (payload <> 'poison')")
     done = dead_letters(database, "retry", "--all")
@@ -72,14 +72,14 @@ def test_refused_again_keeps_the_new_reason(database: Database) -> None:
     assert good != bad
 
 
-def test_fields_that_are_refused_are_left_out(database: Database) -> None:
-    """As the collector does it: jsonb refuses the number, the message itself is fine."""
+def test_retry_leaves_out_fields_that_jsonb_refuses(database: Database) -> None:
+    """The collector does the same: jsonb refuses the number, but the message is stored."""
     add_dead_letter(database, b'{"a": 1e200000}')
     assert dead_letters(database, "retry", "--all").returncode == 0
     assert database.rows() == [Row("iot/data", b'{"a": 1e200000}', 1, False, None, None)]
 
 
-def test_retries_at_once_store_once(database: Database) -> None:
+def test_concurrent_retries_store_each_message_once(database: Database) -> None:
     for n in range(30):
         add_dead_letter(database, b"n:%d" % n)
     with ThreadPoolExecutor(3) as pool:
@@ -89,7 +89,7 @@ def test_retries_at_once_store_once(database: Database) -> None:
     assert database.count("dead_letters") == 0
 
 
-def test_show(database: Database) -> None:
+def test_show_escapes_control_characters(database: Database) -> None:
     letter = add_dead_letter(database, NASTY, topic=b"a\x1b[31m\xff")
     raw = subprocess.run(
         [iot_collector(), "dead-letters", "show", "--raw", str(letter)],
@@ -107,7 +107,7 @@ def test_show(database: Database) -> None:
     assert "there is no dead letter 99" in dead_letters(database, "show", 99).stderr
 
 
-def test_list(database: Database) -> None:
+def test_list_shows_the_newest_dead_letters(database: Database) -> None:
     assert dead_letters(database, "list").stdout.startswith("0 of 0 dead letters")
     for n in range(3):
         add_dead_letter(database, b"x" * (1000 + n))
@@ -121,9 +121,9 @@ def test_list(database: Database) -> None:
     assert "1 more messages are in dead_letters_fallback" in done.stdout
 
 
-def test_purge_asks(database: Database) -> None:
+def test_purge_asks_for_confirmation(database: Database) -> None:
     first, second = add_dead_letter(database), add_dead_letter(database)
-    asked = dead_letters(database, "purge", first)  # there is nobody to answer
+    asked = dead_letters(database, "purge", first)  # stdin is empty
     assert asked.returncode == 1
     assert "Delete 1 dead letters for good?" in asked.stdout + asked.stderr
     assert database.count("dead_letters") == 2
@@ -134,14 +134,14 @@ def test_purge_asks(database: Database) -> None:
 
 
 @pytest.mark.parametrize("command", ["retry", "purge"])
-def test_ids_or_all(command: str, database: Database) -> None:
+def test_command_needs_either_ids_or_all(command: str, database: Database) -> None:
     for arguments in ([], ["1", "--all"]):
         done = dead_letters(database, command, *arguments)
         assert done.returncode == 2
         assert "give the ids of dead letters, or --all" in done.stderr
 
 
-def test_database_away(database: Database) -> None:
+def test_database_error_is_explained(database: Database) -> None:
     settings = {**database.environment(), "IOT_DATABASE_PASSWORD": "wrong"}
     done = run_command("dead-letters", "retry", "--all", **settings)
     assert done.returncode == 1

@@ -1,7 +1,7 @@
 """The explorer in a real browser: Chromium, driven by Playwright.
 
-Each test ends with no error in the browser's console, which also has what the page's
-Content-Security-Policy refused.
+Each test fails on an error in the browser's console. Violations of the page's
+Content-Security-Policy are also reported there.
 """
 
 import json
@@ -56,7 +56,7 @@ HOSTILE = [
 def browser() -> Iterator[Browser]:
     """Chromium, for all tests."""
     with sync_playwright() as playwright:
-        # Its sandbox refuses root.
+        # Chromium's sandbox does not work as root.
         arguments = ["--no-sandbox"] if IS_ROOT else []
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield chromium
@@ -67,19 +67,19 @@ def browser() -> Iterator[Browser]:
 def open_page(
     browser: Browser, make_collector: Callable[..., Collector]
 ) -> Iterator[Callable[..., Page]]:
-    """Open pages; none of them may have said anything in the console at the end.
+    """Open pages. At the end, their consoles must be empty.
 
-    They close before the collectors do, which would be an error in the console.
+    The pages close before the collectors, because a lost connection is an error in the console.
     """
-    said: list[str] = []
+    console: list[str] = []
     pages: list[Page] = []
 
     def make(collector: Collector, path: str | None = "/", **options: Any) -> Page:
         options = {"viewport": {"width": 1360, "height": 900}} | options
         page = browser.new_page(**options)
         pages.append(page)
-        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: said.append(f"error: {error}"))
+        page.on("console", lambda message: console.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: console.append(f"error: {error}"))
         if path is not None:
             page.goto(f"http://127.0.0.1:{collector.settings['IOT_HTTP_PORT']}{path}")
         return page
@@ -87,7 +87,7 @@ def open_page(
     yield make
     for page in pages:
         page.close()
-    assert said == []
+    assert console == []
 
 
 def node(page: Page, path: str) -> Any:
@@ -112,7 +112,7 @@ def assert_accessible(page: Page) -> None:
     )
 
 
-def test_shows_how_to_send_the_first_message_and_then_the_message(
+def test_empty_page_shows_how_to_publish_the_first_message(
     open_page: Callable[..., Page], broker: Mosquitto, collector: Collector
 ) -> None:
     page = open_page(collector)
@@ -123,7 +123,7 @@ def test_shows_how_to_send_the_first_message_and_then_the_message(
     expect(node(page, "iot")).to_contain_text("23")
 
 
-def test_numbers_are_those_of_the_metrics(
+def test_page_shows_the_numbers_of_the_metrics(
     open_page: Callable[..., Page], broker: Mosquitto, collector: Collector, database: Database
 ) -> None:
     database.query("ALTER TABLE messages ADD CHECK (payload <> 'bad')")
@@ -139,7 +139,7 @@ def test_numbers_are_those_of_the_metrics(
     expect(page.locator("#status")).to_have_text("Every message is being stored")
     expect(page.locator("#letters")).to_contain_text("violates check constraint")
     expect(page.locator("#letters")).to_contain_text("plant/0")
-    # By topic as well, as long as they are in the window.
+    # The tree counts by topic, while the messages are in its time window.
     counts = {f"plant/{n}": len(range(n, 1_234, 3)) for n in range(3)}
     for path, count in counts.items():
         expect(node(page, path).locator(".count")).to_have_text(str(count))
@@ -147,7 +147,7 @@ def test_numbers_are_those_of_the_metrics(
     expect(page.locator("#busiest-note")).to_contain_text("1,234 messages from 3 topics")
 
 
-def test_a_published_value_appears_in_time(
+def test_published_value_appears_within_seconds(
     open_page: Callable[..., Page],
     broker: Mosquitto,
     collector: Collector,
@@ -177,12 +177,12 @@ def test_a_published_value_appears_in_time(
         delays.append(page.evaluate("window.seen") / 1000 - sent)
     record_property("seconds from publishing to the chart", delays)
     print("seconds from publishing to the chart:", [round(delay, 2) for delay in delays])
-    # A second is what is promised; a machine that is busy with other tests may take longer.
+    # It should take a second. A machine that runs other tests may take longer.
     assert min(delays) < 1
     assert sorted(delays)[2] < 5
 
 
-def test_an_outage_shows_and_clears(
+def test_database_outage_is_shown_until_it_ends(
     open_page: Callable[..., Page],
     make_collector: Callable[..., Collector],
     broker: Mosquitto,
@@ -196,7 +196,7 @@ def test_an_outage_shows_and_clears(
     expect(node(page, "plant")).to_contain_text("23")
     own_postgres.stop()
     began = time.monotonic()
-    # The collector itself notices when it has something to store.
+    # The collector notices the outage when it has a message to store.
     publish(broker, [("plant/press", b"temperature:24")])
     expect(page.locator("#status")).to_have_class("pill bad")
     expect(page.locator("#database")).to_have_text("Not connected")
@@ -205,7 +205,7 @@ def test_an_outage_shows_and_clears(
     assert shown < 5
     expect(page.locator("#notice")).to_contain_text("database")
     expect(page.locator("#in-flight")).to_have_text("1")
-    expect(node(page, "plant")).to_contain_text("23")  # as last known
+    expect(node(page, "plant")).to_contain_text("23")  # the last known value
     page.reload()
     expect(page.locator("#database")).to_have_text("Not connected")
     expect(node(page, "plant")).to_be_visible()
@@ -216,10 +216,10 @@ def test_an_outage_shows_and_clears(
     expect(node(page, "plant")).to_contain_text("24")
 
 
-def test_a_collector_that_is_gone_shows_and_comes_back(
+def test_stopped_collector_is_shown_until_it_restarts(
     browser: Browser, collector: Collector, broker: Mosquitto
 ) -> None:
-    """Without `open_page`: that nobody answers is an error in the console."""
+    """Without `open_page`, because a lost connection is an error in the console."""
     publish(broker, [("plant/press", b"temperature:23")])
     page = browser.new_page()
     page.goto(f"http://127.0.0.1:{collector.settings['IOT_HTTP_PORT']}/")
@@ -232,7 +232,7 @@ def test_a_collector_that_is_gone_shows_and_comes_back(
     page.close()
 
 
-def test_hostile_topics_and_payloads_stay_text(
+def test_hostile_topics_and_payloads_are_shown_as_text(
     open_page: Callable[..., Page], broker: Mosquitto, collector: Collector, database: Database
 ) -> None:
     # Mosquitto refuses control characters in topics; another broker may not.
@@ -270,14 +270,14 @@ def test_hostile_topics_and_payloads_stay_text(
     node(page, "payload/empty").click()
     expect(page.locator("#messages summary")).to_contain_text("(empty)")
     assert page.evaluate("window.hacked") is None
-    assert page.locator("img").count() == 1  # ours
+    assert page.locator("img").count() == 1  # the page's own
     assert page.evaluate("document.scripts.length") == 2
-    # What is wide scrolls or is cut, and moves nothing else.
+    # Wide content scrolls or is cut off, and the page does not get wider.
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert_accessible(page)
 
 
-def test_shows_what_mqtt_5_says(
+def test_mqtt_5_properties_are_shown(
     open_page: Callable[..., Page], broker: Mosquitto, collector: Collector
 ) -> None:
     properties = Properties(PacketTypes.PUBLISH)
@@ -285,7 +285,7 @@ def test_shows_what_mqtt_5_says(
     properties.ContentType = "text/plain"
     publish(broker, [("meter", b"power:900")], qos=1, retain=True, properties=properties)
     collector.wait_settled(1)
-    page = open_page(collector, "#meter")  # a topic has an address
+    page = open_page(collector, "#meter")  # a topic has its own URL
     expect(page.locator("#messages .tags")).to_have_text("QoS 1MQTT 5")
     page.locator("#messages summary").click()
     expect(page.locator("#messages dl")).to_contain_text('"firmware"')
@@ -293,13 +293,13 @@ def test_shows_what_mqtt_5_says(
     expect(page.locator("#messages dl")).to_contain_text("power")
 
 
-def test_keyboard_and_search(
+def test_tree_works_with_keyboard_and_search(
     open_page: Callable[..., Page], collector: Collector, database: Database
 ) -> None:
     for n in range(60):
         insert(database, f"plant/hall-{n // 20}/device-{n:02d}", {"n": n})
     page = open_page(collector)
-    # More than a few topics: levels with a choice are closed.
+    # With many topics, levels with several children are collapsed.
     expect(page.locator("[role=treeitem]")).to_have_count(4)
     page.keyboard.press("/")
     expect(page.locator("#search")).to_be_focused()
@@ -314,9 +314,9 @@ def test_keyboard_and_search(
     expect(page.locator("[role=treeitem]")).to_have_count(4)
 
     node(page, "plant").focus()
-    page.keyboard.press("ArrowRight")  # into it
+    page.keyboard.press("ArrowRight")  # moves to its first child
     expect(node(page, "plant/hall-0")).to_be_focused()
-    page.keyboard.press("ArrowRight")  # opens it
+    page.keyboard.press("ArrowRight")  # expands it
     expect(node(page, "plant/hall-0")).to_have_attribute("aria-expanded", "true")
     expect(page.locator("[role=treeitem]")).to_have_count(24)
     page.keyboard.press("ArrowDown")
@@ -326,11 +326,11 @@ def test_keyboard_and_search(
     expect(page.locator("#detail-title")).to_have_text("plant/hall-0/device-00")
     page.keyboard.press("ArrowLeft")
     expect(node(page, "plant/hall-0")).to_be_focused()
-    page.keyboard.press("ArrowLeft")  # closes it
+    page.keyboard.press("ArrowLeft")  # collapses it
     expect(page.locator("[role=treeitem]")).to_have_count(4)
     page.keyboard.press("End")
     expect(node(page, "plant/hall-2")).to_be_focused()
-    page.keyboard.press("p")  # the next one that begins so
+    page.keyboard.press("p")  # moves to the next topic with this first letter
     expect(node(page, "plant")).to_be_focused()
     assert page.locator("[role=treeitem][tabindex='0']").count() == 1
     page.keyboard.press("Escape")
@@ -340,7 +340,7 @@ def test_keyboard_and_search(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone(
+def test_page_fits_a_phone(
     open_page: Callable[..., Page], collector: Collector, database: Database, scheme: str
 ) -> None:
     name = "a-very-long-name-of-a-device-that-does-not-fit-" * 3
@@ -364,31 +364,31 @@ def test_a_phone(
     expect(page.locator("#topics")).to_be_visible()
 
 
-def test_works_below_a_path(
+def test_page_works_behind_a_path_prefix(
     open_page: Callable[..., Page], collector: Collector, broker: Mosquitto
 ) -> None:
-    """As behind a reverse proxy, which takes its path off."""
+    """As behind a reverse proxy that strips its path prefix."""
     publish(broker, [("plant/press", b"temperature:23")])
     page = open_page(collector, None)
     base = f"http://127.0.0.1:{collector.settings['IOT_HTTP_PORT']}"
 
     def strip(route: Route) -> None:
-        assert "/tools/iot/" in route.request.url, "a request leaves the proxy's path"
+        assert "/tools/iot/" in route.request.url, "all requests keep the path prefix"
         route.fulfill(response=route.fetch(url=route.request.url.replace("/tools/iot/", "/")))
 
-    def let_through(route: Route) -> None:
-        # Playwright cannot hand on an answer that does not end.
+    def pass_stream(route: Route) -> None:
+        # Playwright cannot fulfill a request with a response that does not end.
         route.continue_(url=f"{base}/explorer/stream")
 
     page.route("**/*", strip)
-    page.route("**/tools/iot/explorer/stream", let_through)
+    page.route("**/tools/iot/explorer/stream", pass_stream)
     page.goto(f"{base}/tools/iot/")
     expect(node(page, "plant")).to_contain_text("23")
     node(page, "plant").click()
     expect(page.locator("#chart-note")).to_have_text("Every reading of 1 message.")
 
 
-def test_the_page_of_counters(
+def test_metrics_page_shows_counters_and_no_messages(
     open_page: Callable[..., Page],
     make_collector: Callable[..., Collector],
     broker: Mosquitto,
@@ -404,14 +404,14 @@ def test_the_page_of_counters(
     assert_accessible(page)
 
 
-def test_looks_as_in_the_readme(
+def test_screenshot_of_the_readme(
     open_page: Callable[..., Page],
     broker: Mosquitto,
     collector: Collector,
     database: Database,
     tmp_path: Path,
 ) -> None:
-    """Takes the screenshot. EXPLORER_SCREENSHOT=write makes it the one of the README."""
+    """Take the screenshot. With EXPLORER_SCREENSHOT=write it replaces the one in the README."""
     database.query(
         """INSERT INTO messages (received_at, topic, payload, fields, qos, retained)
         SELECT now() - n * interval '2 s', topic, convert_to(fields::text, 'UTF8'), fields, 1, false
@@ -437,7 +437,7 @@ def test_looks_as_in_the_readme(
     expect(page.locator(".chart")).to_have_count(2)
     write = os.environ.get("EXPLORER_SCREENSHOT") == "write"
     with Stream(broker, "building/floor-1/people", 0.02):
-        if write:  # until the line of the rate is one
+        if write:  # until the rate has a line with some points
             page.wait_for_timeout(45_000)
         expect(page.locator("#rate")).to_have_text(re.compile("[1-9]"))
         expect(page.locator("#stored")).to_have_text(re.compile("[1-9]"))

@@ -1,8 +1,8 @@
 """Faults: processes killed, networks cut, databases that hang; see docs/faults.md.
 
-After each of them: what the broker acknowledged to the devices is stored, each message once, the
-account balances, nothing stays in flight and both threads live. ``make test`` runs a short form,
-``make test-faults`` (FAULTS=full) the same with far more of everything.
+After each fault: each message that the broker acknowledged to the devices is stored once, the
+counts add up, nothing stays in flight and both threads are alive. ``make test`` runs a short form,
+``make test-faults`` (FAULTS=full) the same with more repetitions, messages and variants.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ def times(short: T, full: T) -> T:
     return full if FULL else short
 
 
-def dice() -> random.Random:
-    """Random numbers that a failed run shows how to get again."""
+def seeded_random() -> random.Random:
+    """A random number generator. The seed is printed, so that a failed run can be repeated."""
     print(f"FAULTS_SEED={SEED}")
     return random.Random(SEED)
 
@@ -55,11 +55,11 @@ def dice() -> random.Random:
 class Load:
     """Devices that publish numbered messages in the background, each of them once.
 
-    What a broker that goes away has not acknowledged is not sent again: a message that is stored
-    twice is not the devices' doing.
+    A message that the broker did not acknowledge is not published again. So the devices never
+    cause a message to be stored twice.
 
-    :param rate: messages per second, about.
-    :param payload: makes the n-th payload; they have to differ.
+    :param rate: about how many messages per second.
+    :param payload: returns the n-th payload. All payloads must be different.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class Load:
         self._payload = payload
         self._topic = topic
         self._qos = qos
-        self._open: dict[int, bytes] = {}  # sent on this connection and not acknowledged
-        self._answers: deque[tuple[int, float]] = deque()
+        self._unacknowledged: dict[int, bytes] = {}  # sent on this connection and not acknowledged
+        self._pubacks: deque[tuple[int, float]] = deque()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.sent: set[bytes] = set()
-        self.acknowledged: dict[bytes, float] = {}  # payload -> when, as files have it
+        self.acknowledged: dict[bytes, float] = {}  # payload -> Unix time, to compare with mtimes
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -91,7 +91,7 @@ class Load:
         self.finish()
 
     def more(self, count: int) -> None:
-        """Wait until so many more messages have been acknowledged."""
+        """Wait until ``count`` more messages are acknowledged."""
         goal = len(self.acknowledged) + count
         eventually(lambda: len(self.acknowledged) >= goal, what=f"{count} more are acknowledged")
 
@@ -107,8 +107,8 @@ class Load:
         while not self._stop.is_set():
             client = Client(CallbackAPIVersion.VERSION2, reconnect_on_failure=False)
             client.max_inflight_messages_set(0)
-            client.on_publish = lambda _c, _u, mid, *_: self._answers.append((mid, time.time()))
-            self._open, self._answers = {}, deque()
+            client.on_publish = lambda _c, _u, mid, *_: self._pubacks.append((mid, time.time()))
+            self._unacknowledged, self._pubacks = {}, deque()
             try:
                 client.connect(HOST, self._port)
             except OSError:
@@ -122,25 +122,25 @@ class Load:
                     max(0.0, due - time.monotonic())
                 ):
                     due = max(due, time.monotonic() - 0.1) + self._every
-                    if len(self._open) < 1000:
+                    if len(self._unacknowledged) < 1000:
                         for n in itertools.islice(numbers, 5):
                             self._publish(client, self._payload(n))
-                    self._book()
-                eventually(lambda c=client: self._book() or not c.is_connected(), 10)  # type: ignore[misc]
+                    self._record()
+                eventually(lambda c=client: self._record() or not c.is_connected(), 10)  # type: ignore[misc]
             client.disconnect()
             client.loop_stop()
-            self._book()
+            self._record()
 
     def _publish(self, client: Client, payload: bytes) -> None:
         self.sent.add(payload)
-        self._open[client.publish(self._topic, payload, self._qos).mid] = payload
+        self._unacknowledged[client.publish(self._topic, payload, self._qos).mid] = payload
 
-    def _book(self) -> bool:
-        """Take note of acknowledgements; return whether there is nothing to wait for."""
-        while self._answers:
-            mid, at = self._answers.popleft()
-            self.acknowledged[self._open.pop(mid)] = at
-        return not self._open
+    def _record(self) -> bool:
+        """Record acknowledgements; return whether all messages are acknowledged."""
+        while self._pubacks:
+            mid, at = self._pubacks.popleft()
+            self.acknowledged[self._unacknowledged.pop(mid)] = at
+        return not self._unacknowledged
 
 
 def stored(database: Database) -> Counter[bytes]:
@@ -150,8 +150,8 @@ def stored(database: Database) -> Counter[bytes]:
     return Counter(bytes(payload) for (payload,) in found)
 
 
-def well(*collectors: Collector) -> None:
-    """Wait until nothing is in flight; assert that the account balances and the threads live."""
+def assert_healthy(*collectors: Collector) -> None:
+    """Wait until nothing is in flight; assert that the counts add up and the threads are alive."""
     for collector in collectors:
         eventually(
             lambda c=collector: not c.metrics()["messages_in_flight"],  # type: ignore[misc]
@@ -164,50 +164,51 @@ def well(*collectors: Collector) -> None:
         assert collector.get("/livez").status == 200
 
 
-_ends = itertools.count()
+_markers = itertools.count()
 
 
-def complete(
+def assert_stored_once(
     load: Load,
     broker: Mosquitto,
     database: Database,
     *collectors: Collector,
     lost: Callable[[], set[bytes]] = set,
-    doubles: set[bytes] | None = None,
+    twice: set[bytes] | None = None,
 ) -> Counter[bytes]:
-    """End the load; assert what is promised after each fault; return what is stored.
+    """Stop the load; assert that each acknowledged message is stored once.
 
-    :param lost: what may be missing.
-    :param doubles: what may be stored more than once.
+    :param lost: returns the messages that may be missing.
+    :param twice: the messages that may be stored more than once.
+    :returns: how often each payload is stored.
     """
     acknowledged = load.finish()
-    # Sent last, so stored last, and whatever was to be sent again is there by then.
-    end = b"end:%d" % next(_ends)
+    # Published last, so stored last: all redelivered messages are stored before it.
+    end = b"end:%d" % next(_markers)
     publish(broker, [("iot/data", end)])
 
-    def all_there() -> bool:
+    def all_stored() -> bool:
         query = "SELECT count(*) FROM messages WHERE topic = 'iot/data' AND payload = %s"
         return bool(database.query(query, psycopg2.Binary(end))[0][0]) and (
             acknowledged - lost() <= set(stored(database))
         )
 
     try:
-        eventually(all_there, 60, what="all that was acknowledged is stored")
+        eventually(all_stored, 60, what="all acknowledged messages are stored")
     except AssertionError:
         missing = acknowledged - lost() - set(stored(database))
         logs = "\n".join(c.log()[-3000:] for c in collectors)
         raise AssertionError(f"{len(missing)} lost of {len(acknowledged)}\n{logs}") from None
-    well(*collectors)
+    assert_healthy(*collectors)
     found = stored(database)
     del found[end]
-    assert set(found) <= load.sent, "stored, and never sent"
-    twice = {payload for payload, count in found.items() if count > 1}
-    assert twice <= (doubles or set()), f"{len(twice)} doubles of {len(acknowledged)}"
+    assert set(found) <= load.sent, "only sent messages are stored"
+    repeated = {payload for payload, count in found.items() if count > 1}
+    assert repeated <= (twice or set()), f"{len(repeated)} of {len(acknowledged)} stored twice"
     return found
 
 
 def with_fault(collector: Collector, fault: str, number: int = 1) -> Collector:
-    """Have a collector start with a fault built in (see faulty_collector.py)."""
+    """Make a collector start with a built-in fault (see faulty_collector.py)."""
     collector.command = lambda: [sys.executable, LAUNCHER, fault, str(number)]  # type: ignore[method-assign]
     return collector
 
@@ -218,7 +219,7 @@ def without_fault(collector: Collector) -> Collector:
 
 
 def through(proxy: Proxy, part: Mosquitto | Database) -> dict[str, str]:
-    """The settings that lead a collector through a proxy to a broker or a database."""
+    """The settings that connect a collector to a broker or a database through a proxy."""
     if isinstance(part, Mosquitto):
         return {"IOT_MQTT_URL": f"mqtt://{HOST}:{proxy.port}"}
     url = part.url.replace(f":{part.server.port}/", f":{proxy.port}/")
@@ -231,15 +232,15 @@ VARIANTS = {"5": {}, "3.1.1": {"IOT_MQTT_VERSION": "3.1.1"}, "QoS 2": {"IOT_MQTT
 
 
 @pytest.mark.parametrize("variant", times(["5"], ["5", "3.1.1", "QoS 2", "TLS"]))
-def test_collector_killed(
+def test_messages_are_stored_once_when_the_collector_is_killed(
     variant: str,
     make_broker: MakeBroker,
     make_collector: MakeCollector,
     database: Database,
     tmp_path: Path,
 ) -> None:
-    """At random moments, its start included."""
-    random = dice()
+    """The kills come at random moments, also while the collector starts."""
+    random = seeded_random()
     if variant == "TLS":
         files = make_certificates(tmp_path)
         listener = [f"certfile {files.server}", f"keyfile {files.server_key}"]
@@ -258,11 +259,11 @@ def test_collector_killed(
             collector.kill()
             collector.launch()
             if random.random() < 0.2:
-                load.more(random.randint(1, 500))  # it is somewhere in its start
+                load.more(random.randint(1, 500))  # meanwhile the collector starts
                 collector.kill()
                 collector.launch()
             collector.wait_ready()
-        found = complete(load, broker, database, collector)
+        found = assert_stored_once(load, broker, database, collector)
     print(f"{len(found)} messages, {duplicates:.0f} recognised as sent again")
 
 
@@ -271,15 +272,15 @@ MOMENTS = [
     "before commit",
     "after commit",
     "half acknowledged",
-    "before acknowledging",  # last, so that all of its batch is sent again
+    "before acknowledging",  # last, so that the broker redelivers the whole batch
 ]
 
 
-def test_collector_killed_exactly_at(
+def test_messages_are_stored_once_when_killed_at_each_step_of_a_batch(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """Killed by itself at each moment of a batch."""
-    random = dice()
+    """The collector kills itself at each of these moments."""
+    random = seeded_random()
     collector = make_collector(broker, database).start()
     collector.kill()
     with Load(broker) as load:
@@ -287,15 +288,15 @@ def test_collector_killed_exactly_at(
             with_fault(collector, moment, random.randint(1, 6)).launch()
             assert collector.wait() == -signal.SIGKILL, collector.log()
         without_fault(collector).start()
-        assert collector.wait_settled(1)["db_duplicates_total"], "none was acknowledged"
-        complete(load, broker, database, collector)
+        assert collector.wait_settled(1)["db_duplicates_total"], "the last batch is redelivered"
+        assert_stored_once(load, broker, database, collector)
 
 
-def test_killed_while_refused_rows_are_searched(
+def test_messages_are_stored_once_when_killed_during_bisection(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """Also while it looks for the row that the database refuses."""
-    random = dice()
+    """Bisection finds the rows that PostgreSQL refuses."""
+    random = seeded_random()
     database.query("ALTER TABLE messages ADD CHECK (substr(payload, 1, 6) <> 'poison'::bytea)")
     collector = make_collector(broker, database, IOT_BATCH_LINGER_MS="100").start()
     collector.kill()
@@ -308,17 +309,17 @@ def test_killed_while_refused_rows_are_searched(
             load.more(random.randint(1, 300))
             collector.kill()
         collector.start()
-        found = complete(load, broker, database, collector)
+        found = assert_stored_once(load, broker, database, collector)
     letters = Counter(letter.payload for letter in database.dead_letters())
     assert set(letters) == {payload for payload in found if payload.startswith(b"poison")}
     assert max(letters.values()) == 1
 
 
-def test_sigterm_again_and_again(
+def test_nothing_is_redelivered_after_sigterm(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """The broker reads every acknowledgement before the process ends: nothing is sent again."""
-    random = dice()
+    """The broker receives every PUBACK before the process ends, so it redelivers nothing."""
+    random = seeded_random()
     collector = make_collector(broker, database).start()
     duplicates = 0.0
     with Load(broker) as load:
@@ -327,17 +328,17 @@ def test_sigterm_again_and_again(
             assert collector.stop() == 0
             collector.start()
             duplicates += collector.wait_settled(1)["db_duplicates_total"]
-        complete(load, broker, database, collector)
+        assert_stored_once(load, broker, database, collector)
     assert duplicates == 0
 
 
 # PostgreSQL is killed ------------------------------------------------------------------------
 
 
-def test_postgres_killed(
+def test_messages_are_stored_once_when_postgres_stops_or_is_killed(
     make_collector: MakeCollector, broker: Mosquitto, own_database: Database
 ) -> None:
-    random = dice()
+    random = seeded_random()
     server = own_database.server
     collector = make_collector(broker, own_database).start()
     with Load(broker, rate=500) as load:
@@ -350,21 +351,22 @@ def test_postgres_killed(
             load.more(random.randint(1, 100))
             server.start()
             collector.wait_ready()
-        complete(load, broker, own_database, collector)
+        assert_stored_once(load, broker, own_database, collector)
 
 
-COPY_DONE = b"c\0\0\0\4"  # PostgreSQL's protocol; the COMMIT that follows has been sent before
-AT_COMMIT = ["answer lost", "request lost", "cut at once", "server killed"]
+# CopyDone of PostgreSQL's protocol. The collector has already sent the COMMIT that follows it.
+COPY_DONE = b"c\0\0\0\4"
+AT_COMMIT = ["answer lost", "request lost", "connection reset", "server killed"]
 
 
-def test_commit_without_an_answer(
+def test_messages_are_stored_once_when_commit_gets_no_answer(
     make_collector: MakeCollector,
     make_proxy: Callable[[int], Proxy],
     broker: Mosquitto,
     own_database: Database,
 ) -> None:
-    """Whether it took place or not, and whether it is through yet: each row is there once."""
-    random = dice()
+    """The COMMIT may have succeeded, failed, or still be running."""
+    random = seeded_random()
     server = own_database.server
     proxy = make_proxy(server.port)
     collector = make_collector(broker, own_database, **through(proxy, own_database)).start()
@@ -392,8 +394,8 @@ def test_commit_without_an_answer(
         for i in range(times(6, 80)):
             kind = AT_COMMIT[i % 3] if i % 8 < 7 else AT_COMMIT[3]
             arm(kind)
-            eventually(lambda: proxy.on_up is None, what="it commits")
-            if kind == "cut at once":
+            eventually(lambda: proxy.on_up is None, what="a COMMIT is sent")
+            if kind == "connection reset":
                 proxy.cut()
             elif kind == "server killed":
                 server.kill()
@@ -401,38 +403,38 @@ def test_commit_without_an_answer(
                 server.start()
             load.more(random.randint(1, 50))
         collector.wait_ready()
-        complete(load, broker, own_database, collector)
+        assert_stored_once(load, broker, own_database, collector)
     print(dict(happened))
 
 
-# The database does not do its work -----------------------------------------------------------
+# The database does not answer, or refuses ----------------------------------------------------
 
 
-def resident(pid: int) -> int:
-    """Bytes of memory that a process has."""
+def resident_bytes(pid: int) -> int:
+    """The resident memory of a process (VmRSS)."""
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) << 10
 
 
-def test_database_hangs_beyond_keepalive(
+def test_connections_stay_up_while_the_database_hangs_beyond_keepalive(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """QoS 1 stops at its window, a flood of QoS 0 at the buffer; both connections stay up."""
+    """QoS 1 stops at Receive Maximum, QoS 0 when the buffer is full. Both stay connected."""
     keepalive = times(5, 10)
     common = {"IOT_MQTT_KEEPALIVE_SECONDS": str(keepalive)}
-    one = make_collector(
+    qos1 = make_collector(
         broker,
         database,
-        IOT_MQTT_CLIENT_ID="one",
+        IOT_MQTT_CLIENT_ID="qos1",
         IOT_MQTT_TOPICS="iot/#",
         IOT_MQTT_MAX_INFLIGHT="500",
         **common,
     ).start()
-    nil = make_collector(
+    qos0 = make_collector(
         broker,
         database,
-        IOT_MQTT_CLIENT_ID="nil",
+        IOT_MQTT_CLIENT_ID="qos0",
         IOT_MQTT_TOPICS="flood",
         IOT_BUFFER_BYTES=str(1 << 20),
         **common,
@@ -440,15 +442,15 @@ def test_database_hangs_beyond_keepalive(
     flood = [("flood", b"%d:" % i + bytes(4000)) for i in range(10_000)]  # 40 MB
     size = len(flood[-1][1])
     publish(broker, flood[:10], qos=0)
-    nil.wait_settled(10)
-    before = resident(nil.pid)
+    qos0.wait_settled(10)
+    before = resident_bytes(qos0.pid)
     with Load(broker, rate=300) as load, contextlib.closing(database.connect()) as holder:
         load.more(100)
-        well(one)
+        assert_healthy(qos1)
         with holder.cursor() as cursor:
             cursor.execute("LOCK TABLE messages IN ACCESS EXCLUSIVE MODE")
             publish(broker, flood[10:], qos=0)
-            for collector in (one, nil):
+            for collector in (qos1, qos0):
                 eventually(
                     lambda c=collector: (  # type: ignore[misc]
                         c.metrics()["oldest_unacked_message_seconds"] > 2.1 * keepalive
@@ -457,32 +459,32 @@ def test_database_hangs_beyond_keepalive(
                 )
                 assert_balanced(collector.metrics())
                 assert collector.get("/livez").status == 200
-            waiting, grown = nil.metrics()["messages_in_flight"], resident(nil.pid) - before
-            window = one.metrics()["messages_in_flight"]
+            waiting, grown = qos0.metrics()["messages_in_flight"], resident_bytes(qos0.pid) - before
+            window = qos1.metrics()["messages_in_flight"]
             holder.rollback()
-        # A message takes about 150 bytes besides its payload: the rest of its row, and objects.
+        # Besides its payload, a message takes about 150 bytes for its row and objects.
         assert waiting * (size + 150) >= 1 << 20, "the buffer was full before reading stopped"
-        assert waiting * 4000 <= 4 << 20, "about the buffer's size is held"
-        assert grown < 20 << 20, f"{grown >> 20} MiB more for a flood of 40 MB"
-        # Mosquitto before 2.0.21 sends more; then only the buffer bounds it, and the log says so.
+        assert waiting * 4000 <= 4 << 20, "about as much as the buffer size is held"
+        assert grown < 20 << 20, f"{grown >> 20} MiB more memory for 40 MB of messages"
+        # Mosquitto before 2.0.21 sends more than its window. Then only the buffer limits it.
         assert window > 100
-        assert window <= 500 or "sends more un-acknowledged messages" in one.log()
+        assert window <= 500 or "sends more un-acknowledged messages" in qos1.log()
         load.more(100)
 
         def over() -> bool:
-            count = nil.metrics()["mqtt_messages_total"]
+            count = qos0.metrics()["mqtt_messages_total"]
             time.sleep(1)
-            return 0.5 * len(flood) <= count == nil.metrics()["mqtt_messages_total"]
+            return 0.5 * len(flood) <= count == qos0.metrics()["mqtt_messages_total"]
 
-        eventually(over, what="the flood goes on, and ends")
-        well(one, nil)
+        eventually(over, what="the rest of the flood arrives")
+        assert_healthy(qos1, qos0)
         flooded = database.query("SELECT count(*) FROM messages WHERE topic = 'flood'")[0][0]
-        assert nil.metrics()["mqtt_messages_total"] == flooded, "what was received is stored"
+        assert qos0.metrics()["mqtt_messages_total"] == flooded, "all received messages are stored"
         database.query("DELETE FROM messages WHERE topic = 'flood'")
-        nil.stop()
-        complete(load, broker, database, one)
-        assert one.metrics()["mqtt_reconnects_total"] == 0
-    assert "no connection to broker" not in nil.log() + one.log()
+        qos0.stop()
+        assert_stored_once(load, broker, database, qos1)
+        assert qos1.metrics()["mqtt_reconnects_total"] == 0
+    assert "no connection to broker" not in qos0.log() + qos1.log()
     print(f"held: {waiting:.0f} at QoS 0, {window:.0f} at QoS 1; {grown >> 10} KiB more memory")
 
 
@@ -492,10 +494,10 @@ WHERE datname = %s AND application_name = 'iot-collector'
 """
 
 
-def test_no_connections_left_and_read_only(
+def test_messages_are_stored_once_after_refused_connections_and_read_only(
     make_collector: MakeCollector, broker: Mosquitto, own_database: Database
 ) -> None:
-    """Refused logins, then a server that has become a read-only one."""
+    """First the server refuses connections, then it becomes read-only."""
     server = own_database.server
     collector = make_collector(broker, own_database).start()
 
@@ -515,7 +517,7 @@ def test_no_connections_left_and_read_only(
             own.autocommit = True
 
             def none_is_left() -> bool:
-                # Without a rest, or the collector is back in the place that it has just lost.
+                # Without a pause, or the collector takes the connection again.
                 with own.cursor() as cursor:
                     cursor.execute(CUT_SESSIONS, (own_database.name,))
                 until = time.monotonic() + 0.5
@@ -524,7 +526,7 @@ def test_no_connections_left_and_read_only(
                         taken.enter_context(contextlib.closing(own_database.connect()))
                 return "too many clients" in str(collector.health()["database"]["error"])
 
-            eventually(none_is_left, what="its connection has been taken by others")
+            eventually(none_is_left, what="no connection is left for the collector")
             fails("too many clients")
             load.more(100)
         collector.wait_ready()
@@ -534,27 +536,27 @@ def test_no_connections_left_and_read_only(
         fails("read_only")
         load.more(100)
         server.query(f"ALTER DATABASE {own_database.name} RESET default_transaction_read_only")
-        complete(load, broker, own_database, collector)
+        assert_stored_once(load, broker, own_database, collector)
 
 
 # The network ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("silence", times(["none"], ["both", "up", "down", "stuck"]))
-def test_network_to_broker(
+def test_messages_are_stored_once_over_a_bad_network_to_the_broker(
     silence: str,
     make_collector: MakeCollector,
     make_proxy: Callable[[int], Proxy],
     broker: Mosquitto,
     database: Database,
 ) -> None:
-    """Resets, silence that only keepalive notices, and a line that is slow."""
-    random = dice()
+    """The connection is reset, goes silent until keepalive notices it, and is slow."""
+    random = seeded_random()
     proxy = make_proxy(broker.port)
     settings = through(proxy, broker) | {"IOT_MQTT_KEEPALIVE_SECONDS": "5"}
     collector = make_collector(broker, database, **settings).start()
     with Load(broker, rate=300) as load:
-        # Each doubles the longest wait before the next attempt, unless the connection lasted.
+        # Each reset doubles the longest wait before the next attempt, unless a connection lasted.
         for _ in range(times(1, 6)):
             load.more(random.randint(1, 300))
             proxy.cut()
@@ -562,14 +564,14 @@ def test_network_to_broker(
         load.more(100)
         if silence != "none":
             stay_silent(silence, proxy, collector)
-        proxy.rate = 20_000  # bytes per second: what waits takes seconds
+        proxy.rate = 20_000  # bytes per second: the queued messages take seconds
         load.more(times(100, 1000))
         proxy.rate = None
-        complete(load, broker, database, collector)
+        assert_stored_once(load, broker, database, collector)
 
 
 def stay_silent(way: str, proxy: Proxy, collector: Collector) -> None:
-    """Let nothing through until keepalive notices, then everything."""
+    """Forward nothing until keepalive notices it, then everything."""
     before = collector.metrics()["mqtt_reconnects_total"]
     if way in ("both", "up"):
         proxy.up = "drop"
@@ -577,21 +579,21 @@ def stay_silent(way: str, proxy: Proxy, collector: Collector) -> None:
         proxy.down = "drop"
     if way == "stuck":
         proxy.up = proxy.down = "stuck"
-    eventually(lambda: collector.get("/readyz").status == 503, what="silence is noticed")
+    eventually(lambda: collector.get("/readyz").status == 503, what="the silence is noticed")
     assert collector.get("/livez").status == 200
     proxy.up = proxy.down = "pass"
-    proxy.cut()  # attempts that were swallowed
+    proxy.cut()  # drops connection attempts that got no answer
     eventually(lambda: collector.metrics()["mqtt_reconnects_total"] > before, what="it reconnects")
 
 
-def test_network_to_database(
+def test_messages_are_stored_once_over_a_bad_network_to_the_database(
     make_collector: MakeCollector,
     make_proxy: Callable[[int], Proxy],
     broker: Mosquitto,
     database: Database,
 ) -> None:
-    """Resets, a line that stands still for a while, one that swallows, and one that is slow."""
-    random = dice()
+    """The connection is reset, stalls, loses all data, and is slow."""
+    random = seeded_random()
     proxy = make_proxy(database.server.port)
     collector = make_collector(broker, database, **through(proxy, database)).start()
 
@@ -610,7 +612,7 @@ def test_network_to_database(
             proxy.up = proxy.down = "stuck"
             waits()
             proxy.up = proxy.down = "pass"
-            well(collector)
+            assert_healthy(collector)
             load.more(random.randint(1, 300))
             proxy.up = proxy.down = "drop"
             waits()
@@ -620,19 +622,19 @@ def test_network_to_database(
         proxy.rate = 50_000
         load.more(times(100, 1000))
         proxy.rate = None
-        complete(load, broker, database, collector)
+        assert_stored_once(load, broker, database, collector)
 
 
 # Several collectors --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("end", times(["killed"], ["killed", "stopped"]))
-def test_two_with_one_client_id(
+def test_two_collectors_with_one_client_id_lose_nothing(
     end: str, make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """They take the session from each other, until one ends. It is a mistake, and loses nothing.
+    """They take over the session from each other until one ends.
 
-    What one has received and the other has stored may be stored twice.
+    A message that one of them received and the other one stored may be stored twice.
     """
     first = make_collector(broker, database).start()
     with Load(broker, rate=300) as load:
@@ -642,23 +644,23 @@ def test_two_with_one_client_id(
                 seen = collector.metrics()["mqtt_messages_total"]
                 eventually(
                     lambda c=collector, n=seen: c.metrics()["mqtt_messages_total"] > n,  # type: ignore[misc]
-                    what="it has the session",
+                    what="it takes over the session",
                 )
             if end == "killed":
                 second.kill()
             else:
                 assert second.stop() == 0
             first.wait_ready()
-        found = complete(load, broker, database, first, doubles=load.sent)
-    print(f"{found.total() - len(found)} doubles of {len(found)}")
+        found = assert_stored_once(load, broker, database, first, twice=load.sent)
+    print(f"{found.total() - len(found)} of {len(found)} stored twice")
 
 
-def test_scale_out_and_in(
+def test_messages_are_stored_once_while_scaling_out_and_in(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """1 → 3 → 1 members of a shared subscription, as a StatefulSet does it.
+    """A StatefulSet scales the members of a shared subscription from 1 to 3 and back to 1.
 
-    One is killed in between; the highest ordinals are stopped first.
+    One member is killed in between. The highest ordinals are stopped first.
     """
     members = [
         make_collector(
@@ -672,38 +674,38 @@ def test_scale_out_and_in(
     ]
     members[0].start()
 
-    def received(member: Collector) -> None:
-        eventually(lambda: member.metrics()["mqtt_messages_total"], what="it has its share")
+    def wait_received(member: Collector) -> None:
+        eventually(lambda: member.metrics()["mqtt_messages_total"], what="a member gets messages")
 
     with Load(broker) as load:
         for _ in range(times(1, 8)):
             load.more(100)
             for member in members[1:]:
                 member.start()
-                received(member)
+                wait_received(member)
             members[1].kill()
             load.more(100)
             members[1].start()
-            received(members[1])
+            wait_received(members[1])
             for member in reversed(members[1:]):
                 assert member.stop() == 0
                 assert "session kept" not in member.log()
             load.more(100)
         assert members[0].stop() == 0
-        load.more(100)  # waits for the first one, which comes back
+        load.more(100)  # the broker keeps these for member 0
         members[0].start()
         assert members[0].health()["broker"]["session_present"]
-        complete(load, broker, database, members[0])
+        assert_stored_once(load, broker, database, members[0])
 
 
 PLAIN, SHARED = "iot/data", "$share/collectors/iot/data"
 
 
 class StatefulSet:
-    """The collector's pods as processes, and what the controller does to them, in its order.
+    """The pods of the collector as processes, changed in the order of the StatefulSet controller.
 
-    With podManagementPolicy Parallel it makes, or ends, at once all pods that are too few or too
-    many. It replaces a pod of an old template as soon as all with higher ordinals are ready.
+    With podManagementPolicy Parallel it creates missing pods, and deletes surplus pods, all at
+    once. It replaces a pod of an old template when all pods with higher ordinals are ready.
     """
 
     def __init__(self, make: Callable[..., Collector]) -> None:
@@ -711,9 +713,9 @@ class StatefulSet:
         self.pods: list[Collector] = []
 
     def apply(self, replicas: int, filters: str) -> None:
-        """Change the number of pods and their template; return when the roll-out is done."""
-        old, condemned = self.pods[:replicas], self.pods[replicas:]
-        for pod in condemned:
+        """Change the number of pods and their template; return when the rollout is complete."""
+        old, surplus = self.pods[:replicas], self.pods[replicas:]
+        for pod in surplus:
             pod.signal(signal.SIGTERM)
         new = [
             self._make(
@@ -731,12 +733,12 @@ class StatefulSet:
                 pod.settings["IOT_MQTT_TOPICS"] = filters
                 pod.start()
         self.pods = old + new
-        for pod in condemned:
+        for pod in surplus:
             assert pod.wait() == 0
             assert "session kept" not in pod.log()
 
     def wait_subscribed(self, database: Database) -> None:
-        """Wait until the sessions have the filters of the template, and no others."""
+        """Wait until each session has exactly the filters of the template."""
         wanted = {
             p.settings["IOT_MQTT_CLIENT_ID"]: p.settings["IOT_MQTT_TOPICS"] for p in self.pods
         }
@@ -751,14 +753,14 @@ class StatefulSet:
 
 @pytest.mark.parametrize("version", times(["5"], ["5", "3.1.1"]))
 @pytest.mark.parametrize("replicas", [3, 1], ids=["1-3-1", "autoscaler"])
-def test_subscription_changes_its_form(
+def test_messages_are_stored_once_when_filters_become_shared_or_plain(
     replicas: int,
     version: str,
     make_collector: MakeCollector,
     broker: Mosquitto,
     database: Database,
 ) -> None:
-    """Plain with one pod, shared with more or with an autoscaler, and back, under load."""
+    """Plain with one pod, shared with several pods or an autoscaler, and back, under load."""
     pods = StatefulSet(
         lambda **settings: make_collector(broker, database, IOT_MQTT_VERSION=version, **settings)
     )
@@ -772,7 +774,7 @@ def test_subscription_changes_its_form(
                 pods.wait_subscribed(database)
                 load.more(100)
         rate = len(load.acknowledged) / (time.monotonic() - began)
-        found = complete(load, broker, database, *pods.pods)
+        found = assert_stored_once(load, broker, database, *pods.pods)
     print(f"{len(found)} messages, {rate:.0f}/s")
 
 
@@ -783,17 +785,17 @@ def test_subscription_changes_its_form(
         ["replacement asked for", "replacement granted", "old filter given up"],
     ),
 )
-def test_killed_while_the_subscription_changes_its_form(
+def test_nothing_is_lost_when_killed_while_filters_become_shared_or_plain(
     moment: str, make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """Nothing is lost. Between SUBSCRIBE and UNSUBSCRIBE the session has both forms.
+    """Nothing is lost. Between SUBSCRIBE and UNSUBSCRIBE the session has both filters.
 
-    What comes before the next process has changed them may be stored twice.
+    Messages that arrive before the next process unsubscribes may be stored twice.
     """
     pods = StatefulSet(lambda **settings: make_collector(broker, database, **settings))
     pods.apply(1, PLAIN)
     pod = pods.pods[0]
-    doubles: set[bytes] = set()
+    twice: set[bytes] = set()
     with Load(broker, rate=times(500, 2000)) as load:
         for filters in (SHARED, PLAIN) * times(1, 5):
             load.more(100)
@@ -803,17 +805,19 @@ def test_killed_while_the_subscription_changes_its_form(
             assert with_fault(pod, moment).launch().wait() == -signal.SIGKILL, pod.log()
             without_fault(pod).start()
             pods.wait_subscribed(database)
-            doubles |= load.sent - before
+            twice |= load.sent - before
             load.more(100)
-        found = complete(load, broker, database, pod, doubles=doubles)
-    print(f"{found.total() - len(found)} doubles of {len(found)}")
+        found = assert_stored_once(load, broker, database, pod, twice=twice)
+    print(f"{found.total() - len(found)} of {len(found)} stored twice")
 
 
 # The clock -----------------------------------------------------------------------------------
 
 
-def test_clock_jumps(make_collector: MakeCollector, broker: Mosquitto, database: Database) -> None:
-    """A year ahead, for which there is no partition, and back."""
+def test_messages_are_stored_once_when_the_clock_jumps(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """The clock jumps a year ahead, where no partition exists, and back."""
     collector = with_fault(make_collector(broker, database), "clock").start()
     years = "SELECT count(DISTINCT date_trunc('month', received_at)) FROM messages"
     future = "SELECT count(*) FROM messages WHERE received_at > now() + interval '300 days'"
@@ -822,11 +826,11 @@ def test_clock_jumps(make_collector: MakeCollector, broker: Mosquitto, database:
             load.more(100)
             ahead = database.query(future)[0][0]
             collector.signal(signal.SIGUSR1)
-            eventually(lambda n=ahead: database.query(future)[0][0] > n, what="a year ahead")  # type: ignore[misc]
+            eventually(lambda n=ahead: database.query(future)[0][0] > n, what="a row of next year")  # type: ignore[misc]
             load.more(100)
             collector.signal(signal.SIGUSR2)
             load.more(100)
-        complete(load, broker, database, collector)
+        assert_stored_once(load, broker, database, collector)
     assert database.query(years)[0][0] >= 2
     assert collector.metrics()["mqtt_reconnects_total"] == 0
     assert database.count("dead_letters") == 0
@@ -842,42 +846,42 @@ def saved_at(broker: Mosquitto) -> float:
 
 
 def save(broker: Mosquitto) -> None:
-    """Have the broker save its state now."""
+    """Make the broker save its state now (SIGUSR1)."""
     before = saved_at(broker)
     broker.signal(signal.SIGUSR1)
-    eventually(lambda: saved_at(broker) > before, what="the broker saves")
+    eventually(lambda: saved_at(broker) > before, what="the broker saves its state")
 
 
-def test_broker_restarted(
+def test_messages_are_stored_once_when_the_broker_restarts(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """In order: it saves everything, and nothing is lost."""
-    random = dice()
+    """A broker that is stopped saves its state first."""
+    random = seeded_random()
     collector = make_collector(broker, database).start()
     with Load(broker) as load:
         for _ in range(times(2, 20)):
             load.more(random.randint(1, 500))
             assert broker.stop() == 0
             broker.start()
-        complete(load, broker, database, collector)
+        assert_stored_once(load, broker, database, collector)
 
 
-def test_broker_killed(
+def test_only_unsaved_messages_are_lost_when_the_broker_is_killed(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database
 ) -> None:
-    """It loses what it had neither saved nor delivered; nothing else, and nothing that arrived.
+    """Only messages that it had neither saved nor delivered are lost.
 
-    What was still queued when it saved, and delivered after that, it sends again as new.
+    Messages that were queued when it saved, and delivered later, are sent again without DUP.
     """
-    random = dice()
+    random = seeded_random()
     interval = times(1, 3)
     broker = make_broker(f"autosave_interval {interval}").start()
     collector = make_collector(broker, database).start()
     gaps: list[tuple[float, float]] = []
-    doubles: set[bytes] = set()
+    twice: set[bytes] = set()
 
     def at_risk() -> set[bytes]:
-        """What was acknowledged after a save and before the kill that followed."""
+        """The messages that were acknowledged between a save and the kill that followed."""
         known = load.acknowledged.copy().items()
         return {p for p, at in known if any(saved <= at <= killed for saved, killed in gaps)}
 
@@ -885,36 +889,35 @@ def test_broker_killed(
     with Load(broker) as load:
         for n in range(times(2, 10)):
             if n % 2:
-                collector.stop()  # what is published waits in the broker
+                collector.stop()  # the broker queues new messages
                 load.more(random.randint(1, 200))
                 before = saved_at(broker)
-                eventually(lambda b=before: saved_at(broker) > b, what="it saves")  # type: ignore[misc]
+                eventually(lambda b=before: saved_at(broker) > b, what="it saves its state")  # type: ignore[misc]
             load.more(random.randint(1, int(1500 * interval)))
             broker.kill()
-            # Saving takes a while on a busy machine, and so do the last acknowledgements on their
-            # way to the publisher.
+            # On a busy machine, saving takes a while, and the last PUBACKs arrive late.
             gaps.append((saved_at(broker) - 0.5, time.time() + 0.5))
-            doubles |= load.sent
+            twice |= load.sent
             broker.start()
             if not collector.running:
                 collector.start()
             collector.wait_ready()
             load.more(10)
-        found = complete(load, broker, database, collector, lost=at_risk, doubles=doubles)
+        found = assert_stored_once(load, broker, database, collector, lost=at_risk, twice=twice)
     lost = len(load.acknowledged.keys() - found.keys())
-    doubled = found.total() - len(found)
+    repeated = found.total() - len(found)
     print(
-        f"{len(load.acknowledged)} acknowledged, {lost} lost, {doubled} doubles; at risk: "
+        f"{len(load.acknowledged)} acknowledged, {lost} lost, {repeated} stored twice; at risk: "
         + ", ".join(f"{killed - saved:.1f} s" for saved, killed in gaps)
     )
 
 
-def test_queue_of_a_killed_broker(
+def test_messages_requeued_by_a_killed_broker_are_stored_again(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database
 ) -> None:
-    """After the kill it sends again, without DUP, what it had saved as queued, stored or not.
+    """It sends all messages that it had saved as queued again, without DUP.
 
-    That is stored again, because it may be a new message: a double is better than a loss.
+    They are stored again, because they may be new messages: twice is better than never.
     """
     broker = make_broker("autosave_interval 0").start()
     collector = make_collector(broker, database).start()
@@ -929,17 +932,17 @@ def test_queue_of_a_killed_broker(
     broker.kill()
     broker.start()
     metrics = collector.wait_settled(100)
-    assert metrics["mqtt_messages_total"] == 100, "all 50 that were queued came again"
+    assert metrics["mqtt_messages_total"] == 100, "the 50 queued messages were sent again"
     assert metrics["db_duplicates_total"] == 0
     assert stored(database) == Counter({p: 1 + (n >= 50) for n, (_, p) in enumerate(messages)})
 
 
-BLOCKED = "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE"
+LOCK_MESSAGES = "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE"
 
 
 LOSS = pytest.mark.xfail(
     strict=True,
-    reason="equal to a stored message, under its id, and with DUP: taken for it (ADR 1)",
+    reason="has DUP, and packet id and content of a stored message: looks redelivered (ADR 1)",
 )
 
 
@@ -952,16 +955,16 @@ LOSS = pytest.mark.xfail(
         pytest.param("equal", 1, marks=LOSS),
     ],
 )
-def test_packet_ids_of_a_killed_broker(
+def test_messages_with_packet_ids_reused_by_a_killed_broker_are_stored(
     contents: str,
     committed: int,
     make_collector: MakeCollector,
     make_broker: MakeBroker,
     database: Database,
 ) -> None:
-    """A killed broker counts packet ids on from its last save: new messages get ids of stored ones.
+    """A killed broker continues from the packet id of its last save, so it uses ids again.
 
-    If the collector is then killed with such messages received and not stored, they come with DUP.
+    If the collector is killed before it stores such messages, they are redelivered with DUP.
     """
     broker = make_broker("autosave_interval 0").start()
     collector = make_collector(broker, database).start()
@@ -977,7 +980,7 @@ def test_packet_ids_of_a_killed_broker(
     publish(broker, messages[30 : 30 + committed])
     collector.wait_settled(30 + committed)
     with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
-        cursor.execute(BLOCKED)
+        cursor.execute(LOCK_MESSAGES)
         publish(broker, messages[30 + committed :])
         eventually(
             lambda: collector.metrics()["mqtt_messages_total"] == 40, what="all are received"
@@ -989,19 +992,19 @@ def test_packet_ids_of_a_killed_broker(
 
 
 @pytest.mark.skipif(not FULL, reason="sends 65 535 messages; in make test-faults")
-def test_equal_messages_when_packet_ids_are_reused(
+def test_equal_messages_with_reused_packet_ids_are_stored(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """After 65 535 messages the ids are those of stored ones, and so are the messages."""
+    """After 65 535 messages, new messages have the packet ids and the content of stored ones."""
     collector = make_collector(broker, database).start()
     assert collector.stop() == 0
     many = 65_535
-    publish(broker, [("iot/data", b"temperature:23")] * many)  # waits in the broker
+    publish(broker, [("iot/data", b"temperature:23")] * many)  # queued in the broker
     collector.start()
     collector.wait_settled(many)
     batches = database.query("SELECT count(*) FROM ledger")[0][0]
     with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
-        cursor.execute(BLOCKED)
+        cursor.execute(LOCK_MESSAGES)
         publish(broker, [("iot/data", b"temperature:23")] * 100)
         eventually(
             lambda: collector.metrics()["mqtt_messages_total"] == many + 100, what="received"

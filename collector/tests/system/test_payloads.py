@@ -1,4 +1,4 @@
-"""What people can query: of the payloads that common devices send, and by the settings for it."""
+"""The readings of payloads that common devices send, and the settings for payloads."""
 
 import re
 from collections.abc import Callable
@@ -23,7 +23,7 @@ MakeCollector = Callable[..., Collector]
 
 
 class Reading(NamedTuple):
-    """The columns of ``readings`` that a reading's content decides."""
+    """The columns of ``readings`` that come from the payload."""
 
     name: str
     value: float | None
@@ -51,7 +51,7 @@ def content_type(name: str) -> Properties:
     return properties
 
 
-def test_what_common_devices_send(
+def test_payloads_of_common_devices_become_readings(
     broker: Mosquitto, database: Database, make_collector: MakeCollector
 ) -> None:
     collector = make_collector(broker, database, IOT_MQTT_TOPICS="#,$aws/#").start()
@@ -62,7 +62,9 @@ def test_what_common_devices_send(
             device.publish(shape["topic"], payload_of(shape), properties=properties)
         device.settle()
     collector.wait_settled(len(CORPUS))
-    assert database.payloads() == [payload_of(shape) for shape in CORPUS], "raw, byte by byte"
+    assert database.payloads() == [payload_of(shape) for shape in CORPUS], (
+        "payloads are stored unchanged"
+    )
     for shape in CORPUS:
         rows = database.query(
             "SELECT name, value::float8, text FROM readings WHERE topic = %s", shape["topic"]
@@ -72,10 +74,10 @@ def test_what_common_devices_send(
     assert [len(database.query(sql)) for sql in queries] == [1, 1, 1]
 
 
-def test_binary_topics(
+def test_binary_topics_select_the_decoder(
     broker: Mosquitto, database: Database, make_collector: MakeCollector
 ) -> None:
-    """By topic, where devices use MQTT 3.1.1; a content type takes precedence."""
+    """For devices with MQTT 3.1.1. With MQTT 5, the content type takes precedence."""
     collector = make_collector(
         broker,
         database,
@@ -98,10 +100,10 @@ def test_binary_topics(
         "on",
         {"t": 45},
     ]
-    assert collector.metrics()["db_duplicates_total"] == 1, "the id is in the CBOR"
+    assert collector.metrics()["db_duplicates_total"] == 1, "the message id is read from CBOR"
 
 
-def test_topic_levels_and_device_time(
+def test_readings_have_topic_levels_and_device_time(
     broker: Mosquitto, database: Database, make_collector: MakeCollector
 ) -> None:
     settings = {
@@ -129,12 +131,12 @@ def test_topic_levels_and_device_time(
         (2, {"device": "north"}, at),
         (3, None, None),
     ]
-    # The clock of a device decides nothing else.
+    # The device time is used for nothing else.
     assert database.query(
         "SELECT count(*) FROM readings WHERE time > now() - interval '1 minute' AND name = 't'"
     ) == [(3,)]
     collector.stop()
-    # What the last start says applies to old messages, too.
+    # The settings of the last start also apply to old messages.
     settings["IOT_TOPIC_TEMPLATES"] = "plant/{site}/#,{device.}"
     failed = make_collector(broker, database, **settings).launch()
     assert failed.wait() == 2
@@ -154,8 +156,8 @@ def test_topic_levels_and_device_time(
         " ORDER BY time DESC LIMIT 1",
     ],
 )
-def test_plans(sql: str, database: Database) -> None:
-    """Topic and time reach the index of one partition, and the newest row needs no sort."""
+def test_queries_of_readings_use_the_index_of_one_partition(sql: str, database: Database) -> None:
+    """The newest row is found without a sort."""
     database.query("SELECT ensure_partitions('2031-01-01 00:00+00', 3)")
     database.query(
         "INSERT INTO messages (received_at, topic, payload, fields, qos, retained)"

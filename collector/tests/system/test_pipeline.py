@@ -34,38 +34,38 @@ def payloads(messages: list[tuple[str, bytes]]) -> list[bytes]:
     return [payload for _, payload in messages]
 
 
-def each_once(database: Database, acknowledged: set[bytes]) -> None:
-    """Assert that what the broker acknowledged is stored, each message once."""
+def assert_stored_once(database: Database, acknowledged: set[bytes]) -> None:
+    """Assert that each message that the broker acknowledged is stored once."""
     stored = database.payloads()
-    assert len(stored) == len(set(stored)), f"{len(stored) - len(set(stored))} doubles"
+    assert len(stored) == len(set(stored)), f"{len(stored) - len(set(stored))} stored twice"
     assert set(stored) >= acknowledged, f"{len(acknowledged - set(stored))} lost"
 
 
-def settled(collector: Collector, database: Database, acknowledged: set[bytes]) -> None:
-    """Wait until everything is stored, then assert `each_once`."""
+def wait_stored_once(collector: Collector, database: Database, acknowledged: set[bytes]) -> None:
+    """Wait until everything is stored and nothing is in flight, then `assert_stored_once`."""
     eventually(
         lambda: database.count() + database.count("dead_letters") >= len(acknowledged),
         what=f"{len(acknowledged)} messages are stored\n{collector.log()[-2000:]}",
     )
     eventually(lambda: not collector.metrics()["messages_in_flight"], what="nothing is in flight")
     assert_balanced(collector.metrics())
-    each_once(database, acknowledged)
+    assert_stored_once(database, acknowledged)
 
 
-def problem(collector: Collector, text: str, path: str = "/readyz") -> None:
-    """Wait until the collector says that it has a problem, naming ``text``."""
+def wait_problem(collector: Collector, text: str, path: str = "/readyz") -> None:
+    """Wait until the collector reports a problem that contains ``text``."""
 
-    def says_so() -> bool:
+    def reported() -> bool:
         answer = collector.get(path)
         return answer.status == 503 and text in " ".join(answer.json()["problems"])
 
-    eventually(says_so, what=f"{path} says {text!r}\n{collector.log()[-2000:]}")
-    assert collector.get("/livez").status == 200, "no reason to restart"
+    eventually(reported, what=f"{path} reports {text!r}\n{collector.log()[-2000:]}")
+    assert collector.get("/livez").status == 200, "the problem is no reason to restart"
 
 
 @contextlib.contextmanager
 def limited_user(database: Database, **options: str) -> Iterator[Database]:
-    """The database as a user that may do what the collector needs, and nothing more."""
+    """The database, with a user that has only the privileges that the collector needs."""
     role = f"{database.name}_collector"
     database.query(f"CREATE ROLE {role} LOGIN PASSWORD 'first'")
     database.query(
@@ -77,8 +77,8 @@ def limited_user(database: Database, **options: str) -> Iterator[Database]:
     database.query(f"DROP OWNED BY {role}")
 
 
-def cut(database: Database) -> None:
-    """End the sessions of all collectors on the database."""
+def terminate_sessions(database: Database) -> None:
+    """Terminate the sessions of all collectors on the database."""
     database.query(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE datname = %s AND application_name = 'iot-collector'",
@@ -89,8 +89,8 @@ def cut(database: Database) -> None:
 # Content -------------------------------------------------------------------------------------
 
 
-DEEP = [b'{"a":' * 300 + b"1" + b"}" * 300, b"[" * 300 + b"]" * 300]
-BAD: list[tuple[bytes, Any]] = [
+DEEPLY_NESTED = [b'{"a":' * 300 + b"1" + b"}" * 300, b"[" * 300 + b"]" * 300]
+PAYLOADS: list[tuple[bytes, Any]] = [
     (b"temperature:23", {"temperature": 23}),
     (b"", None),
     (b"temperature:", None),
@@ -121,7 +121,7 @@ BAD: list[tuple[bytes, Any]] = [
     (b"on", "on"),
     (b"1e-20000", None),
     (b"'a':1", "'a':1"),
-    *((payload, json.loads(payload)) for payload in DEEP),
+    *((payload, json.loads(payload)) for payload in DEEPLY_NESTED),
     (b"[" * 10_000, None),
     (b'{"a":' * 10_000, None),
     (b"null", None),
@@ -136,12 +136,14 @@ BAD: list[tuple[bytes, Any]] = [
 def test_every_payload_is_stored(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
-    publish(broker, [("iot/data", payload) for payload, _ in BAD])
-    metrics = collector.wait_settled(len(BAD))
+    publish(broker, [("iot/data", payload) for payload, _ in PAYLOADS])
+    metrics = collector.wait_settled(len(PAYLOADS))
     rows = database.rows()
-    assert [row.payload for row in rows] == [payload for payload, _ in BAD], "all, raw, in order"
-    assert [row.fields for row in rows] == [fields for _, fields in BAD]
-    assert metrics["db_inserts_total"] == len(BAD)
+    assert [row.payload for row in rows] == [payload for payload, _ in PAYLOADS], (
+        "all, raw, in order"
+    )
+    assert [row.fields for row in rows] == [fields for _, fields in PAYLOADS]
+    assert metrics["db_inserts_total"] == len(PAYLOADS)
     assert database.dead_letters() == []
     assert collector.get("/health").status == 200
 
@@ -172,7 +174,7 @@ def test_every_topic_is_stored(
     assert [row.topic for row in database.rows()] == TOPICS
 
 
-def test_topic_too_long_for_the_index(
+def test_topic_too_long_for_the_index_becomes_a_dead_letter(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
     topic = "t/" + random.Random(1).randbytes(8000).hex()  # random: it does not compress
@@ -218,7 +220,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-def test_refused_row(
+def test_refused_row_becomes_a_dead_letter(
     kind: str, make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
     sql, sqlstate, reason = REFUSALS[kind]
@@ -237,7 +239,7 @@ def test_refused_row(
     assert collector.get("/health").status == 200
     publish(broker, numbered(10, start=100))
     collector.wait_settled(111)
-    assert database.count() == 110, "the flow goes on"
+    assert database.count() == 110, "later messages are stored"
 
 
 DEFERRED = TRIGGER.format(
@@ -253,17 +255,16 @@ TWICE_REFUSED = {
 
 
 @pytest.mark.parametrize("kind", TWICE_REFUSED)
-def test_row_refused_by_dead_letters_too(
+def test_row_refused_by_dead_letters_goes_to_the_fallback_table(
     kind: str, make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """A constraint on dead_letters: the message goes to the fallback table, and others follow."""
     database.query(TWICE_REFUSED[kind])
     poison = Properties(PacketTypes.PUBLISH)
     poison.UserProperty = [("site", "a")]
     with limited_user(database) as user:
         collector = make_collector(broker, user, IOT_BATCH_LINGER_MS="200").start()
         metric = 'db_dead_letters_total{reason="refused_twice"}'
-        assert collector.metrics()[metric] == 0, "from the start, so that an increase is seen"
+        assert collector.metrics()[metric] == 0, "present from the start, for increase()"
         publish(broker, numbered(10))
         publish(broker, [("iot/poison", b"poison")], properties=poison)
         publish(broker, numbered(10, start=10))
@@ -287,16 +288,16 @@ def test_row_refused_by_dead_letters_too(
         collector.close()
 
 
-def test_dead_letters_that_cannot_be_written_are_retried(
+def test_dead_letters_are_retried_without_insert_privilege(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """If the table and not the message is at fault, the collector waits until it is repaired."""
+    """Without INSERT on dead_letters, the message waits until the privilege is granted."""
     database.query("ALTER TABLE messages ADD CHECK (payload <> 'poison'::bytea)")
     with limited_user(database) as user:
         database.query(f"REVOKE INSERT ON dead_letters FROM {user.user}")
         collector = make_collector(broker, user).start()
         publish(broker, [("iot/data", b"poison")])
-        problem(collector, "permission denied for table dead_letters", "/health")
+        wait_problem(collector, "permission denied for table dead_letters", "/health")
         assert database.count("dead_letters_fallback") == 0
         database.query(f"GRANT INSERT ON dead_letters TO {user.user}")
         collector.wait_settled(1)
@@ -304,7 +305,7 @@ def test_dead_letters_that_cannot_be_written_are_retried(
         collector.close()
 
 
-def test_row_refused_with_a_custom_sqlstate(
+def test_row_refused_with_a_custom_sqlstate_becomes_a_dead_letter(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
     using = "USING ERRCODE = 'IOT01'"
@@ -317,7 +318,7 @@ def test_row_refused_with_a_custom_sqlstate(
 def test_missing_partition_is_not_a_data_error(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
-    """A row without a partition waits until there is one; it is no dead letter."""
+    """A row without a partition waits until its partition exists."""
     publish(broker, numbered(1))  # creates today's partitions
     collector.wait_settled(1)
     for (partition,) in database.query("SELECT inhrelid::regclass::text FROM pg_inherits"):
@@ -330,7 +331,7 @@ def test_missing_partition_is_not_a_data_error(
     assert database.dead_letters() == []
 
 
-def test_whole_batch_refused(
+def test_each_row_of_a_refused_batch_becomes_a_dead_letter(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
     database.query("ALTER TABLE messages ADD CONSTRAINT nothing CHECK (qos = 0)")
@@ -341,7 +342,9 @@ def test_whole_batch_refused(
     assert database.count() == 0
 
 
-def test_properties(collector: Collector, broker: Mosquitto, database: Database) -> None:
+def test_mqtt_5_properties_are_stored(
+    collector: Collector, broker: Mosquitto, database: Database
+) -> None:
     properties = Properties(PacketTypes.PUBLISH)
     properties.UserProperty = [("unit", "°C"), ("site", "a"), ("site", "b")]
     properties.ContentType = "text/plain"
@@ -364,10 +367,10 @@ def test_properties(collector: Collector, broker: Mosquitto, database: Database)
 
 
 @pytest.mark.parametrize("text", ["\ufffd", "☃𝄞", "e\u0301", "", "x" * 60_000])
-def test_property_text(
+def test_user_properties_with_any_text_are_stored(
     text: str, collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
-    """A message that ended the connection would be sent again for ever."""
+    """A message that broke the connection would be redelivered forever."""
     properties = Properties(PacketTypes.PUBLISH)
     properties.UserProperty = [("name", text), (text, "value")]
     publish(broker, [("iot/data", b"x")], properties=properties)
@@ -376,10 +379,10 @@ def test_property_text(
     assert row.properties == {"user": {"name": [text], text: ["value"]}}
 
 
-def test_property_that_paho_refuses(
+def test_properties_that_paho_rejects_are_stored_raw(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
-    """MQTT 5 §1.5.4 allows U+FEFF and paho does not: the message is kept, its properties raw."""
+    """MQTT 5 §1.5.4 allows U+FEFF, but paho does not."""
     properties = Properties(PacketTypes.PUBLISH)
     properties.UserProperty = [("name", "\ufeffbom")]
     publish(broker, [("iot/data", b"x")], properties=properties)
@@ -389,7 +392,7 @@ def test_property_that_paho_refuses(
     assert row.properties == {"Unreadable": base64.b64encode(raw).decode()}
 
 
-def test_qos_and_retain(
+def test_qos_and_retain_flag_are_stored(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
     publish(broker, [("state/1", b"old")], retain=True)
@@ -402,7 +405,7 @@ def test_qos_and_retain(
     assert [row.qos for row in rows[1:]] == [0] * 10 + [1] * 10 + [2] * 10
     assert not any(row.retained for row in rows[1:])
     assert metrics["db_inserts_total"] == 31
-    # Nothing is left to acknowledge, PUBCOMP included, and the retained message stays stored once.
+    # Everything is acknowledged, with PUBCOMP too, and the retained message is not stored again.
     assert collector.stop() == 0
     collector.start()
     publish(broker, [("iot/data", b"end")])
@@ -410,17 +413,19 @@ def test_qos_and_retain(
     assert database.payloads()[31:] == [b"end"]
 
 
-def test_mqtt_311(make_collector: MakeCollector, broker: Mosquitto, database: Database) -> None:
+def test_mqtt_3_1_1_messages_are_stored_live_and_from_the_queue(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
     collector = make_collector(broker, database, IOT_MQTT_VERSION="3.1.1").start()
     acknowledged = publish(broker, numbered(500))
-    settled(collector, database, acknowledged)
+    wait_stored_once(collector, database, acknowledged)
     assert collector.stop() == 0
     acknowledged |= publish(broker, numbered(500, start=500))  # queued in the session
     collector.start()
-    settled(collector, database, acknowledged)
+    wait_stored_once(collector, database, acknowledged)
 
 
-def test_shared_subscription(
+def test_collectors_share_a_subscription(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
     pair = [
@@ -434,16 +439,16 @@ def test_shared_subscription(
     ]
     acknowledged = publish(broker, numbered(1000))
     eventually(lambda: database.count() >= 1000, what="all is stored")
-    each_once(database, acknowledged)
+    assert_stored_once(database, acknowledged)
     shares = [collector.wait_settled(1)["db_inserts_total"] for collector in pair]
     assert sum(shares) == 1000
     assert all(shares), shares
 
 
-def test_pod_waits_for_another(
+def test_pod_is_ready_while_it_waits_for_another(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """It is ready meanwhile; otherwise the StatefulSet would never replace the pod it waits for."""
+    """Otherwise the StatefulSet would never replace the pod that it waits for."""
     first, second = (
         make_collector(
             broker,
@@ -461,7 +466,7 @@ def test_pod_waits_for_another(
     assert second.metrics()["mqtt_waiting"] == 1
     assert second.status("/health") == 200
     assert "waiting until other pods" in second.log()
-    settled(first, database, publish(broker, numbered(100)))
+    wait_stored_once(first, database, publish(broker, numbered(100)))
     assert second.metrics()["mqtt_messages_total"] == 0
     broker.stop()
     eventually(lambda: second.status("/readyz") == 503, what="it has no connection")
@@ -492,8 +497,8 @@ def test_counts_add_up_in_every_scrape(
                 + accounting["in_flight"]
             )
         acknowledged = stream.finish()
-    assert seen, "some scrape saw messages in flight, or this proves nothing"
-    settled(collector, database, acknowledged)
+    assert seen, "no scrape saw messages in flight, so the test proves nothing"
+    wait_stored_once(collector, database, acknowledged)
     metrics = collector.metrics()
     assert metrics["mqtt_messages_total"] == len(acknowledged)
     assert metrics["message_delay_seconds_count"] == len(acknowledged)
@@ -502,7 +507,7 @@ def test_counts_add_up_in_every_scrape(
     assert metrics["mqtt_reconnects_total"] == 0
 
 
-def test_http(collector: Collector) -> None:
+def test_http_endpoints(collector: Collector) -> None:
     health = collector.get("/health")
     assert health.status == 200
     assert health.json()["status"] == "ok"
@@ -515,26 +520,26 @@ def test_http(collector: Collector) -> None:
 # Failures of the database ----------------------------------------------------------------------
 
 
-def test_database_absent_at_start(
+def test_messages_wait_when_the_database_is_down_at_start(
     make_collector: MakeCollector, broker: Mosquitto, own_database: Database
 ) -> None:
     server = own_database.server
     server.stop()
     collector = make_collector(broker, own_database).launch().wait_listening()
-    problem(collector, "database: connection")
-    problem(collector, "database: connection", "/health")
-    eventually(lambda: collector.metrics()["mqtt_connected"], what="it subscribes all the same")
+    wait_problem(collector, "database: connection")
+    wait_problem(collector, "database: connection", "/health")
+    eventually(lambda: collector.metrics()["mqtt_connected"], what="it subscribes nevertheless")
     acknowledged = publish(broker, numbered(300))
     eventually(lambda: collector.metrics()["messages_in_flight"] == 300, what="they wait")
     assert_balanced(collector.metrics())
     server.start()
-    settled(collector, own_database, acknowledged)
+    wait_stored_once(collector, own_database, acknowledged)
     collector.wait_ready()
     assert own_database.payloads() == payloads(numbered(300)), "in order"
 
 
 @pytest.mark.parametrize("end", [Postgres.stop, Postgres.kill], ids=["stopped", "killed"])
-def test_database_stops_under_load(
+def test_messages_wait_while_the_database_is_down(
     end: Callable[[Postgres], object],
     make_collector: MakeCollector,
     broker: Mosquitto,
@@ -546,59 +551,59 @@ def test_database_stops_under_load(
             stream.more()
             end(own_database.server)
             stream.more()
-            problem(collector, "database: ")
+            wait_problem(collector, "database: ")
             own_database.server.start()
         stream.more()
         acknowledged = stream.finish()
-    settled(collector, own_database, acknowledged)
+    wait_stored_once(collector, own_database, acknowledged)
     assert collector.metrics()['db_errors_total{kind="connection"}'] >= 1
 
 
-def test_session_cut_again_and_again(
+def test_messages_are_stored_once_when_database_sessions_are_terminated(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
-    """Whether a COMMIT took place whose answer is lost: the ledger knows."""
+    """If the answer to a COMMIT is lost, the ledger shows whether it succeeded."""
     with Stream(broker, every=0.0005) as stream:
         for _ in range(20):
             stream.more(20)
-            cut(database)
+            terminate_sessions(database)
         acknowledged = stream.finish()
-    settled(collector, database, acknowledged)
+    wait_stored_once(collector, database, acknowledged)
     assert database.dead_letters() == []
 
 
-def test_read_only_database(
+def test_messages_wait_while_the_database_is_read_only(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
     collector = make_collector(broker, database).start()
     acknowledged = publish(broker, numbered(50))
-    settled(collector, database, acknowledged)
+    wait_stored_once(collector, database, acknowledged)
     server = database.server
     server.query(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
-    cut(database)
+    terminate_sessions(database)
     acknowledged |= publish(broker, numbered(50, start=50))
-    problem(collector, "database: read_only")
+    wait_problem(collector, "database: read_only")
     eventually(lambda: collector.metrics()["messages_in_flight"] == 50, what="all wait")
     server.query(f"ALTER DATABASE {database.name} RESET default_transaction_read_only")
-    settled(collector, database, acknowledged)
+    wait_stored_once(collector, database, acknowledged)
     assert database.dead_letters() == []
 
 
-def test_too_many_connections(
+def test_messages_wait_while_the_connection_limit_is_reached(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
     with limited_user(database) as user:
         collector = make_collector(broker, user).start()
         database.query(f"ALTER ROLE {user.user} CONNECTION LIMIT 0")
-        cut(database)
+        terminate_sessions(database)
         acknowledged = publish(broker, numbered(50))
-        problem(collector, "too many connections")
+        wait_problem(collector, "too many connections")
         database.query(f"ALTER ROLE {user.user} CONNECTION LIMIT 5")
-        settled(collector, database, acknowledged)
+        wait_stored_once(collector, database, acknowledged)
         collector.close()
 
 
-def test_rotated_database_password(
+def test_rotated_database_password_is_read_from_its_file(
     make_collector: MakeCollector, broker: Mosquitto, database: Database, tmp_path: Path
 ) -> None:
     file = tmp_path / "password"
@@ -611,19 +616,19 @@ def test_rotated_database_password(
             IOT_DATABASE_PASSWORD_FILE=str(file),
         ).start()
         database.query(f"ALTER ROLE {user.user} PASSWORD 'brand-new'")
-        cut(database)
+        terminate_sessions(database)
         acknowledged = publish(broker, numbered(50))
-        problem(collector, "database: authentication")
+        wait_problem(collector, "database: authentication")
         assert "brand-new" not in collector.get("/health").body.decode()
-        file.write_bytes(b"\xff")  # half written, or not text at all
-        file.unlink()  # away for a moment
-        problem(collector, "password file")
+        file.write_bytes(b"\xff")  # not UTF-8
+        file.unlink()
+        wait_problem(collector, "password file")
         file.write_text("brand-new\n")
-        settled(collector, database, acknowledged)
+        wait_stored_once(collector, database, acknowledged)
         collector.close()
 
 
-def test_password_file_that_is_not_text(
+def test_unreadable_password_file_is_reported_and_read_again(
     make_collector: MakeCollector, broker: Mosquitto, database: Database, tmp_path: Path
 ) -> None:
     file = tmp_path / "password"
@@ -632,40 +637,39 @@ def test_password_file_that_is_not_text(
         broker, database, IOT_DATABASE_PASSWORD="", IOT_DATABASE_PASSWORD_FILE=str(file)
     )
     collector.launch().wait_listening()
-    problem(collector, "password file")
+    wait_problem(collector, "password file")
     assert collector.running
     file.write_text(database.password)
     collector.wait_ready()
 
 
-def test_database_without_schema(
+def test_missing_schema_is_reported(
     make_collector: MakeCollector, broker: Mosquitto, empty_database: Database
 ) -> None:
     collector = make_collector(broker, empty_database).launch().wait_listening()
-    problem(collector, "database: schema")
+    wait_problem(collector, "database: schema")
     assert "iot-collector migrate" in collector.log()
 
 
-def test_statement_timeout(
+def test_statement_is_cancelled_at_its_timeout_and_retried(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """A statement that takes longer is cancelled and repeated until it succeeds."""
     collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
     collector.wait_settled(len(publish(broker, numbered(1))))
     with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
         cursor.execute("LOCK TABLE messages IN ACCESS EXCLUSIVE MODE")
         acknowledged = publish(broker, numbered(50, start=1))
-        problem(collector, "timeout: canceling statement due to statement timeout")
-        problem(collector, "IOT_DATABASE_TIMEOUT_SECONDS", "/health")
+        wait_problem(collector, "timeout: canceling statement due to statement timeout")
+        wait_problem(collector, "IOT_DATABASE_TIMEOUT_SECONDS", "/health")
         eventually(
             lambda: collector.metrics()['db_errors_total{kind="timeout"}'] >= 3, what="again"
         )
         assert collector.get("/livez").status == 200
-    settled(collector, database, acknowledged)
+    wait_stored_once(collector, database, acknowledged)
     assert database.count() == 51
 
 
-def test_shorter_statement_timeout_of_the_role_is_kept(
+def test_shorter_of_two_statement_timeouts_applies(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
     for timeout in ("250", "60000"):
@@ -675,87 +679,89 @@ def test_shorter_statement_timeout_of_the_role_is_kept(
         with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
             cursor.execute("SET statement_timeout = 0; LOCK TABLE messages")
             publish(broker, numbered(1))
-            problem(collector, "statement timeout")
+            wait_problem(collector, "statement timeout")
         assert collector.stop() == 0
 
 
-def test_daily_work_is_not_timed_out(
+def test_daily_maintenance_has_no_statement_timeout(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """Creating partitions and deleting ids may take long; waiting for a lock is repeated."""
+    """Creating partitions and deleting old ids may take long. A lock timeout is retried."""
     database.query(
         "ALTER FUNCTION ensure_partitions RENAME TO ensure_partitions_at_once;"
         "CREATE FUNCTION ensure_partitions(timestamptz, integer) RETURNS integer LANGUAGE sql AS"
         " 'SELECT ensure_partitions_at_once($1, $2) FROM pg_sleep(3)'"
     )
     collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
-    settled(collector, database, publish(broker, numbered(10)))
+    wait_stored_once(collector, database, publish(broker, numbered(10)))
     assert sum(v for k, v in collector.metrics().items() if k.startswith("db_errors_total")) == 0
     assert collector.stop() == 0
     with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
         cursor.execute("LOCK TABLE message_ids")
         collector.start()
         publish(broker, numbered(10, start=10))
-        problem(collector, "timeout: canceling statement due to lock timeout")
+        wait_problem(collector, "timeout: canceling statement due to lock timeout")
     collector.wait_settled(10)
     assert database.count() == 20
 
 
-def test_database_that_accepts_everything_and_never_answers(
+def test_connection_is_closed_when_the_database_never_answers(
     make_collector: MakeCollector,
     make_proxy: Callable[[int], Proxy],
     broker: Mosquitto,
     database: Database,
 ) -> None:
-    """Neither statement_timeout nor TCP ends the wait, so the collector does."""
+    """Neither statement_timeout nor TCP ends this wait, so the collector closes the connection."""
     proxy = make_proxy(database.server.port)
     url = database.url.replace(f":{database.server.port}/", f":{proxy.port}/")
     settings = {"IOT_DATABASE_URL": url, "IOT_DATABASE_TIMEOUT_SECONDS": "1"}
     collector = make_collector(broker, database, **settings).start()
     acknowledged = publish(broker, numbered(10))
-    settled(collector, database, acknowledged)
+    wait_stored_once(collector, database, acknowledged)
     proxy.up = proxy.down = "drop"
     acknowledged |= publish(broker, numbered(40, start=10))
-    problem(collector, "database: connection")
+    wait_problem(collector, "database: connection")
     assert "the database does not answer, breaking the connection" in collector.log()
     proxy.up = proxy.down = "pass"
-    proxy.cut()  # attempts to connect that were swallowed
-    settled(collector, database, acknowledged)
+    proxy.cut()  # drops connection attempts that got no answer
+    wait_stored_once(collector, database, acknowledged)
     assert database.count() == 50
 
 
 # Failures of the broker ------------------------------------------------------------------------
 
 
-def test_broker_absent_at_start(
+def test_collector_connects_when_the_broker_starts_later(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database
 ) -> None:
     broker = make_broker()
     collector = make_collector(broker, database).launch().wait_listening()
-    problem(collector, "broker: ")
-    problem(collector, "Connection refused", "/health")
+    wait_problem(collector, "broker: ")
+    wait_problem(collector, "Connection refused", "/health")
     assert collector.metrics()["mqtt_connected"] == 0
     broker.start()
     collector.wait_ready()
-    settled(collector, database, publish(broker, numbered(10)))
+    wait_stored_once(collector, database, publish(broker, numbered(10)))
 
 
-def test_broker_restarted(collector: Collector, broker: Mosquitto, database: Database) -> None:
+def test_messages_are_stored_once_when_the_broker_restarts(
+    collector: Collector, broker: Mosquitto, database: Database
+) -> None:
     acknowledged: set[bytes] = set()
     for i in range(3):
         acknowledged |= publish(broker, numbered(200, start=i * 200))
         broker.stop()
-        problem(collector, "broker: ")
+        wait_problem(collector, "broker: ")
         broker.start()
         collector.wait_ready()
-    settled(collector, database, acknowledged)
+    wait_stored_once(collector, database, acknowledged)
     assert collector.metrics()["mqtt_reconnects_total"] >= 3
 
 
-def test_wrong_broker_password(
+def test_broker_password_file_is_read_at_each_attempt(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
 ) -> None:
-    """The log says so, and the password file is read again at each attempt."""
+    """The problem is reported, and no password is logged."""
     users, secret = tmp_path / "users", tmp_path / "secret"
     write_passwords(users, {"me": "right-one"})
     broker = make_broker(f"password_file {users}", anonymous=False).start()
@@ -764,31 +770,31 @@ def test_wrong_broker_password(
         broker, database, IOT_MQTT_USERNAME="me", IOT_MQTT_PASSWORD_FILE=str(secret)
     )
     collector.launch().wait_listening()
-    problem(collector, "Not authorized")
+    wait_problem(collector, "Not authorized")
     secret.write_text("right-one\n")
     collector.wait_ready()
     assert "wrong-one" not in collector.log()
     assert "right-one" not in collector.log()
 
 
-def test_window_of_the_broker_smaller_than_ours(
+def test_linger_does_not_delay_a_broker_with_a_small_window(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database
 ) -> None:
-    """It sends 20 and waits: with a linger after each read, there would be 20 messages a linger."""
+    """The broker sends 20 messages, then waits for PUBACK: the collector must not wait as well."""
     broker = make_broker("max_inflight_messages 20").start()
-    # With MQTT 5, Mosquitto's window is the one that we ask for.
+    # With MQTT 5, Mosquitto uses the client's Receive Maximum.
     settings = {"IOT_MQTT_VERSION": "3.1.1", "IOT_BATCH_LINGER_MS": "500"}
     collector = make_collector(broker, database, **settings).start()
-    messages = numbered(2000)  # 50 s at 20 in half a second
+    messages = numbered(2000)  # would take 50 s with a linger of 0.5 s for each 20
     publish(broker, messages)
     collector.wait_settled(2000, timeout=20)
     assert database.payloads() == payloads(messages)
 
 
-def test_same_client_id_twice(
+def test_two_collectors_with_one_client_id_lose_nothing(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """Each ends the other's connection until one is stopped; no message is lost."""
+    """The two take over the session from each other until one is stopped."""
     first = make_collector(broker, database).start()
     with Stream(broker) as stream:
         second = make_collector(broker, database).launch()
@@ -811,30 +817,32 @@ def test_same_client_id_twice(
 # Shutdown -------------------------------------------------------------------------------------
 
 
-def test_sigterm_drains(collector: Collector, broker: Mosquitto, database: Database) -> None:
-    """All that was received is stored and acknowledged: the broker has nothing to send again."""
+def test_sigterm_stores_and_acknowledges_received_messages(
+    collector: Collector, broker: Mosquitto, database: Database
+) -> None:
+    """The broker redelivers nothing afterwards."""
     with Stream(broker, every=0.0005) as stream:
         for _ in range(3):
             stream.more(200)
             assert collector.stop() == 0
             stored = database.count()
             stream.more(50)
-            assert database.count() == stored, "it is gone"
+            assert database.count() == stored, "the process has ended"
             collector.start()
             assert collector.health()["broker"]["session_present"] is True
         stream.more()
         acknowledged = stream.finish()
-    settled(collector, database, acknowledged)
-    duplicates = [e for e in collector.events() if e["event"] == "stopped"]
-    assert len(duplicates) == 3
+    wait_stored_once(collector, database, acknowledged)
+    stops = [e for e in collector.events() if e["event"] == "stopped"]
+    assert len(stops) == 3
     assert collector.metrics()["db_duplicates_total"] == 0
 
 
-def test_sigterm_with_the_database_down(
+def test_sigterm_ends_the_process_while_the_database_is_down(
     make_collector: MakeCollector, broker: Mosquitto, own_database: Database
 ) -> None:
     collector = make_collector(broker, own_database, IOT_DRAIN_SECONDS="1").start()
-    settled(collector, own_database, acknowledged := publish(broker, numbered(100)))
+    wait_stored_once(collector, own_database, acknowledged := publish(broker, numbered(100)))
     own_database.server.stop()
     acknowledged |= publish(broker, numbered(100, start=100))
     eventually(lambda: collector.metrics()["messages_in_flight"] == 100, what="they wait")
@@ -842,10 +850,10 @@ def test_sigterm_with_the_database_down(
     assert collector.wait(15) == 0
     own_database.server.start()
     collector.start()
-    settled(collector, own_database, acknowledged)
+    wait_stored_once(collector, own_database, acknowledged)
 
 
-def test_sigint_without_broker_and_database(
+def test_sigint_ends_the_process_without_broker_and_database(
     make_collector: MakeCollector, make_broker: MakeBroker, own_database: Database
 ) -> None:
     own_database.server.stop()
@@ -855,8 +863,10 @@ def test_sigint_without_broker_and_database(
     assert collector.wait(15) == 0
 
 
-def test_killed_under_load(collector: Collector, broker: Mosquitto, database: Database) -> None:
-    """Between COMMIT and PUBACK too: the broker sends again, and each message is stored once."""
+def test_messages_are_stored_once_when_the_collector_is_killed(
+    collector: Collector, broker: Mosquitto, database: Database
+) -> None:
+    """A kill can fall between COMMIT and PUBACK. Then the broker redelivers the messages."""
     with Stream(broker, every=0.0005) as stream:
         for _ in range(5):
             stream.more(100)
@@ -864,7 +874,7 @@ def test_killed_under_load(collector: Collector, broker: Mosquitto, database: Da
             stream.more(20)
             collector.start()
         acknowledged = stream.finish()
-    settled(collector, database, acknowledged)
+    wait_stored_once(collector, database, acknowledged)
 
 
 COMMIT_WAITS = """
@@ -877,7 +887,7 @@ CREATE CONSTRAINT TRIGGER wait_for_test AFTER INSERT ON messages DEFERRABLE INIT
 
 
 def committing(database: Database) -> int:
-    """How many transactions wait in their COMMIT, where the trigger above runs."""
+    """The number of transactions that wait in COMMIT, where the deferred trigger runs."""
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND wait_event = 'advisory'"
     count: int = database.query(waiting, database.name)[0][0]
     return count
@@ -894,20 +904,20 @@ def waiting_commit(database: Database) -> Iterator[Callable[[], None]]:
         cursor.execute("SELECT pg_advisory_xact_lock(1)")
 
         def wait() -> None:
-            eventually(lambda: committing(database), what="it commits")
+            eventually(lambda: committing(database), what="a COMMIT waits")
 
         yield wait
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before the retry", "during the retry"])
-def test_answer_to_commit_is_lost(
+def test_messages_are_stored_once_when_the_answer_to_commit_is_lost(
     late: bool,
     make_collector: MakeCollector,
     make_proxy: Callable[[int], Proxy],
     broker: Mosquitto,
     database: Database,
 ) -> None:
-    """The COMMIT took place although its connection broke: nothing is stored a second time."""
+    """PostgreSQL finishes the COMMIT although the connection is broken."""
     proxy = make_proxy(database.server.port)
     url = database.url.replace(f":{database.server.port}/", f":{proxy.port}/")
     collector = make_collector(broker, database, IOT_DATABASE_URL=url).start()
@@ -916,34 +926,36 @@ def test_answer_to_commit_is_lost(
         commit_waits()
         proxy.refusing = True
         proxy.cut()
-        problem(collector, "database: connection")
+        wait_problem(collector, "database: connection")
         if late:
             proxy.refusing = False
-            eventually(lambda: "ledger" in blocked(database), what="the retry waits for it")
-    eventually(database.count, what="the COMMIT takes place")
+            eventually(
+                lambda: "ledger" in blocked_statements(database), what="the retry waits for a lock"
+            )
+    eventually(database.count, what="the COMMIT succeeds")
     proxy.refusing = False
-    settled(collector, database, acknowledged)
+    wait_stored_once(collector, database, acknowledged)
     assert collector.metrics()["mqtt_messages_total"] == 50
 
 
-def test_commit_that_takes_longer_than_the_timeout(
+def test_messages_are_stored_once_when_commit_exceeds_the_timeout(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """statement_timeout does not end a COMMIT: the collector does, and later finds it done."""
+    """statement_timeout does not end a COMMIT. The collector closes the connection and retries."""
     collector = make_collector(broker, database, IOT_DATABASE_TIMEOUT_SECONDS="1").start()
     with waiting_commit(database) as commit_waits:
         acknowledged = publish(broker, numbered(50))
         commit_waits()
-        problem(collector, "database: connection")
+        wait_problem(collector, "database: connection")
         assert "the database does not answer" in collector.log()
-        problem(collector, "database: timeout")  # the retry waits for the COMMIT
-    settled(collector, database, acknowledged)
+        wait_problem(collector, "database: timeout")  # the retry waits for the COMMIT
+    wait_stored_once(collector, database, acknowledged)
     assert database.count() == 50
     assert collector.metrics()["mqtt_messages_total"] == 50
 
 
-def blocked(database: Database) -> str:
-    """The statements that wait for a lock of another transaction."""
+def blocked_statements(database: Database) -> str:
+    """The statements that wait for another transaction to end, as one text."""
     found = database.query(
         "SELECT string_agg(query, ' ') FROM pg_stat_activity"
         " WHERE datname = %s AND wait_event_type = 'Lock' AND wait_event = 'transactionid'",
@@ -952,13 +964,13 @@ def blocked(database: Database) -> str:
     return found[0][0] or ""
 
 
-def test_acknowledgements_are_lost(
+def test_messages_are_stored_once_when_pubacks_are_lost(
     make_collector: MakeCollector,
     make_proxy: Callable[[int], Proxy],
     broker: Mosquitto,
     database: Database,
 ) -> None:
-    """What is stored and not acknowledged is sent again, counted, and not stored again."""
+    """Redelivered messages are counted as duplicates, in the same process and in the next one."""
     proxy = make_proxy(broker.port)
     url = f"mqtt://{HOST}:{proxy.port}"
     collector = make_collector(broker, database, IOT_MQTT_URL=url).start()
@@ -969,7 +981,7 @@ def test_acknowledgements_are_lost(
     proxy.cut()
     metrics = collector.wait_settled(100)
     assert metrics["db_duplicates_total"] == 50, "in the same process"
-    eventually(lambda: broker.log().count("Received PUBACK") >= 50, what="acknowledged now")
+    eventually(lambda: broker.log().count("Received PUBACK") >= 50, what="50 PUBACKs arrive")
     proxy.up = "drop"
     acknowledged |= publish(broker, numbered(50, start=50))
     collector.wait_settled(150)
@@ -977,15 +989,15 @@ def test_acknowledgements_are_lost(
     proxy.up = "pass"
     collector.start()
     metrics = collector.wait_settled(50)
-    assert metrics["db_duplicates_total"] == 50, "and in the next"
-    settled(collector, database, acknowledged)
+    assert metrics["db_duplicates_total"] == 50, "in the next process"
+    wait_stored_once(collector, database, acknowledged)
     assert database.count() == 100
 
 
 def test_sigterm_waits_for_a_commit(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
-    """It is stored and acknowledged before the process ends: nothing is sent again."""
+    """The batch is stored and acknowledged before the process ends; nothing is redelivered."""
     with waiting_commit(database) as commit_waits:
         publish(broker, numbered(50))
         commit_waits()
@@ -999,24 +1011,26 @@ def test_sigterm_waits_for_a_commit(
     assert collector.wait_settled(1)["mqtt_messages_total"] == 1
 
 
-def test_killed_while_a_commit_takes_place(
+def test_messages_are_stored_once_when_killed_during_commit(
     collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
-    """PostgreSQL finishes the COMMIT of a dead process: the next process has to wait for it."""
+    """PostgreSQL finishes the COMMIT of a killed process. The next process waits for it."""
     database.query(COMMIT_WAITS)
     with contextlib.closing(database.connect()) as holder, holder.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(1)")
         acknowledged = publish(broker, numbered(50))
-        eventually(lambda: committing(database) == 1, what="it commits")
+        eventually(lambda: committing(database) == 1, what="a COMMIT waits")
         collector.kill()
         collector.start()
-        eventually(lambda: collector.metrics()["messages_in_flight"] == 50, what="sent again")
-    settled(collector, database, acknowledged)
+        eventually(lambda: collector.metrics()["messages_in_flight"] == 50, what="50 redelivered")
+    wait_stored_once(collector, database, acknowledged)
     assert collector.metrics()["db_duplicates_total"] > 0, "the batch of that COMMIT"
 
 
-def test_message_ids(make_collector: MakeCollector, broker: Mosquitto, database: Database) -> None:
-    """A device gives its messages ids and publishes some again: each is stored once."""
+def test_messages_with_equal_ids_are_stored_once(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
+    """Messages without an id are always stored."""
     collector = make_collector(broker, database, IOT_MESSAGE_ID_KEY="id").start()
     messages = [("iot/data", json.dumps({"id": i, "n": n}).encode()) for i in "ab" for n in (1, 2)]
     publish(broker, [*messages, ("iot/data", b"no id"), ("iot/data", b"no id")])
@@ -1049,7 +1063,7 @@ def test_message_ids_are_kept_as_long_as_the_session(
     broker: Mosquitto,
     database: Database,
 ) -> None:
-    """A message that is sent again right before the session expires is still recognised."""
+    """A message redelivered right before the session expires is still recognised."""
     days = {"kept": kept, "forgotten": forgotten}
     for name, age in days.items():
         if age is not None:
@@ -1062,7 +1076,7 @@ def test_message_ids_are_kept_as_long_as_the_session(
         IOT_MESSAGE_ID_KEY="id",
         IOT_MQTT_SESSION_EXPIRY_SECONDS=str(session_expiry),
     ).start()
-    publish(broker, numbered(1))  # the day's first batch: old ids are forgotten
+    publish(broker, numbered(1))  # the first batch of the day deletes old ids
     collector.wait_settled(1)
     assert database.query("SELECT id FROM message_ids") == [("kept",)]
     publish(broker, [("iot/data", b'{"id": "kept"}'), ("iot/data", b'{"id": "forgotten"}')])
@@ -1072,7 +1086,9 @@ def test_message_ids_are_kept_as_long_as_the_session(
 # Settings and logs ---------------------------------------------------------------------------
 
 
-def test_port_in_use(make_collector: MakeCollector, broker: Mosquitto, database: Database) -> None:
+def test_port_in_use_stops_the_start(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database
+) -> None:
     with socket.create_server((HOST, 0)) as taken:
         port = str(taken.getsockname()[1])
         collector = make_collector(broker, database, IOT_HTTP_PORT=port).launch()
@@ -1081,17 +1097,17 @@ def test_port_in_use(make_collector: MakeCollector, broker: Mosquitto, database:
     assert f"{HOST}:{port}" in collector.log()
 
 
-def test_wrong_settings(make_collector: MakeCollector) -> None:
+def test_all_wrong_settings_are_named(make_collector: MakeCollector) -> None:
     collector = make_collector(IOT_MQTT_QOS="7", IOT_BATCHROWS="5").launch()
     assert collector.wait() == 2
     lines = collector.log().splitlines()
     assert [line.split(": ")[1] for line in lines] == ["IOT_BATCHROWS", "IOT_MQTT_QOS"]
 
 
-def test_logs(
+def test_logs_are_json_without_passwords(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
 ) -> None:
-    """Each line is JSON, at every level, with and without failures, and none has a secret."""
+    """Each line is JSON, also during failures. Neither logs nor pages contain a password."""
     users = tmp_path / "users"
     write_passwords(users, {"me": "broker-secret"})
     broker = make_broker(f"password_file {users}", anonymous=False).start()
@@ -1112,11 +1128,11 @@ def test_logs(
         )
         collector.wait_settled(2)
         database.query(f"ALTER ROLE {user.user} PASSWORD 'brand-new'")
-        cut(database)
+        terminate_sessions(database)
         publish(broker, numbered(1), username="me", password="broker-secret")
-        problem(collector, "database: authentication")
+        wait_problem(collector, "database: authentication")
         broker.stop()
-        problem(collector, "broker: ")
+        wait_problem(collector, "broker: ")
         pages = [collector.get(path).body.decode() for path in ("/health", "/metrics", "/readyz")]
         assert collector.stop() == 0
     for event in collector.events():
@@ -1131,7 +1147,7 @@ def test_logs(
 # Transports ----------------------------------------------------------------------------------
 
 
-def test_tls(
+def test_messages_are_stored_over_mutual_tls(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
 ) -> None:
     certificates = make_certificates(tmp_path)
@@ -1151,62 +1167,64 @@ def test_tls(
     }
     collector = make_collector(broker, database, **files).start()
     messages = [*numbered(3000), ("iot/large", b"x" * 3_000_000), *numbered(100, start=3000)]
-    settled(collector, database, publish(broker, messages))
+    wait_stored_once(collector, database, publish(broker, messages))
     assert database.payloads() == payloads(messages)
     assert collector.stop() == 0
 
 
-def test_tls_with_an_untrusted_certificate(
+def test_untrusted_broker_certificate_is_reported(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
 ) -> None:
     certificates = make_certificates(tmp_path)
     listener = [f"certfile {certificates.server}", f"keyfile {certificates.server_key}"]
     broker = make_broker(scheme="mqtts", listener=listener).start()
     collector = make_collector(broker, database).launch().wait_listening()
-    problem(collector, "certificate verify failed")
+    wait_problem(collector, "certificate verify failed")
 
 
-def test_websocket(
+def test_messages_are_stored_over_websocket(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database
 ) -> None:
     broker = make_broker(scheme="ws", listener=["protocol websockets"]).start()
     collector = make_collector(broker, database).start()
     messages = [*numbered(3000), ("iot/large", b"x" * 300_000), *numbered(100, start=3000)]
-    settled(collector, database, publish(broker, messages))
+    wait_stored_once(collector, database, publish(broker, messages))
     assert database.payloads() == payloads(messages)
     assert collector.stop() == 0
 
 
-def test_refused_subscription(
+def test_refused_subscription_is_reported_until_granted(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
 ) -> None:
     security = DynamicSecurity(tmp_path, deny_subscribe="secret/+")
     broker = make_broker(*security.settings).start()
     collector = make_collector(broker, database, IOT_MQTT_TOPICS="iot/data,secret/+")
     collector.launch().wait_listening()
-    problem(collector, "secret/+")
-    problem(collector, "secret/+", "/health")
-    assert "iot/data" not in collector.health()["broker"]["error"], "that one was granted"
+    wait_problem(collector, "secret/+")
+    wait_problem(collector, "secret/+", "/health")
+    assert "iot/data" not in collector.health()["broker"]["error"], "iot/data was granted"
     security.allow(broker, "secret/+")
     collector.wait_ready()
-    settled(collector, database, publish(broker, [("secret/1", b"x"), ("iot/data", b"y")]))
+    wait_stored_once(collector, database, publish(broker, [("secret/1", b"x"), ("iot/data", b"y")]))
 
 
-def test_refused_replacement_of_a_subscription(
+def test_old_subscription_stays_until_the_new_one_is_granted(
     make_collector: MakeCollector, make_broker: MakeBroker, database: Database, tmp_path: Path
 ) -> None:
-    """The old one stays until the new one is granted."""
     security = DynamicSecurity(tmp_path, deny_subscribe="$share/g/iot/data")
     broker = make_broker(*security.settings).start()
     collector = make_collector(broker, database, IOT_MQTT_TOPICS="iot/data").start()
     assert collector.stop() == 0
     collector.settings["IOT_MQTT_TOPICS"] = "$share/g/iot/data"
     collector.launch().wait_listening()
-    problem(collector, "$share/g/iot/data")
+    wait_problem(collector, "$share/g/iot/data")
     acknowledged = publish(broker, numbered(100))
-    settled(collector, database, acknowledged)
+    wait_stored_once(collector, database, acknowledged)
     security.allow(broker, "$share/g/iot/data")
     collector.wait_ready()
     query = "SELECT filters FROM sessions"
-    eventually(lambda: database.query(query) == [(["$share/g/iot/data"],)], what="replaced")
-    settled(collector, database, acknowledged | publish(broker, numbered(100, start=100)))
+    eventually(
+        lambda: database.query(query) == [(["$share/g/iot/data"],)],
+        what="the subscription is replaced",
+    )
+    wait_stored_once(collector, database, acknowledged | publish(broker, numbered(100, start=100)))

@@ -1,4 +1,4 @@
-"""The SQL of docs/queries.md: what it finds, and that it reads no more than it has to."""
+"""The SQL of docs/queries.md: its results, and how many rows it reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from testing.postgres import Database
 PAGE = Path(__file__).parents[3] / "docs/queries.md"
 RECIPES = dict(re.findall(r"## ([^\n]+)\n(?:[^#]*?)```sql\n(.*?)```", PAGE.read_text(), re.DOTALL))
 ALL = re.findall(r"```sql\n(.*?)```", PAGE.read_text(), re.DOTALL)
-# Two months of 20 devices, a message each in 10 minutes; device 7 has a gap of two hours.
+# Two months of 20 devices, with a message every 10 minutes. Device 7 has a gap of two hours.
 FILL = """
 SELECT ensure_partitions(now() - interval '2 months', 2);
 INSERT INTO messages (received_at, topic, payload, fields, qos, retained)
@@ -31,8 +31,8 @@ def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return [plan, *(node for child in plan.get("Plans", []) for node in nodes(child))]
 
 
-def read(database: Database, sql: str) -> tuple[set[str], int]:
-    """The tables that a query reads as a whole, and the rows that it reads in all."""
+def rows_read(database: Database, sql: str) -> tuple[set[str], int]:
+    """Run a query; return the tables that it scans sequentially, and the rows that it reads."""
     ((plan,),) = database.query(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}")
     scans = [
         node
@@ -43,7 +43,7 @@ def read(database: Database, sql: str) -> tuple[set[str], int]:
         node["Relation Name"]
         for node in scans
         if node["Node Type"] == "Seq Scan"
-        and node["Actual Rows"] + node.get("Rows Removed by Filter", 0)  # it is not empty
+        and node["Actual Rows"] + node.get("Rows Removed by Filter", 0)  # the table is not empty
     }
     rows = sum(
         node["Actual Rows"] * node["Actual Loops"] for node in scans if "Relation Name" in node
@@ -51,7 +51,7 @@ def read(database: Database, sql: str) -> tuple[set[str], int]:
     return whole, rows
 
 
-def test_recipes(own_database: Database) -> None:
+def test_queries_are_correct_and_read_few_rows(own_database: Database) -> None:
     own_database.query(FILL)
     messages = own_database.count()
     assert messages > 150_000
@@ -71,8 +71,8 @@ def test_recipes(own_database: Database) -> None:
     assert len(own_database.query(RECIPES["Top talkers"])) == 20
 
     for sql in ALL:
-        whole, rows = read(own_database, sql)
-        # A query for all topics of the last hour may read a small month as a whole.
+        whole, rows = rows_read(own_database, sql)
+        # A query for all topics of the last hour may scan a small partition sequentially.
         months = {table for table in whole if table.startswith("messages")}
         assert len(months) <= (0 if "topic = " in sql else 1), f"{months}\n{sql}"
         assert rows < 20_000, f"{rows} rows read of {messages}\n{sql}"

@@ -1,4 +1,4 @@
-"""The collector keeps the summaries of what it stores."""
+"""The collector updates the summaries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_latest_values_follow_the_messages(
     publish(broker, [("iot/data", b"t:%d" % n) for n in range(500)])
     eventually(
         lambda: database.query("SELECT value FROM latest") == [(499,)],
-        what=f"the latest value is that of the last message\n{collector.log()[-2000:]}",
+        what=f"the latest value is from the last message\n{collector.log()[-2000:]}",
     )
     assert database.query("SELECT topic, messages FROM topics") == [("iot/data", 500)]
     assert database.query("SELECT count, average FROM readings_by_hour") == [(500, 249.5)]
@@ -32,10 +32,10 @@ def test_latest_values_follow_the_messages(
 def test_messages_are_stored_without_summaries(
     make_collector: Callable[..., Collector], broker: Mosquitto, database: Database
 ) -> None:
-    """The function is not there, as for a user without the right to call it."""
+    """The function is missing, which is like a user without EXECUTE on it."""
     database.query("ALTER FUNCTION update_summaries RENAME TO gone")
     collector = make_collector(broker, database, **SECONDS).start().wait_ready()
-    eventually(lambda: "summaries are not updated" in collector.log(), what="it says so")
+    eventually(lambda: "summaries are not updated" in collector.log(), what="the log says so")
     publish(broker, [("iot/data", b"t:1")])
     collector.wait_settled(1)
     assert collector.get("/health").status == 200

@@ -20,7 +20,7 @@ from testing.postgres import Database
 from testing.publisher import publish
 from testing.service import PATIENCE, binary, eventually, free_port
 
-# Brokers refuse control characters in topics; in JSON they are escaped, and the fields have them.
+# Brokers refuse control characters in topics. JSON escapes can put them into fields.
 HOSTILE_TOPIC = "hostile/[red]x[/red]\u202e"
 HOSTILE = "[b]y[/b]\x1b[31m\x1b]0;owned\x07\u202e"
 HOSTILE_SHOWN = re.compile(
@@ -33,7 +33,7 @@ def top(collector: Collector, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 class Terminal:
-    """A terminal of 100 columns and 24 lines with `iot-collector top` in it."""
+    """A terminal of 100 columns and 24 lines that runs `iot-collector top`."""
 
     def __init__(self, collector: Collector, *arguments: str) -> None:
         self._terminal, inside = pty.openpty()
@@ -44,7 +44,7 @@ class Terminal:
             "TERM": "xterm-256color",
             "IOT_HTTP_PORT": collector.settings["IOT_HTTP_PORT"],
         }
-        # Only in a session with this terminal does Ctrl-C send a signal.
+        # Ctrl-C sends a signal only in a session with this controlling terminal.
         self.process = subprocess.Popen(
             [binary("setsid"), "--ctty", iot_collector(), "top", *arguments],
             env=environment,
@@ -78,7 +78,7 @@ class Terminal:
         return self._seen.decode(errors="replace")
 
     def wait_for(self, pattern: str) -> None:
-        """Wait until a pattern is in what comes from now on."""
+        """Wait until new output matches a pattern."""
         start = len(self.text())
         what = f"{pattern} on the terminal"
         eventually(lambda: re.search(pattern, self.text()[start:]), what=what)
@@ -87,7 +87,7 @@ class Terminal:
         os.write(self._terminal, keys)
 
     def end(self) -> tuple[int, str]:
-        """Wait for the end; return the exit status and all that was written."""
+        """Wait until the program ends; return its exit status and all output."""
         status = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
         return status, self.text()
@@ -104,7 +104,7 @@ def filled(broker: Mosquitto, collector: Collector) -> Collector:
     return collector
 
 
-def test_once(filled: Collector) -> None:
+def test_once_prints_the_state_and_the_topics(filled: Collector) -> None:
     done = top(filled, "--once")
     assert (done.returncode, done.stderr) == (0, "")
     first, *_, about = done.stdout.splitlines()[:4]
@@ -126,7 +126,7 @@ def test_once(filled: Collector) -> None:
     assert "No topic matches" in top(filled, "nothing/#").stdout
 
 
-def test_in_a_terminal(filled: Collector, broker: Mosquitto) -> None:
+def test_terminal_is_updated_and_reacts_to_keys(filled: Collector, broker: Mosquitto) -> None:
     with Terminal(filled, "--interval", "0.2") as terminal:
         terminal.wait_for(r"3/min .*plant/1/temperature.* 23 ")
         publish(broker, [("plant/1/temperature", b"temperature:1234")])
@@ -143,40 +143,41 @@ def test_in_a_terminal(filled: Collector, broker: Mosquitto) -> None:
         status, text = terminal.end()
     assert status == 0, text[-2000:]
     assert "Traceback" not in text
-    assert text.startswith("\x1b[?1049h")  # the screen of the shell comes back at the end
+    assert text.startswith("\x1b[?1049h")  # alternate screen, left at the end
     assert text.rstrip().endswith("\x1b[?25h\x1b[?1049l") or "\x1b[?1049l" in text[-40:]
-    # What devices sent is text; there are colours, and nothing else moves or hides anything.
+    # Apart from screen control and colours, all output is printable text.
     rest = re.sub(r"\x1b\[(\?1049[hl]|\?25[hl]|[0-9;]*[mHAK])|[\r\n]", "", text)
     assert rest.isprintable()
     assert HOSTILE_SHOWN.search(rest)
 
 
-def test_what_is_wrong_is_said_in_one_line(
+def test_errors_are_explained_in_one_line(
     make_collector: Callable[..., Collector], broker: Mosquitto, database: Database
 ) -> None:
     collector = make_collector(broker)  # the database is not reached
     collector.settings |= {"IOT_DATABASE_URL": f"postgresql://127.0.0.1:{free_port()}/iot"}
 
-    def fault(*arguments: str) -> str:
+    def error_line(*arguments: str) -> str:
         done = top(collector, *arguments)
         assert done.returncode == 1
         [line] = done.stderr.splitlines()
         return line
 
     url = f"http://127.0.0.1:{collector.settings['IOT_HTTP_PORT']}"
-    assert f"no collector answers at {url} (Connection refused)" in fault()
+    assert f"no collector answers at {url} (Connection refused)" in error_line()
     for mode in ("metrics", "off"):
         collector.settings["IOT_LIVE_PAGE"] = mode
         collector.launch().wait_listening()
         assert re.search(
-            f"the collector at {url} refuses: .*IOT_LIVE_PAGE.*; set IOT_LIVE_PAGE=full", fault()
+            f"the collector at {url} refuses: .*IOT_LIVE_PAGE.*; set IOT_LIVE_PAGE=full",
+            error_line(),
         )
         collector.kill()
     collector.settings["IOT_LIVE_PAGE"] = "full"
     collector.launch().wait_listening()
-    assert "HTTP status 404" in fault("--url", f"{url}/elsewhere/")
-    assert "--url" in fault("--url", f"http://127.0.0.1:{broker.port}")
-    assert "the topics cannot be read: " in fault("--once")
+    assert "HTTP status 404" in error_line("--url", f"{url}/elsewhere/")
+    assert "--url" in error_line("--url", f"http://127.0.0.1:{broker.port}")
+    assert "the topics cannot be read: " in error_line("--once")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_what_is_wrong_is_said_in_one_line(
         (["--sort", "name"], "--sort"),
     ],
 )
-def test_wrong_arguments(arguments: list[str], named: str) -> None:
+def test_wrong_arguments_are_named(arguments: list[str], named: str) -> None:
     done = run_command("top", *arguments)
     assert done.returncode == 2
     assert named in done.stderr

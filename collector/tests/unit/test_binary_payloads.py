@@ -1,4 +1,4 @@
-"""CBOR and MessagePack as JSON, and payloads that only claim to be."""
+"""CBOR and MessagePack become JSON; malformed payloads have no fields."""
 
 import json
 from datetime import UTC, datetime
@@ -46,19 +46,19 @@ NOT_IN_JSON = [
 
 
 @pytest.mark.parametrize(("value", "expected"), NOT_IN_JSON, ids=repr)
-def test_what_json_does_not_have(value: object, expected: object) -> None:
+def test_cbor_types_without_json_equivalent(value: object, expected: object) -> None:
     found = fields_of_binary(cbor2.dumps(value), cbor)
     assert found is not None
     assert json.loads(found) == expected
 
 
-def test_self_described_cbor() -> None:
+def test_tag_of_self_described_cbor_is_ignored() -> None:
     assert (
         fields_of_binary(b"\xd9\xd9\xf7" + cbor2.dumps({"t": {"u": 1}}), cbor) == b'{"t":{"u":1}}'
     )
 
 
-def test_message_pack() -> None:
+def test_messagepack_becomes_json() -> None:
     document = {
         "t": 1.5,
         7: [b"\x01", msgpack.ExtType(9, b"\x02"), msgpack.Timestamp(0, 500000000)],
@@ -70,7 +70,7 @@ def test_message_pack() -> None:
     }
 
 
-# Refused, at once and without much memory. In CBOR, hexadecimal.
+# CBOR in hexadecimal that is refused quickly and without much memory.
 HOSTILE = [
     "",
     "ff",
@@ -88,14 +88,14 @@ HOSTILE = [
     "6100",  # U+0000
     "61ff",  # not UTF-8
     "c4821b7fffffffffffffff01",  # 1e9223372036854775807
-    "c5821b7fffffffffffffff01",  # 2 to the same
+    "c5821b7fffffffffffffff01",  # 2**9223372036854775807
     "d81e820100",  # 1/0
     "c2590400" + "ff" * 1024,  # an integer of 2467 digits
-    "c1fb7fefffffffffffff",  # a time in 1e308 seconds
-    "c06130",  # a time that is none
+    "c1fb7fefffffffffffff",  # a time of 1e308 seconds
+    "c06130",  # not a valid time
     "d8236228" + "28",  # a regular expression
     "d81c80",  # shared references
-    "d81c81d81d00",  # one that contains itself
+    "d81c81d81d00",  # a list that contains itself
     "d90100826161d81900",  # references to strings
     "9a00040001" + "00" * (256 * 1024 + 1),  # more than 256 KiB
 ]
@@ -103,7 +103,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:24])
 @pytest.mark.timeout(10)
-def test_hostile_cbor(text: str) -> None:
+def test_hostile_cbor_has_no_fields(text: str) -> None:
     assert fields_of_binary(bytes.fromhex(text), cbor) is None
     assert fields_of_binary(bytes.fromhex(text), senml_cbor) is None
 
@@ -117,7 +117,7 @@ def test_hostile_cbor(text: str) -> None:
     ids=lambda text: text[:24],
 )
 @pytest.mark.timeout(10)
-def test_hostile_message_pack(text: str) -> None:
+def test_hostile_messagepack_has_no_fields(text: str) -> None:
     assert fields_of_binary(bytes.fromhex(text), message_pack) is None
 
 
@@ -135,7 +135,7 @@ _documents = st.recursive(
 
 
 @given(_documents)
-def test_documents_arrive(document: object) -> None:
+def test_any_document_is_preserved(document: object) -> None:
     for data, decoder in ((cbor2.dumps(document), cbor), (msgpack.packb(document), message_pack)):
         found = fields_of_binary(data, decoder)
         assert (found is None and "u0000" in json.dumps(document)) or json.loads(
@@ -144,7 +144,7 @@ def test_documents_arrive(document: object) -> None:
 
 
 @given(st.binary(max_size=64), st.sampled_from([cbor, senml_cbor, message_pack]))
-def test_anything_gives_json_or_nothing(payload: bytes, decoder: Any) -> None:
+def test_any_payload_gives_json_or_none(payload: bytes, decoder: Any) -> None:
     found = fields_of_binary(payload, decoder)
     assert found is None or json.loads(found) is not Ellipsis
 
@@ -164,11 +164,11 @@ def test_anything_gives_json_or_nothing(payload: bytes, decoder: Any) -> None:
         ("", None),
     ],
 )
-def test_content_types(content_type: str, expected: object) -> None:
+def test_content_type_selects_the_decoder(content_type: str, expected: object) -> None:
     assert decoder_of(content_type) is expected
 
 
-def test_topics() -> None:
+def test_topic_selects_the_decoder() -> None:
     topics = BinaryTopics(Settings(cbor_topics=["$share/g/a/+"], messagepack_topics=["a/#"]))
     assert topics.decoder_of(b"a/b") is cbor
     assert topics.decoder_of(b"a/b/c") is message_pack
@@ -177,8 +177,8 @@ def test_topics() -> None:
 
 
 @pytest.mark.parametrize("kind", [StockClient, BulkClient])
-def test_content_type_of_a_message(kind: type[StockClient]) -> None:
-    """It decides for its message, and for no other one, nor for one of the next read."""
+def test_content_type_applies_to_its_message_only(kind: type[StockClient]) -> None:
+    """Not to other messages of the same read, and not to the next read."""
 
     def fields_of_next(*content_types: str | None) -> list[bytes | None]:
         packets = []
@@ -202,7 +202,7 @@ def test_content_type_of_a_message(kind: type[StockClient]) -> None:
     assert fields_of_next(None) == [b'"ab"']
 
 
-def test_decoder_of_a_prefix_is_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_decoders_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binary_payloads, "_MAX_PREFIXES", 2)
     prefixes = RowPrefixes(0x32)
     decoders = PrefixDecoders(BinaryTopics(Settings(cbor_topics=["a/+"])))
@@ -214,7 +214,7 @@ def test_decoder_of_a_prefix_is_remembered_within_bounds(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("key", [None, "id"])
-def test_binary_payloads_among_others(key: str | None) -> None:
+def test_binary_and_json_payloads_can_be_mixed(key: str | None) -> None:
     documents = [{"id": "0"}, {"id": "1"}, {"id": "2"}, {"id": "3"}]
     encode = [orjson.dumps, cbor2.dumps, orjson.dumps, msgpack.packb]
     payloads = [e(d) for e, d in zip(encode, documents, strict=True)]

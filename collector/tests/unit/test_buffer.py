@@ -1,4 +1,4 @@
-"""The queue between the threads, and its counts."""
+"""The buffer between the network thread and the writer thread, and its counts."""
 
 import threading
 import time
@@ -34,7 +34,7 @@ def take(source: Buffer, *, rows: int = 100, size: int = 1 << 20, timeout: float
 
 
 def batch(source: Buffer, *, rows: int = 100, size: int = 1 << 20) -> list[ReadBatch]:
-    """Take a batch, where there is no event."""
+    """Take a batch; assert that no event comes with it."""
     work = take(source, rows=rows, size=size)
     assert work.event is None
     return work.batch
@@ -43,19 +43,19 @@ def batch(source: Buffer, *, rows: int = 100, size: int = 1 << 20) -> list[ReadB
 NOTHING = Work()
 
 
-NEVER = PATIENCE * 1000  # a time that ends the test when it is waited for
+NEVER = PATIENCE * 1000  # far longer than a test may take
 
 
-def test_take_from_an_empty_buffer() -> None:
+def test_empty_buffer_gives_an_empty_batch() -> None:
     assert take(buffer()) == NOTHING
 
 
-def test_a_batch_is_all_that_waits() -> None:
+def test_batch_has_everything_that_is_buffered() -> None:
     reads = [read(3), read(2), read(1)]
     assert batch(buffer(*reads)) == reads
 
 
-def test_rows_bound_a_batch() -> None:
+def test_batch_is_limited_by_rows() -> None:
     reads = [read(5), read(5), read(5)]
     source = buffer(*reads)
     assert batch(source, rows=10) == reads[:2]
@@ -63,17 +63,17 @@ def test_rows_bound_a_batch() -> None:
     assert batch(source, rows=10) == [reads[2], last]
 
 
-def test_bytes_bound_a_batch() -> None:
+def test_batch_is_limited_by_bytes() -> None:
     reads = [read(6), read(6), read(6)]
     assert batch(buffer(*reads), size=10 * ROW) == reads[:2]
 
 
-def test_a_read_larger_than_a_batch() -> None:
+def test_read_larger_than_the_limits_is_a_batch_of_its_own() -> None:
     large = read(500)
     assert batch(buffer(large, read()), rows=10, size=10) == [large]
 
 
-def test_closed_buffer_gives_the_rest() -> None:
+def test_closed_buffer_gives_its_remaining_messages() -> None:
     source = buffer(waiting := read())
     source.close()
     assert not source.finished
@@ -103,32 +103,32 @@ def test_event_keeps_its_place_among_the_messages() -> None:
     ]
 
 
-def test_full() -> None:
+def test_buffer_is_full_until_a_batch_is_completed() -> None:
     source = buffer(read(9), max_bytes=10 * ROW)
     assert not source.full
     source.put(read(1))
     assert source.full
     taken = batch(source)
-    assert source.full, "taken is not stored: it still takes memory"
+    assert source.full, "a batch that is not stored yet still uses memory"
     source.complete(taken, Outcome(inserted=10))
     assert not source.full
 
 
-def test_oldest_age() -> None:
+def test_oldest_age_counts_until_the_commit() -> None:
     source = buffer()
     assert source.oldest_age() == 0.0
     source.put(read(age=100))
     source.put(read(age=50))
     assert source.oldest_age() >= 100
     taken = batch(source, rows=1)
-    assert source.oldest_age() >= 100, "taken is not committed"
+    assert source.oldest_age() >= 100, "the batch is not committed yet"
     source.complete(taken, Outcome(inserted=1))
     assert 50 <= source.oldest_age() < 100
     source.complete(batch(source), Outcome(inserted=1))
     assert source.oldest_age() == 0.0
 
 
-def test_counts() -> None:
+def test_counts_add_up() -> None:
     source = buffer(read(10), read(5))
     assert source.counts().in_flight == source.counts().received == 15
     taken = batch(source, rows=10)
@@ -140,10 +140,10 @@ def test_counts() -> None:
     assert counts.balanced
     counts.dead_letters["constraint"] += 1
     assert not counts.balanced
-    assert source.counts().balanced, "it was a copy"
+    assert source.counts().balanced, "counts() returns a copy"
 
 
-def test_a_batch_is_completed_once() -> None:
+def test_batch_can_be_completed_only_once() -> None:
     source = buffer(read(), read())
     taken = batch(source, rows=1)
     source.complete(taken, Outcome(inserted=1))
@@ -157,7 +157,7 @@ def test_a_batch_is_completed_once() -> None:
     rows=st.integers(1, 100),
 )
 def test_counts_add_up_in_every_snapshot(sizes: list[int], rows: int) -> None:
-    """One thread puts, one takes and completes, and a third looks all the time."""
+    """One thread puts, one takes and completes, and one reads the counts all the time."""
     source = Buffer(max_bytes=1 << 20)
     taken: list[ReadBatch] = []
     done = threading.Event()
@@ -170,7 +170,7 @@ def test_counts_add_up_in_every_snapshot(sizes: list[int], rows: int) -> None:
             count = sum(map(len, work.batch))
             source.complete(work.batch, Outcome(count // 2, 0, Counter(x=count - count // 2)))
 
-    def look() -> None:
+    def read_counts() -> None:
         while not done.is_set():
             counts = source.counts()
             assert counts.balanced
@@ -181,10 +181,10 @@ def test_counts_add_up_in_every_snapshot(sizes: list[int], rows: int) -> None:
     def run(work: object) -> None:
         try:
             work()  # type: ignore[operator]
-        except BaseException as error:  # noqa: BLE001 - given to the test's own thread
+        except BaseException as error:  # noqa: BLE001 - checked in the main thread
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(work,)) for work in (write, look)]
+    threads = [threading.Thread(target=run, args=(work,)) for work in (write, read_counts)]
     for thread in threads:
         thread.start()
     reads = [read(size) for size in sizes]
@@ -213,7 +213,7 @@ def test_put_wakes_a_waiting_writer() -> None:
     assert taken == [Work(batch=[item])]
 
 
-def test_put_is_never_refused() -> None:
+def test_full_buffer_still_accepts_messages() -> None:
     source = buffer(*[read(3) for _ in range(20)], max_bytes=1)
     assert source.full
     assert source.counts().in_flight == 60

@@ -1,4 +1,4 @@
-"""Bugs in the collector itself: logged with their traceback, counted, and nothing is lost."""
+"""Bugs in the collector are logged with a traceback and counted, and no message is lost."""
 
 import math
 import sys
@@ -27,7 +27,7 @@ LAUNCHER = str(FAULTY_COLLECTOR)
 
 MakeCollector = Callable[..., Collector]
 
-# What is built in (see faulty_collector.py) -> the metric that counts it.
+# Built-in bug (see faulty_collector.py) -> the metric that counts it.
 WRITER, NETWORK = 'db_errors_total{kind="bug"}', 'mqtt_errors_total{kind="bug"}'
 BUGS = {
     "bug in the writer thread": WRITER,
@@ -39,14 +39,14 @@ BUGS = {
 }
 
 
-WAITING = [b"n:%d" % n for n in range(50)]
+QUEUED = [b"n:%d" % n for n in range(50)]
 
 
-def with_waiting_messages(collector: Collector, broker: Mosquitto) -> Collector:
-    """Have the broker queue messages for a collector, which is stopped."""
+def queue_messages(collector: Collector, broker: Mosquitto) -> Collector:
+    """Stop a collector after its first start, and publish messages that the broker queues."""
     collector.start()
     assert collector.stop() == 0
-    publish(broker, [("iot/data", payload) for payload in WAITING])
+    publish(broker, [("iot/data", payload) for payload in QUEUED])
     return collector
 
 
@@ -56,15 +56,15 @@ def with_bug(collector: Collector, bug: str, times: int) -> Collector:
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_bug(
+def test_messages_are_stored_once_after_a_temporary_bug(
     bug: str, make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """It happens three times, and is over: all is stored, and it is known what happened."""
-    collector = with_waiting_messages(make_collector(broker, database), broker)
+    """The bug occurs three times. Each time it is logged and counted."""
+    collector = queue_messages(make_collector(broker, database), broker)
     with_bug(collector, bug, 3).launch().wait_listening()
     collector.wait_settled(50)
     eventually(lambda: database.count() == 50, what="all is stored")
-    assert sorted(database.payloads()) == sorted(WAITING), "each once"
+    assert sorted(database.payloads()) == sorted(QUEUED), "each once"
     collector.wait_ready()
     metrics = collector.metrics()
     assert_balanced(metrics)
@@ -75,23 +75,23 @@ def test_bug(
     for event in logged:
         assert event["level"] == "error"
         assert "Traceback" in event["exception"]
-        assert "faulty_collector.py" in event["exception"], "where it happened"
-    assert collector.get("/livez").status == 200, "it is over"
+        assert "faulty_collector.py" in event["exception"], "the traceback has the location"
+    assert collector.get("/livez").status == 200, "the bug no longer occurs"
 
 
 @pytest.mark.parametrize(
     ("bug", "thread"),
     [("bug in the writer thread", "writer"), ("bug in the network thread", "network")],
 )
-def test_bug_again_and_again(
+def test_permanent_bug_fails_the_liveness_probe(
     bug: str,
     thread: str,
     make_collector: MakeCollector,
     broker: Mosquitto,
     database: Database,
 ) -> None:
-    """A restart may help, so /livez fails; nothing is lost by it."""
-    collector = with_waiting_messages(make_collector(broker, database), broker)
+    """A restart may help, so /livez fails. Without a probe, the process exits by itself."""
+    collector = queue_messages(make_collector(broker, database), broker)
     with_bug(collector, bug, 1000).launch().wait_listening()
 
     def failing() -> bool:
@@ -105,18 +105,18 @@ def test_bug_again_and_again(
     assert_balanced(collector.metrics())
     collector.kill()
     with_bug(collector, f"{bug}, and it ends", 1000).launch()
-    assert collector.wait() == 1, "where there is no probe, it ends itself"
+    assert collector.wait() == 1, "the process exits by itself"
     assert collector.events()[-1]["event"] == "exiting to be restarted"
     collector.__dict__.pop("command")
     collector.start().wait_settled(50)
     assert database.count() == 50
 
 
-def test_bug_after_the_commit(
+def test_bug_after_the_commit_ends_the_process(
     make_collector: MakeCollector, broker: Mosquitto, database: Database
 ) -> None:
-    """To try again would store the batch twice; a new process knows it from the ledger."""
-    collector = with_waiting_messages(make_collector(broker, database), broker)
+    """A retry would store the batch twice. A new process finds the batch in the ledger."""
+    collector = queue_messages(make_collector(broker, database), broker)
     with_bug(collector, "bug after the commit", 1).launch()
     assert collector.wait() == 1
     death, end = collector.events()[-2:]
@@ -126,25 +126,25 @@ def test_bug_after_the_commit(
     assert end["problems"] == ["thread writer is dead"]
     collector.__dict__.pop("command")
     assert collector.start().wait_settled(50)["db_duplicates_total"] > 0
-    assert sorted(database.payloads()) == sorted(WAITING), "each once"
+    assert sorted(database.payloads()) == sorted(QUEUED), "each once"
 
 
-def test_writer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """/livez fails when it has made no step for far longer than a database may make it wait."""
+def test_hanging_writer_fails_the_liveness_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/livez fails when the writer makes no progress for far longer than the database timeout."""
     settings, buffer, metrics = Settings(database_timeout_seconds=10), Buffer(max_bytes=1), Mock()
     network = Mock(
         is_alive=lambda: True, last_progress=math.inf, progress_timeout=60.0, consecutive_bugs=0
     )
     writer = WriterThread(settings, buffer, metrics, lambda _items: None)
     health = Health(settings, buffer, network, writer)
-    hangs, go_on = threading.Event(), threading.Event()
+    hanging, resume = threading.Event(), threading.Event()
 
     def hang(*_: object) -> None:
-        hangs.set()
-        go_on.wait()
+        hanging.set()
+        resume.wait()
         raise psycopg2.OperationalError("for the test")
 
-    def live_after(seconds: float) -> list[str]:
+    def problems_after(seconds: float) -> list[str]:
         later = Mock(monotonic=lambda: writer.last_progress + seconds)
         monkeypatch.setattr("iot_collector.health.time", later)
         problems = health.live()["problems"]
@@ -154,13 +154,13 @@ def test_writer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("iot_collector.store.connect", hang)
     writer.start()
     try:
-        assert hangs.wait(PATIENCE)
-        assert live_after(0) == []
-        assert live_after(3 * settings.database_timeout_seconds) == [], "the database is slow"
-        assert live_after(1000) == ["thread writer hangs"]
+        assert hanging.wait(PATIENCE)
+        assert problems_after(0) == []
+        assert problems_after(3 * settings.database_timeout_seconds) == [], "the database is slow"
+        assert problems_after(1000) == ["thread writer hangs"]
     finally:
         buffer.close()
-        go_on.set()
+        resume.set()
         writer.stop(PATIENCE)
     assert not writer.is_alive()
 
@@ -220,7 +220,7 @@ KINDS = {
 def test_kind_of_an_error_without_sqlstate(
     step: Callable[[Database], None], database: Database
 ) -> None:
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - its kind is what is asked
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the kind is checked below
         step(database)
     assert not getattr(caught.value, "pgcode", None)
     assert kind_of(caught.value) == KINDS[step]
@@ -230,22 +230,22 @@ def test_kind_of_an_error_without_sqlstate(
 # Races -------------------------------------------------------------------------------------------
 
 
-def test_connection_ends_while_another_thread_asks() -> None:
-    """The network thread takes the connection away between any two looks at it."""
+def test_connected_is_false_when_the_connection_ends_meanwhile() -> None:
+    """The network thread can set the connection to None between two accesses of a reader."""
 
-    class Ending(NetworkThread):
-        looks = 0
+    class EndingNetwork(NetworkThread):
+        accesses = 0
 
         @property
         def connection(self) -> Connection | None:
-            self.looks += 1
-            return Mock() if self.looks == 1 else None
+            self.accesses += 1
+            return Mock() if self.accesses == 1 else None
 
         @connection.setter
         def connection(self, value: Connection | None) -> None:
             pass
 
-    network = Ending(Settings(), Buffer(max_bytes=1), Mock())
+    network = EndingNetwork(Settings(), Buffer(max_bytes=1), Mock())
     network.subscriptions.active = True
     try:
         assert network.connected
@@ -255,8 +255,8 @@ def test_connection_ends_while_another_thread_asks() -> None:
         network._wake_writer.close()
 
 
-def test_refused_subscriptions_change_while_another_thread_reads() -> None:
-    """They are replaced, never changed: a dict that grows while it is printed is an error."""
+def test_dict_of_refused_subscriptions_is_replaced_not_changed() -> None:
+    """Another thread may iterate over it; a dict that changes meanwhile raises an error."""
     subscriptions = Subscriptions(Settings(mqtt_topics=["a", "b"]))
     subscriptions._requests = {1: _Request(["a", "b"], [])}
     before = subscriptions.refused

@@ -1,4 +1,4 @@
-"""The bulk client against paho's own, and against streams that no broker should send."""
+"""BulkClient compared with paho's own reader, and with malformed streams."""
 
 import ast
 import base64
@@ -31,7 +31,7 @@ from testing.service import PATIENCE
 
 @dataclass
 class FakeSocket:
-    """Gives its chunks, one a recv, then would block; keeps what is sent, a write an entry."""
+    """Returns one chunk for each recv, then blocks. Records each send."""
 
     chunks: list[bytes]
     sent: list[bytes] = field(default_factory=list)
@@ -71,7 +71,7 @@ def socket_of(client: StockClient) -> FakeSocket:
 def read_all(
     kind: type[StockClient], version: str, chunks: Sequence[bytes]
 ) -> tuple[list[bytes], list[int], StockClient]:
-    """Have a client read all chunks; return its rows, its tags, and itself."""
+    """Read all chunks with a new client; return rows, tags and the client."""
     client = connected(kind, version, chunks)
     while client.socket() is not None and socket_of(client).chunks:
         client.read()
@@ -103,17 +103,17 @@ def publish_packet(
     mid: int = 1,
     properties: bytes = b"\0",
 ) -> bytes:
-    """Return a PUBLISH; ``properties`` with their length, in MQTT 5 only."""
+    """Return a PUBLISH packet. ``properties`` start with their length; only MQTT 5 has them."""
     body = text16(topic) + (struct.pack(">H", mid) if qos else b"")
     body += (properties if version == "5" else b"") + payload
     return packet(0x30 | dup << 3 | qos << 1 | retain, body)
 
 
-OTHERS = {
+OTHER_PACKETS = {
     "5": [b"\xd0\0", b"\x40\2\0\7", b"\x40\3\0\7\x10", b"\x90\4\0\1\0\1", b"\xb0\4\0\1\0\0"],
     "3.1.1": [b"\xd0\0", b"\x40\2\0\7", b"\x90\3\0\1\1", b"\xb0\2\0\1", b"\x70\2\0\7"],
 }
-# Without U+FEFF, which paho wrongly refuses.
+# Without U+FEFF, which paho rejects, against MQTT 5 §1.5.4.
 _text = st.text(
     st.characters(exclude_characters="\0\ufeff", exclude_categories=["Cs"]), max_size=20
 )
@@ -139,7 +139,7 @@ def _properties(draw: st.DrawFn) -> bytes:
 @st.composite
 def _packets(draw: st.DrawFn, version: str, *, qos: tuple[int, ...] = (0, 1)) -> bytes:
     if draw(st.integers(0, 4)) == 0:
-        return draw(st.sampled_from(OTHERS[version]))
+        return draw(st.sampled_from(OTHER_PACKETS[version]))
     chosen = draw(st.sampled_from(qos))
     return publish_packet(
         version,
@@ -158,7 +158,7 @@ def _packets(draw: st.DrawFn, version: str, *, qos: tuple[int, ...] = (0, 1)) ->
 
 @st.composite
 def _streams(draw: st.DrawFn, version: str) -> tuple[list[bytes], list[bytes]]:
-    """A stream of packets: as packets, and split at arbitrary places."""
+    """Packets, and the same bytes split at arbitrary places."""
     packets = draw(st.lists(_packets(version), max_size=12))
     data = b"".join(packets)
     cuts = sorted(draw(st.lists(st.integers(0, len(data)), max_size=12)))
@@ -168,7 +168,7 @@ def _streams(draw: st.DrawFn, version: str) -> tuple[list[bytes], list[bytes]]:
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
 @given(data=st.data())
-def test_both_readers_read_the_same(version: str, data: st.DataObject) -> None:
+def test_bulk_and_stock_client_read_the_same_messages(version: str, data: st.DataObject) -> None:
     packets, chunks = data.draw(_streams(version))
     expected = read_all(StockClient, version, [b"".join(packets)])
     found = read_all(BulkClient, version, chunks)
@@ -186,9 +186,9 @@ def example_stream(version: str) -> bytes:
     return b"".join(
         [
             publish_packet(version, qos=0, retain=True, payload=b""),
-            OTHERS[version][0],
+            OTHER_PACKETS[version][0],
             publish_packet(version, mid=65_535, dup=True, properties=bytes(properties.pack())),
-            *OTHERS[version],
+            *OTHER_PACKETS[version],
             publish_packet(version, topic="ü/☃".encode(), payload=b"x" * 200),
             publish_packet(version, mid=2),
         ]
@@ -196,7 +196,7 @@ def example_stream(version: str) -> bytes:
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
-def test_split_at_every_byte(version: str) -> None:
+def test_stream_may_be_split_at_any_byte(version: str) -> None:
     stream = example_stream(version)
     expected = read_all(StockClient, version, [stream])[:2]
     assert len(expected[0]) == 4
@@ -210,7 +210,7 @@ def test_split_at_every_byte(version: str) -> None:
     ("size", "digits"),
     [(0, 1), (100, 1), (128, 2), (16_000, 2), (16_384, 3), (2_000_000, 3), (2_097_152, 4)],
 )
-def test_long_packets(size: int, digits: int) -> None:
+def test_packets_with_each_size_of_remaining_length_are_read(size: int, digits: int) -> None:
     first = publish_packet(payload=b"x" * size)
     assert len(first) == size + 14 + digits
     stream = first + publish_packet(payload=b"next")
@@ -220,10 +220,10 @@ def test_long_packets(size: int, digits: int) -> None:
     assert tags == [0x32 << 16 | 1] * 2
 
 
-def test_one_read_takes_all_records() -> None:
-    """TLS and WebSocket give a record or frame a recv, however small; one read takes them all.
+def test_one_read_takes_all_tls_records() -> None:
+    """With TLS and WebSocket, each recv returns one record or frame, which may be small.
 
-    Otherwise each message is a read, a chunk, a batch and a transaction of its own.
+    If a read took only one, each message would need its own batch and transaction.
     """
     packets = [publish_packet(mid=i + 1) for i in range(100)]
     settings = Settings(mqtt_url="wss://127.0.0.1")
@@ -233,14 +233,14 @@ def test_one_read_takes_all_records() -> None:
     assert len(client.take_messages()[1]) == 100
 
 
-def test_end_of_stream() -> None:
+def test_end_of_stream_drops_an_incomplete_message() -> None:
     client = connected(BulkClient, "5", [publish_packet(), publish_packet()[:-1]])
     client.read()
     client.read()
     socket_of(client).recv = lambda size: b""  # type: ignore[method-assign]
     client.read()
     assert client.socket() is None
-    assert len(client.take_messages()[1]) == 1, "the half message is not stored"
+    assert len(client.take_messages()[1]) == 1, "the incomplete message is dropped"
 
 
 GOOD = publish_packet(payload=b"good")
@@ -273,7 +273,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
-def test_malformed_packet_ends_the_connection(name: str, split: bool) -> None:
+def test_malformed_packet_closes_the_connection(name: str, split: bool) -> None:
     stream = GOOD + GOOD + MALFORMED[name] + GOOD
     chunks = [stream[i : i + 1] for i in range(len(stream))] if split else [stream]
     ended: list[object] = []
@@ -302,7 +302,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("name", UNREADABLE)
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 def test_unreadable_properties_are_kept_raw(name: str, split: bool) -> None:
-    """The message is whole: ending the connection would bring it back for ever."""
+    """If they closed the connection, the broker would redeliver the message forever."""
     stream = GOOD + UNREADABLE[name] + GOOD
     chunks = [stream[i : i + 1] for i in range(len(stream))] if split else [stream]
     client = connected(BulkClient, "5", chunks)
@@ -321,8 +321,8 @@ _mutations = st.tuples(st.integers(0, 10_000), st.integers(1, 255))
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
 @given(data=st.data())
-def test_damaged_streams(version: str, data: st.DataObject) -> None:
-    """Whatever comes, nothing is raised, and every row is one that PostgreSQL can read."""
+def test_damaged_streams_give_only_valid_rows(version: str, data: st.DataObject) -> None:
+    """No stream raises an exception, and PostgreSQL can read each row."""
     packets = data.draw(st.lists(_packets(version, qos=(0, 1, 2)) | st.binary(), max_size=8))
     stream = bytearray(b"".join(packets))
     for place, change in data.draw(st.lists(_mutations, max_size=3)):
@@ -330,7 +330,7 @@ def test_damaged_streams(version: str, data: st.DataObject) -> None:
             stream[place % len(stream)] ^= change
     whole = read_all(BulkClient, version, [bytes(stream)])
     single = read_all(BulkClient, version, [bytes(stream[i : i + 1]) for i in range(len(stream))])
-    assert whole[:2] == single[:2], "how the stream is split makes no difference"
+    assert whole[:2] == single[:2], "the result does not depend on how the stream is split"
     assert len(whole[0]) == len(whole[1])
     for row, tag in zip(*whole[:2], strict=True):
         message = decode_tuple(tuple_start(0) + row)
@@ -343,22 +343,21 @@ def test_damaged_streams(version: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("kind", [StockClient, BulkClient])
-def test_acknowledge(kind: type[StockClient]) -> None:
+def test_qos_1_is_acknowledged_and_qos_0_is_not(kind: type[StockClient]) -> None:
     client = connected(kind, "5", [])
     client.acknowledge([0x30 << 16, 0x32 << 16 | 1, 0x3B << 16 | 0xFFFE, 0x31 << 16])
     assert b"".join(socket_of(client).sent) == b"\x40\2\0\1\x40\2\xff\xfe"
 
 
-def test_acknowledge_with_one_write() -> None:
+def test_acknowledgements_are_sent_with_one_write() -> None:
     client = connected(BulkClient, "5", [])
     client.acknowledge([0x32 << 16 | 1, 0x34 << 16 | 2, 0x30 << 16, 0x32 << 16 | 3])
     assert socket_of(client).sent == [b"\x40\2\0\1\x50\2\0\2\x40\2\0\3"]
     client.acknowledge([0x30 << 16])
-    assert len(socket_of(client).sent) == 1, "QoS 0 has no acknowledgement"
+    assert len(socket_of(client).sent) == 1, "QoS 0 is not acknowledged"
 
 
-def test_qos_2() -> None:
-    """Taken at PUBLISH, PUBREC when it is stored, PUBCOMP at PUBREL."""
+def test_qos_2_gets_pubrec_when_stored_and_pubcomp_at_pubrel() -> None:
     client = connected(BulkClient, "5", [publish_packet(qos=2, mid=7, payload=b"two")])
     client.read()
     rows, tags, _ = client.take_messages()
@@ -370,16 +369,16 @@ def test_qos_2() -> None:
         b'"two"',
         b"two",
     )
-    assert socket_of(client).sent == [], "nothing before it is stored"
+    assert socket_of(client).sent == [], "no PUBREC before it is stored"
     client.acknowledge(tags)
     assert socket_of(client).sent == [b"\x50\2\0\7"]
     socket_of(client).chunks.append(b"\x62\2\0\7")
     client.read()
     assert socket_of(client).sent[1:] == [b"\x70\2\0\7"]
-    assert client.take_messages() == ([], [], None), "and not a second time"
+    assert client.take_messages() == ([], [], None), "it is not read a second time"
 
 
-def test_pubrel_of_mqtt_5_with_a_reason() -> None:
+def test_pubrel_with_a_reason_code_gets_pubcomp() -> None:
     client = connected(BulkClient, "5", [b"\x62\4\0\7\x92\0"])
     client.read()
     assert socket_of(client).sent == [b"\x70\2\0\7"]
@@ -388,7 +387,7 @@ def test_pubrel_of_mqtt_5_with_a_reason() -> None:
 @pytest.mark.parametrize(
     ("packet", "text"), [(b"\xe0\1\x8e", "IOT_MQTT_CLIENT_ID"), (b"\xe0\1\x8b", "shutting down")]
 )
-def test_the_broker_says_why_it_ends_the_connection(packet: bytes, text: str) -> None:
+def test_reason_code_of_disconnect_is_reported(packet: bytes, text: str) -> None:
     connection = Connection(Settings())
     connection.client._sock = FakeSocket([packet])  # type: ignore[assignment]
     connection.client.read()
@@ -397,7 +396,7 @@ def test_the_broker_says_why_it_ends_the_connection(packet: bytes, text: str) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "question", "answer"),
+    ("kind", "last_request", "answer"),
     [
         (BulkClient, b"\xc0\0", b"\xd0\0"),  # PINGREQ, PINGRESP
         (
@@ -407,44 +406,46 @@ def test_the_broker_says_why_it_ends_the_connection(packet: bytes, text: str) ->
         ),
     ],
 )
-def test_disconnect_waits_until_the_broker_has_read_all(
-    kind: type[StockClient], question: bytes, answer: bytes
+def test_disconnect_waits_until_the_broker_has_read_everything(
+    kind: type[StockClient], last_request: bytes, answer: bytes
 ) -> None:
-    """DISCONNECT goes out, and the socket is closed, only after a last answer of the broker."""
-    ours, brokers = socket.socketpair()
-    ours.setblocking(False)
-    brokers.settimeout(PATIENCE)
+    """The client sends a last request. It sends DISCONNECT only after the broker answered it."""
+    client_end, broker_end = socket.socketpair()
+    client_end.setblocking(False)
+    broker_end.settimeout(PATIENCE)
     client = connected(kind, "5", [])
-    client._sock = ours
+    client._sock = client_end
     client.acknowledge([0x32 << 16 | 1])
     thread = threading.Thread(target=client.disconnect_gracefully, args=(PATIENCE,), daemon=True)
     thread.start()
     received = b""
-    while question not in received:
-        received += brokers.recv(100)
-    assert received == b"\x40\2\0\1" + question
-    brokers.sendall(publish_packet())  # what comes now is not ours to take
-    brokers.setblocking(False)
+    while last_request not in received:
+        received += broker_end.recv(100)
+    assert received == b"\x40\2\0\1" + last_request
+    broker_end.sendall(publish_packet())  # must not be taken any more
+    broker_end.setblocking(False)
     with pytest.raises(BlockingIOError):
-        brokers.recv(100)
-    brokers.setblocking(True)
-    brokers.settimeout(PATIENCE)
-    brokers.sendall(answer)
-    assert brokers.recv(100)[0] == 0xE0
+        broker_end.recv(100)
+    broker_end.setblocking(True)
+    broker_end.settimeout(PATIENCE)
+    broker_end.sendall(answer)
+    assert broker_end.recv(100)[0] == 0xE0
     thread.join(PATIENCE)
     assert client.socket() is None
     assert client.take_messages() == ([], [], None)
-    brokers.close()
+    broker_end.close()
 
 
-def test_make_client() -> None:
+def test_make_client_returns_a_bulk_client() -> None:
     with structlog.testing.capture_logs() as logs:
         assert type(make_client(Settings())) is BulkClient
     assert logs == []
 
 
 @pytest.mark.parametrize("name", PAHO_INTERNALS)
-def test_make_client_without_an_internal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_client_returns_a_stock_client_if_a_paho_internal_is_missing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if hasattr(Client, name):
         monkeypatch.delattr(Client, name)
     else:  # an attribute of the instance
@@ -464,14 +465,14 @@ def test_make_client_without_an_internal(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def private_names_of_paho(source: str) -> set[str]:
-    """Return the private attributes of paho's Client that a piece of Python source names.
+    """Return the private attributes of paho's Client that Python source code uses.
 
-    Looked at are ``self._x`` where self is a subclass of Client, and ``client._x`` and
-    ``anything.client._x`` everywhere.
+    These are ``self._x`` in subclasses of Client, and ``client._x`` and ``anything.client._x``
+    everywhere.
     """
     found: set[str] = set()
 
-    def look(node: ast.AST, *, in_client: bool) -> None:
+    def visit(node: ast.AST, *, in_client: bool) -> None:
         if isinstance(node, ast.ClassDef):
             bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
             in_client = bool(bases & {"Client", "StockClient", "BulkClient"})
@@ -486,14 +487,13 @@ def private_names_of_paho(source: str) -> set[str]:
             if is_client and node.attr.startswith("_"):
                 found.add(node.attr)
         for child in ast.iter_child_nodes(node):
-            look(child, in_client=in_client)
+            visit(child, in_client=in_client)
 
-    look(ast.parse(source), in_client=False)
+    visit(ast.parse(source), in_client=False)
     return found & set(dir(Client(CallbackAPIVersion.VERSION2)))
 
 
-def test_internals_of_paho_are_those_used() -> None:
-    """Each one that is used is guarded, and each one that is guarded is used."""
+def test_paho_internals_lists_exactly_the_internals_used() -> None:
     package = Path(iot_collector.__file__).parent
     used = {
         name for file in package.glob("*.py") for name in private_names_of_paho(file.read_text())
@@ -503,13 +503,13 @@ def test_internals_of_paho_are_those_used() -> None:
 
 
 def test_stock_reader_uses_no_internals_of_paho() -> None:
-    """It is what remains when they are gone."""
+    """It replaces BulkClient when they are missing."""
     assert private_names_of_paho(inspect.getsource(StockClient)) == set()
 
 
-def test_our_names_are_not_paho_s() -> None:
-    """Paho may give a private attribute any name, so ours must not replace one by accident."""
-    meant = {"loop_read"}
+def test_our_attributes_do_not_override_attributes_of_paho() -> None:
+    """A name of ours could be the name of a private attribute of paho by accident."""
+    intended = {"loop_read"}
     ours = {name for kind in (StockClient, BulkClient) for name in vars(kind)}
     of_paho = set(dir(Client(CallbackAPIVersion.VERSION2)))
-    assert {name for name in ours & of_paho if not name.startswith("__")} == meant
+    assert {name for name in ours & of_paho if not name.startswith("__")} == intended

@@ -1,4 +1,4 @@
-"""The COPY format: what is encoded can be decoded, and PostgreSQL stores what was received."""
+"""The binary COPY format: encoding and decoding, and the rows that PostgreSQL stores."""
 
 import io
 import json
@@ -61,7 +61,7 @@ _documents = st.recursive(
 
 cases = st.builds(
     Case,
-    # Within the partitions that the test has made.
+    # Within the partitions that the fixture creates.
     st.integers(1_760_000_000_000_000, 1_799_999_999_999_999),
     st.integers(0, 2),
     st.booleans(),
@@ -81,7 +81,7 @@ cases = st.builds(
 
 
 @given(st.lists(cases, max_size=5))
-def test_round_trip(messages: list[Case]) -> None:
+def test_encoded_rows_decode_to_the_same_message(messages: list[Case]) -> None:
     for case, row in zip(messages, encode(messages), strict=True):
         message = copy_format.decode_tuple(row)
         assert round(message.timestamp * 1_000_000) == case.microseconds
@@ -99,15 +99,15 @@ def test_round_trip(messages: list[Case]) -> None:
 
 
 @pytest.mark.parametrize("topic", [b"", b"a\0b", b"\xff", b"\xed\xa0\x80"])
-def test_topics_that_mqtt_does_not_allow(topic: bytes) -> None:
+def test_invalid_topics_are_refused(topic: bytes) -> None:
     prefixes = copy_format.RowPrefixes(0x30)
-    for _ in range(2):  # not the second time either: nothing wrong is kept
+    for _ in range(2):  # twice, because an invalid topic must not be cached
         with pytest.raises(ValueError, match=r"NUL|utf-8"):
             prefixes[topic]
 
 
-def test_cache_of_topics_is_bounded() -> None:
-    """The cache is bounded, and a topic encoded again is the same."""
+def test_cache_of_topics_is_limited() -> None:
+    """A topic that was evicted gets the same prefix again."""
     prefixes = copy_format.RowPrefixes(0x32)
     first = prefixes[b"t/0"]
     assert all(prefixes[b"t/%d" % i] for i in range(25_000))
@@ -115,7 +115,7 @@ def test_cache_of_topics_is_bounded() -> None:
     assert prefixes[b"t/0"] == first
 
 
-def test_properties() -> None:
+def test_user_properties_are_grouped_by_name() -> None:
     assert copy_format.properties_json([], {}) is None
     assert copy_format.properties_json(
         [("a", "1"), ("b", "2"), ("a", "3")], {"ContentType": "x"}
@@ -133,7 +133,7 @@ def cursor(postgres: Postgres) -> Iterator[psycopg2.extensions.cursor]:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=st.lists(cases, min_size=1, max_size=20))
-def test_what_postgresql_makes_of_it(
+def test_postgresql_stores_the_encoded_message(
     messages: list[Case], cursor: psycopg2.extensions.cursor
 ) -> None:
     data = b"".join(encode(messages))
@@ -162,7 +162,7 @@ def test_what_postgresql_makes_of_it(
 
 
 def _exact(text: str | bytes) -> object:
-    """The fields with every digit of their numbers, and the types that Python takes for equal."""
+    """The document with exact numbers, and with types, because in Python 1 == True."""
     return _typed(json.loads(text, parse_float=Decimal, parse_int=Decimal))
 
 

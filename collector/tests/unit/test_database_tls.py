@@ -1,4 +1,4 @@
-"""TLS to PostgreSQL with ``sslmode=verify-full``, as RDS is connected to."""
+"""TLS to PostgreSQL with ``sslmode=verify-full``, as used with RDS."""
 
 import os
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from testing.service import eventually
 
 
 def install(server: Postgres, authority: trustme.CA, name: str) -> None:
-    """Give a server a certificate for ``name``; a running one reads it when it is reloaded."""
+    """Give a running server a certificate for ``name``, and reload its configuration."""
     made = authority.issue_cert(name)
     made.cert_chain_pems[0].write_to_path(server.data / "server.crt")
     key = server.data / "server.key"
     made.private_key_pem.write_to_path(key)
     for setting in ("ssl = on", "ssl_cert_file = 'server.crt'", "ssl_key_file = 'server.key'"):
         server.query(f"ALTER SYSTEM SET {setting}")
-    # PostgreSQL wants its key for itself.
+    # PostgreSQL refuses a key that other users can read.
     owner = server.data.stat()
     for file in (key, server.data / "server.crt"):
         file.chmod(0o600)
@@ -52,15 +52,15 @@ def url(database: Database, ca_file: Path, host: str = "localhost") -> str:
     )
 
 
-def test_verify_full(
+def test_verify_full_checks_certificate_and_name(
     own_database: Database,
     authority: trustme.CA,
     ca_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def reached(url: str) -> str | None:
-        """Connect; return None, or what is wrong."""
+    def connect_error(url: str) -> str | None:
+        """Connect; return None, or the explained error."""
         monkeypatch.setenv("IOT_DATABASE_URL", url)
         monkeypatch.setenv("IOT_DATABASE_PASSWORD", own_database.password)
         try:
@@ -72,7 +72,7 @@ def test_verify_full(
         return None
 
     def refused(url: str) -> str:
-        said = reached(url)
+        said = connect_error(url)
         assert said is not None
         assert said.startswith("tls: ")
         assert "sslrootcert is a file with the CA" in said
@@ -80,7 +80,7 @@ def test_verify_full(
 
     assert "does not support SSL" in refused(url(own_database, ca_file))
     install(own_database.server, authority, "localhost")
-    eventually(lambda: reached(url(own_database, ca_file)) is None, what="TLS is on")
+    eventually(lambda: connect_error(url(own_database, ca_file)) is None, what="TLS is on")
     wrong_name = refused(url(own_database, ca_file, host="127.0.0.1"))
     assert 'for "localhost" does not match host name "127.0.0.1"' in wrong_name
     other = tmp_path / "other.pem"
@@ -89,14 +89,14 @@ def test_verify_full(
     assert "does not exist" in refused(url(own_database, tmp_path / "missing.pem"))
 
 
-def test_rotated_ca(
+def test_new_ca_in_the_file_is_used_for_new_connections(
     own_database: Database,
     authority: trustme.CA,
     ca_file: Path,
     broker: Mosquitto,
     make_collector: Callable[..., Collector],
 ) -> None:
-    """The file gets the new CA beside the old one; the next connection knows both."""
+    """The file contains the old and the new CA during the rotation."""
     server = own_database.server
     install(server, authority, "localhost")
     eventually(lambda: own_database.query("SHOW ssl") == [("on",)], what="TLS is on")
@@ -106,7 +106,7 @@ def test_rotated_ca(
     acknowledged = publish(broker, [("iot/data", b"before")])
     collector.wait_settled(1)
 
-    def cut() -> None:
+    def terminate_sessions() -> None:
         own_database.query(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE application_name = 'iot-collector'"
@@ -114,7 +114,7 @@ def test_rotated_ca(
 
     newer = trustme.CA()
     install(server, newer, "localhost")
-    cut()
+    terminate_sessions()
     eventually(
         lambda: "certificate verify failed" in str(collector.health()["database"]["error"]),
         what="the new CA is not trusted",
@@ -123,7 +123,7 @@ def test_rotated_ca(
     ca_file.write_bytes(ca_file.read_bytes() + newer.cert_pem.bytes())
     collector.wait_settled(2)
     install(server, authority, "localhost")
-    cut()
+    terminate_sessions()
     acknowledged |= publish(broker, [("iot/data", b"after")])
     collector.wait_settled(3)
     assert set(own_database.payloads()) == acknowledged

@@ -1,4 +1,4 @@
-"""The explorer over HTTP: what it answers, to whom, and what it costs the database."""
+"""The explorer over HTTP: responses, access control, and load on the database."""
 
 import contextlib
 import gzip
@@ -52,7 +52,7 @@ def get(collector: Collector, path: str, **headers: str) -> tuple[int, dict[str,
 
 
 class Viewer:
-    """A stream of events, read in a thread."""
+    """A viewer: an event stream of the explorer, read in a thread."""
 
     def __init__(self, collector: Collector, name: str = "test", **view: Any) -> None:
         self.connection = connect(collector)
@@ -80,7 +80,7 @@ class Viewer:
         return [content for kind, content in list(self.events) if kind == name]
 
     def last(self, name: str, good: Callable[[Any], object] = lambda _: True) -> Any:
-        """Wait for an event whose content is good."""
+        """Wait for an event ``name`` with ``good`` content; return the content of the last one."""
         what = f"an event {name} of {self.events[-3:]}"
         return eventually(lambda: [c for c in self.all(name) if good(c)] or None, what=what)[-1]
 
@@ -92,7 +92,7 @@ class Viewer:
 
 @pytest.fixture
 def watch(collector: Collector) -> Iterator[Callable[..., Viewer]]:
-    """Open streams of the collector; they are closed with the test."""
+    """Open event streams of the collector. They are closed at the end of the test."""
     made: list[Viewer] = []
 
     def make(*arguments: Any, **options: Any) -> Viewer:
@@ -120,7 +120,7 @@ def settings_of(database: Database, **more: Any) -> Settings:
 # What it shows -------------------------------------------------------------------------------
 
 
-def test_shows_topics_messages_and_state(
+def test_stream_has_topics_messages_and_state(
     watch: Callable[..., Viewer], broker: Mosquitto, collector: Collector
 ) -> None:
     publish(broker, [("plant/a/press", b"temperature:%d" % n) for n in range(5)])
@@ -133,7 +133,7 @@ def test_shows_topics_messages_and_state(
     [root] = tree["branches"][""]["nodes"]
     assert (root["path"], root["topic"], root["below"]) == ("plant", None, 3)
     below = tree["branches"]["plant/"]["nodes"]
-    # A node can be a topic and have others below it.
+    # A node can be a topic and have topics below it.
     assert [(n["path"], n["topic"], n["below"]) for n in below] == [
         ("plant/a", "plant/a", 1),
         ("plant/b", "plant/b", 0),
@@ -157,10 +157,10 @@ def test_shows_topics_messages_and_state(
     viewer.last("tree", lambda tree: len(tree["branches"][""]["nodes"]) == 2)
 
 
-def test_a_message_that_is_stored_late_is_shown(
+def test_message_that_is_stored_late_is_shown(
     watch: Callable[..., Viewer], database: Database
 ) -> None:
-    """As with a second collector that is slow, or whose clock is behind."""
+    """A second collector can be slow, or its clock can be behind."""
     fill(database, 1)
     viewer = watch(topic="area/0/device-0")
     viewer.last("messages", bool)
@@ -172,7 +172,7 @@ def test_a_message_that_is_stored_late_is_shown(
     viewer.last("messages", lambda new: [m["payload"] for m in new] == ["bGF0ZQ=="])
 
 
-def test_readings_are_all_or_sampled(collector: Collector, database: Database) -> None:
+def test_many_readings_are_sampled(collector: Collector, database: Database) -> None:
     fill(database, 10)
     status, _, body = get(collector, "/explorer/readings?topic=area/0/device-3&seconds=3600")
     found = json.loads(body)
@@ -202,14 +202,14 @@ def test_readings_are_all_or_sampled(collector: Collector, database: Database) -
     found = json.loads(get(collector, "/explorer/readings?topic=busy&seconds=3600")[2])
     assert found["sampled"]
     points = found["series"]["n"]
-    assert 190 <= len(points) <= 201  # of 240 steps of 15 s, those of the last 3000 s
+    assert 190 <= len(points) <= 201  # 3000 s in steps of 15 s
     now = time.time()
     for at, mean, least, most in points:
         assert least <= mean <= most <= least + 8
-        assert abs(now - at - mean) < 30  # the value is how old it is
+        assert abs(now - at - mean) < 30  # each value is its own age in seconds
 
 
-def test_older_messages(collector: Collector, database: Database) -> None:
+def test_older_messages_are_returned_in_pages(collector: Collector, database: Database) -> None:
     database.query(
         "INSERT INTO messages (received_at, topic, payload, qos, retained)"
         " SELECT to_timestamp(extract(epoch FROM date_trunc('hour', now())) + i), 't',"
@@ -220,7 +220,7 @@ def test_older_messages(collector: Collector, database: Database) -> None:
     assert [m["at"] for m in older] == [newest - n for n in range(1, 51)]
 
 
-def test_large_and_hostile_messages_are_cut(
+def test_large_messages_are_truncated(
     watch: Callable[..., Viewer], broker: Mosquitto, collector: Collector
 ) -> None:
     wide = json.dumps({f"key{n}": "x" * 100 for n in range(1000)}).encode()
@@ -235,7 +235,7 @@ def test_large_and_hostile_messages_are_cut(
         assert all(len(json.dumps(entry)) < 300 for entry in viewer.last("latest"))
 
 
-def test_dead_letters_of_both_tables(
+def test_dead_letters_of_both_tables_are_shown(
     watch: Callable[..., Viewer], broker: Mosquitto, collector: Collector, database: Database
 ) -> None:
     database.query("ALTER TABLE messages ADD CHECK (payload <> 'bad')")
@@ -252,7 +252,7 @@ def test_dead_letters_of_both_tables(
     assert "violates check constraint" in letters[0]["reason"]
 
 
-def test_an_outage_of_the_database_shows_and_clears(
+def test_database_outage_is_shown_until_it_ends(
     make_collector: Callable[..., Collector],
     broker: Mosquitto,
     own_database: Database,
@@ -268,7 +268,7 @@ def test_an_outage_of_the_database_shows_and_clears(
     viewer.last("database", lambda d: d["error"])
     assert time.monotonic() - began < 5
     viewer.last("pipeline", lambda p: p["health"]["problems"])
-    # Somebody who comes during the outage sees the topics as last known.
+    # A viewer that connects during the outage gets the last known topics.
     late = Viewer(collector, "late", open=["a/"])
     assert late.last("tree")["topics"] == 1
     assert late.last("database")["error"]
@@ -280,7 +280,7 @@ def test_an_outage_of_the_database_shows_and_clears(
     late.close()
 
 
-def test_a_database_that_hangs_keeps_neither_probes_nor_state_waiting(
+def test_hanging_database_delays_neither_probes_nor_state(
     make_collector: Callable[..., Collector],
     broker: Mosquitto,
     own_database: Database,
@@ -307,7 +307,7 @@ def test_a_database_that_hangs_keeps_neither_probes_nor_state_waiting(
 # Many topics ---------------------------------------------------------------------------------
 
 
-def test_lists_many_topics_in_parts(database: Database) -> None:
+def test_many_topics_are_listed_in_parts(database: Database) -> None:
     fill(database, 12_000)
     reader = Reader(settings_of(database))
     topics = Topics(reader)
@@ -341,7 +341,7 @@ def test_lists_many_topics_in_parts(database: Database) -> None:
         (["a/0", "a0", "a/é/x", "a/é/y"], "a/", [("a/0", "a/0", 0), ("a/é", None, 2)]),
     ],
 )
-def test_the_tree_of_unusual_names(
+def test_tree_of_unusual_topic_names(
     database: Database, names: list[str], prefix: str, expected: list[tuple[str, str | None, int]]
 ) -> None:
     topics = Topics(Reader(settings_of(database)))
@@ -351,8 +351,8 @@ def test_the_tree_of_unusual_names(
     assert left_out == 0
 
 
-def test_a_topic_is_read_once_however_many_messages_it_has(database: Database) -> None:
-    """The list is read by jumps over the index: else it could not be read all the time."""
+def test_topic_list_reads_one_row_for_each_topic(database: Database) -> None:
+    """It skips through the index (loose index scan), so that it can be read all the time."""
     fill(database, 50)
     database.query(
         "INSERT INTO messages (received_at, topic, payload, qos, retained)"
@@ -370,10 +370,10 @@ def test_a_topic_is_read_once_however_many_messages_it_has(database: Database) -
     assert max(rows) <= 52
 
 
-# What it may do ------------------------------------------------------------------------------
+# Privileges and limits -----------------------------------------------------------------------
 
 
-def test_the_connection_only_reads_and_waits_only_so_long(database: Database) -> None:
+def test_connection_is_read_only_and_has_a_statement_timeout(database: Database) -> None:
     reader = Reader(settings_of(database))
     with pytest.raises(UnavailableError, match="read-only"):
         reader.ask("INSERT INTO dead_letters DEFAULT VALUES RETURNING 1", {})
@@ -385,7 +385,7 @@ def test_the_connection_only_reads_and_waits_only_so_long(database: Database) ->
     reader.close()
 
 
-def test_uses_the_role_that_it_is_given(
+def test_explorer_uses_its_own_role(
     make_collector: Callable[..., Collector], broker: Mosquitto, database: Database, tmp_path: Path
 ) -> None:
     role = f"reader_{database.name}"
@@ -412,7 +412,7 @@ def test_uses_the_role_that_it_is_given(
     late.close()
 
 
-def test_without_viewers_there_is_no_connection(
+def test_database_connection_is_open_only_with_viewers(
     watch: Callable[..., Viewer], database: Database
 ) -> None:
     def connections() -> int:
@@ -430,10 +430,10 @@ def test_without_viewers_there_is_no_connection(
     eventually(lambda: connections() == 0, what="the connection is closed")
 
 
-# Whom it answers -----------------------------------------------------------------------------
+# Access --------------------------------------------------------------------------------------
 
 
-def test_so_many_viewers_and_no_more(watch: Callable[..., Viewer], collector: Collector) -> None:
+def test_number_of_viewers_is_limited(watch: Callable[..., Viewer], collector: Collector) -> None:
     viewers = [watch(f"viewer-{n}") for n in range(VIEWERS)]
     for viewer in viewers:
         viewer.last("pipeline")
@@ -441,30 +441,30 @@ def test_so_many_viewers_and_no_more(watch: Callable[..., Viewer], collector: Co
     assert ninth.answer.status == 503
     assert "8 people" in json.loads(ninth.answer.read())["error"]
     assert collector.get("/readyz").status == 200
-    # The same viewer again is not another one, and its former stream ends.
+    # A viewer that connects again does not count twice, and its first stream ends.
     again = watch("viewer-0")
     assert again.answer.status == 200
     assert viewers[0].ended.wait(30)
     viewers[1].close()
-    eventually(lambda: watch("ninth").answer.status == 200, what="a place is free again")
+    eventually(lambda: watch("ninth").answer.status == 200, what="another viewer is admitted")
 
 
 def answer(settings: Settings, path: str, body: bytes | None = None, **headers: str) -> Answer:
-    """What the application answers, without a server around it."""
+    """Call the WSGI application without a server; return status, headers and body."""
     environ: dict[str, Any] = {"REQUEST_METHOD": "GET" if body is None else "POST"}
     environ["PATH_INFO"], _, environ["QUERY_STRING"] = path.partition("?")
     environ["CONTENT_TYPE"] = headers.pop("content_type", "application/json")
     environ["wsgi.input"] = io.BytesIO(body or b"")
     setup_testing_defaults(environ)
     environ |= {f"HTTP_{name.upper()}": value for name, value in headers.items()}
-    begun: list[tuple[int, dict[str, str]]] = []
+    responses: list[tuple[int, dict[str, str]]] = []
 
     def start(status: str, found: list[tuple[str, str]], _: Any = None) -> Callable[..., object]:
-        begun.append((int(status[:3]), {name.lower(): value for name, value in found}))
-        return begun.append
+        responses.append((int(status[:3]), {name.lower(): value for name, value in found}))
+        return responses.append
 
     content: Any = Explorer(settings, dict)(environ, start)
-    [[status, found]] = begun
+    [[status, found]] = responses
     if isinstance(content, list):
         return status, found, b"".join(content)
     content.close()  # a stream
@@ -487,7 +487,9 @@ VIEW = json.dumps({"viewer": "x", "open": [""]}).encode()
         ("127.0.0.1", "off", None),
     ],
 )
-def test_which_page(host: str, setting: Any, page: str | None) -> None:
+def test_live_page_depends_on_address_and_setting(
+    host: str, setting: Any, page: str | None
+) -> None:
     settings = Settings(http_host=host, live_page=setting)
     status, headers, body = answer(settings, "/")
     assert status == (200 if page else 404)
@@ -501,7 +503,7 @@ def test_which_page(host: str, setting: Any, page: str | None) -> None:
         assert answer(settings, "/explorer/readings?topic=a&seconds=60")[0] == 404
 
 
-def test_refuses_other_sites() -> None:
+def test_requests_of_other_sites_are_refused() -> None:
     settings = Settings(live_page_hosts=["iot.example"])
     path = "/explorer/search?text=a"
     for name in ("localhost:3000", "127.0.0.1:3000", "[::1]:80", "iot.example", "LOCALHOST"):
@@ -509,13 +511,13 @@ def test_refuses_other_sites() -> None:
     for name in ("evil.example", "evil.example:80", "localhost.evil.example", "[", "", "10.0.0.1"):
         assert answer(settings, path, host=name)[0] == 403, name
         assert answer(settings, "/explorer/stream", VIEW, host=name)[0] == 403, name
-    # Open to more than this machine, it has names that it does not know.
+    # On an address that other machines reach, any host name is accepted.
     assert answer(Settings(http_host="::", live_page="full"), path, host="any.example")[0] == 200
     assert answer(settings, path, host="localhost", sec_fetch_site="cross-site")[0] == 403
     assert answer(settings, path, host="localhost", sec_fetch_site="same-origin")[0] == 200
     _, headers, _ = answer(settings, path, host="localhost", origin="http://evil.example")
     assert not [name for name in headers if name.startswith("access-control")]
-    # What a form of another site can send is not answered.
+    # A form of another site can only send content types like text/plain.
     form = answer(settings, "/explorer/stream", VIEW, content_type="text/plain", host="localhost")
     assert form[0] == 415
 
@@ -538,13 +540,13 @@ def test_refuses_other_sites() -> None:
         ("/explorer/search", None),
     ],
 )
-def test_refuses_what_it_cannot_read(path: str, body: bytes | None) -> None:
+def test_invalid_requests_are_refused(path: str, body: bytes | None) -> None:
     status, _, content = answer(Settings(), path, body, host="localhost")
     assert status == 400
     assert json.loads(content)["error"]
 
 
-def test_serves_its_files_and_no_others() -> None:
+def test_only_assets_are_served() -> None:
     for path in ("../web.py", "..%2fweb.py", "explorer.html/..", "vendor", "uPlot-LICENSE", ""):
         assert answer(Settings(), f"/explorer/assets/{path}", host="localhost")[0] == 404, path
     status, headers, _ = answer(Settings(), "/explorer/assets/style.css")
@@ -557,14 +559,14 @@ def test_serves_its_files_and_no_others() -> None:
 # The files -----------------------------------------------------------------------------------
 
 
-def test_pages_have_nothing_inline_nor_from_elsewhere() -> None:
+def test_pages_have_no_inline_code_and_no_external_links() -> None:
     for page in ASSETS.glob("*.html"):
         text = page.read_text()
         assert not re.search(r"<script(?![^>]*\ssrc=)|<style|\sstyle=|\son\w+=|javascript:", text)
         links = re.findall(r'(?:src|href)="([^"]*)"', text)
         assert links
         for link in links:
-            # Relative, so that they work below a reverse proxy's path.
+            # Relative links also work behind a reverse proxy with a path prefix.
             assert not re.match(r"/|\w+:", link)
             if link not in ("metrics", "health"):
                 assert (ASSETS / link.removeprefix("explorer/assets/")).is_file()
@@ -574,13 +576,13 @@ def test_pages_have_nothing_inline_nor_from_elsewhere() -> None:
         assert not re.search(r"""https?://(?!www\.w3\.org/2000/svg)|fetch\(["'`]/""", text)
 
 
-def test_files_are_small_and_have_their_licence() -> None:
+def test_assets_are_small_and_licensed() -> None:
     files = [file for file in ASSETS.rglob("*") if file.is_file()]
     assert sum(len(gzip.compress(file.read_bytes())) for file in files) <= 150_000
     assert "Permission is hereby granted" in (ASSETS / "vendor/uPlot-LICENSE").read_text()
 
 
-def test_the_wheel_has_them(tmp_path: Path) -> None:
+def test_wheel_contains_the_assets(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",

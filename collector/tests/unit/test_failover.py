@@ -1,10 +1,10 @@
-"""Failover as RDS Multi-AZ does it: the name stays, its address becomes the standby's.
+"""Failover of RDS Multi-AZ: the name stays the same and gets the address of the standby.
 
 Two PostgreSQL servers, the second a synchronous standby of the first, listen on 127.0.0.2 and
-127.0.0.3. The collector has an /etc/hosts of its own (a mount namespace); libpq resolves the name
-as it always does. Where the kernel allows no namespaces (most containers), a TCP proxy changes its
-target instead, which does not show that the name is resolved again. Neither shows how long RDS
-takes, nor a resolver that caches the old address.
+127.0.0.3. The collector has its own /etc/hosts (in a mount namespace), with which libpq resolves
+the name. Where the kernel allows no namespaces (most containers), a TCP proxy changes its target
+instead; this does not test that the name is resolved again. Neither tests how long RDS takes, or a
+resolver that caches the old address.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ NAME = "database.iot.test"
 
 
 class Server(Postgres):
-    """A server with an address of its own."""
+    """A server that listens on its own address."""
 
     def __init__(self, folder: Path, port: int, address: str) -> None:
         super().__init__(folder, port)
@@ -71,8 +71,8 @@ MOUNT = ["unshare", "--mount", *([] if IS_ROOT else ["--map-root-user"]), "sh", 
 HAS_NAMESPACES = not subprocess.run([*MOUNT, "mount --bind /etc/hosts /etc/hosts"]).returncode
 
 
-class Named(Collector):
-    """A collector that knows the database by a name, which leads to one server or another."""
+class CollectorByName(Collector):
+    """A collector that connects to the database by a name with a changeable address."""
 
     def __init__(self, folder: Path, broker: Mosquitto, proxy: Proxy, **settings: str) -> None:
         super().__init__(folder, broker, **settings)
@@ -84,8 +84,8 @@ class Named(Collector):
         alone = [*MOUNT, script, "sh", str(self.hosts)] if HAS_NAMESPACES else []
         return [*alone, *super().command()]
 
-    def lead_to(self, server: Server) -> None:
-        """Give the name the address of a server."""
+    def point_to(self, server: Server) -> None:
+        """Make the name resolve to the address of a server."""
         port = server.port if HAS_NAMESPACES else self.proxy.port
         self.hosts.write_text(f"{server.address} {NAME}\n")
         self.proxy.service = (server.address, server.port)
@@ -105,7 +105,7 @@ def servers(_initialised: Postgres) -> Iterator[tuple[Server, Server]]:
         primary.start()
         standby.stand_by(primary)
         standby.start()
-        # As with Multi-AZ, what was committed is in both.
+        # As with Multi-AZ, each COMMIT waits for the standby.
         primary.query("ALTER SYSTEM SET synchronous_standby_names = '*'")
         primary.query("SELECT pg_reload_conf()")
         eventually(
@@ -115,32 +115,32 @@ def servers(_initialised: Postgres) -> Iterator[tuple[Server, Server]]:
         yield primary, standby
 
 
-@pytest.mark.parametrize("fate", ["dies", "hangs", "becomes read-only"])
-def test_failover(
-    fate: str,
+@pytest.mark.parametrize("failure", ["dies", "hangs", "becomes read-only"])
+def test_messages_are_stored_once_over_a_failover(
+    failure: str,
     servers: tuple[Server, Server],
     broker: Mosquitto,
     make_proxy: Callable[[int], Proxy],
     tmp_path: Path,
 ) -> None:
     primary, standby = servers
-    collector = Named(
+    collector = CollectorByName(
         tmp_path,
         broker,
         make_proxy(primary.port),
         IOT_DATABASE_PASSWORD="postgres",
         IOT_DATABASE_TIMEOUT_SECONDS="2",
     )
-    collector.lead_to(primary)
+    collector.point_to(primary)
     stopped: list[int] = []
     with contextlib.ExitStack() as stack:
         stack.callback(collector.close)
         collector.start()
         stream = stack.enter_context(Stream(broker))
         stream.more(100)
-        if fate == "dies":
+        if failure == "dies":
             primary.kill()
-        elif fate == "hangs":  # its kernel still answers, which is harder to notice
+        elif failure == "hangs":  # the kernel still acknowledges packets, so TCP notices nothing
             stopped = [primary.pid, *children(primary.pid)]
             for pid in stopped:
                 os.kill(pid, signal.SIGSTOP)
@@ -150,10 +150,10 @@ def test_failover(
             primary.query("SELECT pg_reload_conf()")
             eventually(
                 lambda: "read_only" in str(collector.health()["database"]["error"]),
-                what="it is refused",
+                what="the read-only primary refuses writes",
             )
         assert standby.query("SELECT pg_promote()") == [(True,)]
-        collector.lead_to(standby)
+        collector.point_to(standby)
         stream.more(100)
         pid = collector.pid
         acknowledged = stream.finish()
@@ -163,10 +163,10 @@ def test_failover(
         assert Counter(stored) == Counter(acknowledged), "each message once"
 
 
-def test_dead_peer_is_noticed_by_tcp(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that is gone sends no RST. The kernel ends the connection when nothing is acknowledged
-    for 30 s; an idle one after 25 s. Only the options are tested here: no packet can be lost on
-    loopback.
+def test_connection_has_tcp_timeouts(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead host sends no RST. The kernel closes the connection when data is not acknowledged for
+    30 s, and an idle connection after 25 s. Only the socket options are tested, because loopback
+    loses no packets.
     """
     monkeypatch.setenv("IOT_DATABASE_URL", database.url)
     monkeypatch.setenv("IOT_DATABASE_PASSWORD", database.password)

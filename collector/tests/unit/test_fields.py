@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from iot_collector.fields import fields_of, fields_of_all
 
-# None: JSON, which stays as it came.
+# None: JSON, which is stored unchanged.
 WITH_FIELDS = [
     (b"temperature:23", {"temperature": 23}),
     (b"temperature:-23.50", {"temperature": -23.5}),
@@ -27,7 +27,7 @@ WITH_FIELDS = [
     (b'gps: {"lat":1.50,"sat":[1,2]}', {"gps": {"lat": 1.5, "sat": [1, 2]}}),
     (b"values:[1,2.5]", {"values": [1, 2.5]}),
     (b"list:[1,2", {"list": "[1,2"}),
-    # These look like numbers and are none in JSON: they stay text.
+    # These look like numbers, but are not valid in JSON. They stay text.
     (b"temperature:+5", {"temperature": "+5"}),
     (b"temperature:05", {"temperature": "05"}),
     (b"temperature:.5", {"temperature": ".5"}),
@@ -118,22 +118,22 @@ WITHOUT_FIELDS = [
 
 
 @pytest.mark.parametrize(("payload", "expected"), WITH_FIELDS, ids=repr)
-def test_payloads_with_fields(payload: bytes, expected: dict[str, object] | None) -> None:
+def test_fields_of_payloads(payload: bytes, expected: dict[str, object] | None) -> None:
     found = fields_of(payload)
     assert found is not None
     if expected is None:
-        assert found == payload, "JSON stays as it came, with every digit"
+        assert found == payload, "JSON is unchanged, with every digit"
     else:
         assert json.loads(found) == expected
 
 
 @pytest.mark.parametrize("payload", WITHOUT_FIELDS, ids=lambda payload: repr(payload[:24]))
-def test_payloads_without_fields(payload: bytes) -> None:
+def test_payloads_that_have_no_fields(payload: bytes) -> None:
     assert fields_of(payload) is None
 
 
-def test_large_payloads() -> None:
-    """128 KiB is the maximum of AWS IoT Core; it is no special case here."""
+def test_large_payloads_have_fields() -> None:
+    """128 KiB is the largest payload of AWS IoT Core."""
     text = b"x" * (128 << 10)
     assert json.loads(fields_of(b"a:" + text) or b"") == {"a": text.decode()}
     document = json.dumps({f"key{i}": i for i in range(10_000)}).encode()
@@ -155,12 +155,12 @@ def test_large_payloads() -> None:
     ids=["gap in value", "gap in name", "gap before", "many gaps", "no value", "digits"],
 )
 @pytest.mark.timeout(10)  # quadratic time would take a minute
-def test_no_payload_takes_long(payload: bytes) -> None:
-    """The time is linear, so that one message delays neither the others nor the keepalive."""
+def test_parsing_takes_linear_time(payload: bytes) -> None:
+    """Otherwise one message could delay other messages and the keepalive."""
     fields_of(payload)
 
 
-# Bytes with the characters that the formats are made of, which plain random bytes rarely have.
+# Bytes with characters of the formats, which plain random bytes rarely contain.
 _pieces = st.one_of(
     st.binary(max_size=4),
     st.text(max_size=4).map(lambda text: text.encode("utf-8", "surrogatepass")),
@@ -180,7 +180,7 @@ def _no_constant(name: str) -> object:
 
 
 @given(payloads)
-def test_anything_gives_json_for_jsonb_or_nothing(payload: bytes) -> None:
+def test_any_payload_gives_valid_jsonb_or_none(payload: bytes) -> None:
     found = fields_of(payload)
     if found is None:
         return
@@ -210,7 +210,7 @@ _numbers = st.one_of(
 
 
 @given(_names, _numbers)
-def test_every_number_arrives(name: str, number: float) -> None:
+def test_any_number_is_preserved(name: str, number: float) -> None:
     assert json.loads(fields_of(f"{name}:{number!r}".encode()) or b"") == {name: number}
 
 
@@ -224,7 +224,7 @@ _documents = st.recursive(
 
 
 @given(st.dictionaries(_texts, _documents) | st.lists(_documents))
-def test_every_document_arrives(document: object) -> None:
+def test_any_document_is_preserved(document: object) -> None:
     payload = json.dumps(document, ensure_ascii=False).encode()
     # The test for \u0000 looks at the bytes, so it also refuses an escaped backslash before u0000.
     expected = None if b"\\u0000" in payload else payload
@@ -237,5 +237,5 @@ def test_every_document_arrives(document: object) -> None:
 @example([b'{"a":1},{"b":2', b'"c":3}'])
 @example([b'{"a":"\\u0000"}', b"5"])
 @example([b'{"a":"\\u00', b'00"}'])
-def test_all_at_once_as_one_by_one(many: list[bytes]) -> None:
+def test_fields_of_all_equals_fields_of_each(many: list[bytes]) -> None:
     assert list(fields_of_all(many)) == [fields_of(payload) for payload in many]

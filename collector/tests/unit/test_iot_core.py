@@ -1,4 +1,4 @@
-"""AWS IoT Core as the broker: how to connect, and which rules are kept (docs/iot-core.md).
+"""AWS IoT Core as the broker: signed connections and the limits of IoT Core (docs/iot-core.md).
 
 The endpoint is a stand-in (testing/iot_core.py) with a real Mosquitto behind it.
 """
@@ -38,17 +38,17 @@ from testing.service import HOST, eventually
 from testing.sigv4 import RefusedError, Secret, check, signature
 
 URL = f"awsiot://{NAME}"
-NAMED = Path(__file__).parents[3] / "testing/named_collector.py"
+NAMED_COLLECTOR = Path(__file__).parents[3] / "testing/named_collector.py"
 KEY = "AKIDFORATEST"
-# With all that has to be quoted in a URL, as real ones have.
+# Like real credentials, these contain characters that have to be quoted in a URL.
 SECRET = Secret("secret/for+a=test", "token/for+a=test//" + "x" * 800)
 MakeCollector = Callable[..., Collector]
 MakeBroker = Callable[..., Mosquitto]
 
 
 @pytest.fixture(autouse=True)
-def _nobody_s_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No AWS credentials but the test's own, for the collector's processes as well."""
+def _only_test_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Hide the user's AWS credentials from the test and from the processes that it starts."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))
@@ -59,10 +59,10 @@ def _nobody_s_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     aws.session.cache_clear()
 
 
-# The check of signatures is right ------------------------------------------------------------
+# The tests' own signature check --------------------------------------------------------------
 
 
-def test_signature_of_the_sigv4_test_suite() -> None:
+def test_signature_equals_the_example_of_the_sigv4_test_suite() -> None:
     """get-vanilla of AWS's aws-sig-v4-test-suite."""
     headers = {"host": "example.amazonaws.com", "x-amz-date": "20150830T123600Z"}
     found = signature(
@@ -76,7 +76,7 @@ def test_signature_of_the_sigv4_test_suite() -> None:
     assert found == "5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31"
 
 
-def test_signature_of_a_presigned_url() -> None:
+def test_signature_equals_the_example_of_a_presigned_url() -> None:
     """The example of https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html."""
     query = [
         ("X-Amz-Algorithm", "AWS4-HMAC-SHA256"),
@@ -101,31 +101,33 @@ def test_signature_of_a_presigned_url() -> None:
 
 
 def credentials(secret: Secret, key: str = KEY) -> dict[str, str]:
-    """The variables of the environment for them."""
+    """Environment variables with AWS credentials."""
     token = {"AWS_SESSION_TOKEN": secret.token} if secret.token else {}
     return {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret.key, **token}
 
 
-def signed(monkeypatch: pytest.MonkeyPatch, secret: Secret) -> str:
+def signed_target(monkeypatch: pytest.MonkeyPatch, secret: Secret) -> str:
     for name, value in credentials(secret).items():
         monkeypatch.setenv(name, value)
     return signing.signed_path(NAME, REGION)
 
 
-def checked(target: str, secret: Secret = SECRET, host: str = NAME, hours: float = 0) -> None:
+def check_signature(
+    target: str, secret: Secret = SECRET, host: str = NAME, hours: float = 0
+) -> None:
     now = datetime.now(UTC) + timedelta(hours=hours)
     secrets = {KEY: secret}
     check(target, {"host": host}, host=NAME, region=REGION, secrets=secrets, now=now)
 
 
 @pytest.mark.parametrize("secret", [SECRET, Secret("secret/for+a=test")])
-def test_signed_path(secret: Secret, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked(signed(monkeypatch, secret), secret)
+def test_signed_path_is_valid(secret: Secret, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_signature(signed_target(monkeypatch, secret), secret)
 
 
-def test_signed_path_that_is_not_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check finds each thing that may be wrong with it."""
-    target = signed(monkeypatch, SECRET)
+def test_wrong_signed_paths_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This tests the signature check of the tests."""
+    target = signed_target(monkeypatch, SECRET)
     for wrong, reason in {
         "/mqtt": "not signed",
         target.replace(REGION, "eu-west-2"): "signed for",
@@ -137,30 +139,30 @@ def test_signed_path_that_is_not_right_is_refused(monkeypatch: pytest.MonkeyPatc
         if wrong == target:
             continue
         with pytest.raises(RefusedError, match=reason):
-            checked(wrong)
+            check_signature(wrong)
     with pytest.raises(RefusedError, match="expired"):
-        checked(target, hours=1)
+        check_signature(target, hours=1)
     with pytest.raises(RefusedError, match="Host"):
-        checked(target, host=f"{NAME}:443")
+        check_signature(target, host=f"{NAME}:443")
     with pytest.raises(RefusedError, match="unknown or expired"):
-        checked(target, Secret(SECRET.key, "another token"))
+        check_signature(target, Secret(SECRET.key, "another token"))
     with pytest.raises(RefusedError, match="wrong signature"):
-        checked(target, Secret("another", SECRET.token))
+        check_signature(target, Secret("another", SECRET.token))
 
 
 def test_token_is_not_signed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As AWS IoT Core wants it, and unlike other services."""
+    """IoT Core, unlike other services, wants the session token appended after signing."""
     from botocore.auth import SigV4QueryAuth
     from botocore.awsrequest import AWSRequest
     from botocore.credentials import ReadOnlyCredentials
 
-    target = signed(monkeypatch, SECRET)
+    target = signed_target(monkeypatch, SECRET)
     assert target.endswith(f"&X-Amz-Security-Token={quote(SECRET.token or '', safe='')}")
     request = AWSRequest(method="GET", url=f"https://{NAME}/mqtt")
     keys = ReadOnlyCredentials(KEY, SECRET.key, SECRET.token)
     SigV4QueryAuth(keys, "iotdevicegateway", REGION).add_auth(request)
     with pytest.raises(RefusedError, match="wrong signature"):
-        checked(request.url.removeprefix(f"https://{NAME}"))
+        check_signature(request.url.removeprefix(f"https://{NAME}"))
 
 
 # Settings ------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def test_token_is_not_signed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("notiot.eu-west-1.amazonaws.com", None),
     ],
 )
-def test_region(host: str, region: str | None) -> None:
+def test_region_is_read_from_the_endpoint(host: str, region: str | None) -> None:
     assert region_of(host) == region
     assert is_iot_core("mqtts", host) is (region is not None)
     assert is_iot_core("awsiot", host)
@@ -196,7 +198,7 @@ def test_defaults_follow_iot_core(url: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.broker.port == (443 if url == URL else 8883)
 
 
-def test_defaults_give_way_to_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_override_the_defaults_for_iot_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOT_MQTT_URL", URL)
     monkeypatch.setenv("IOT_MQTT_MAX_INFLIGHT", "50")
     monkeypatch.setenv("IOT_MQTT_SESSION_EXPIRY_SECONDS", "604800")
@@ -204,7 +206,7 @@ def test_defaults_give_way_to_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.mqtt_max_inflight, found.mqtt_session_expiry_seconds) == (50, 604800)
 
 
-def test_other_brokers_have_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_brokers_keep_the_general_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOT_MQTT_URL", "wss://broker.example")
     found = load()
     assert found.mqtt_max_inflight == 10_000
@@ -213,7 +215,7 @@ def test_other_brokers_have_their_defaults(monkeypatch: pytest.MonkeyPatch) -> N
     assert load().mqtt_qos == 2
 
 
-def faults(monkeypatch: pytest.MonkeyPatch, settings: Mapping[str, str]) -> list[str]:
+def load_errors(monkeypatch: pytest.MonkeyPatch, settings: Mapping[str, str]) -> list[str]:
     for name, value in {"IOT_MQTT_URL": URL, **settings}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
@@ -225,7 +227,7 @@ SLASHES = "/".join("abcdefgh")  # seven of them
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "message"),
     [
         ("IOT_MQTT_QOS", "2", "set 1"),
         ("IOT_MQTT_MAX_INFLIGHT", "101", "set 100"),
@@ -247,16 +249,16 @@ SLASHES = "/".join("abcdefgh")  # seven of them
         ("IOT_MQTT_USERNAME", "me", "AWS credentials"),
     ],
 )
-def test_setting_that_breaks_a_rule(
-    name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+def test_setting_beyond_a_limit_is_refused(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variable = "IOT_MQTT_URL" if name == "IOT_MQTT_USERNAME" else name
-    (line,) = faults(monkeypatch, {name: value})
+    (line,) = load_errors(monkeypatch, {name: value})
     assert line.startswith(f"{variable}: ")
-    assert says in line
+    assert message in line
 
 
-def test_settings_at_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_at_the_limits_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     topics = [f"t/{n}" for n in range(47)]
     topics += [SLASHES, f"$share/{'g' * 128}/{SLASHES}", "x" * 256]
     for name, value in {
@@ -269,21 +271,23 @@ def test_settings_at_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(load().mqtt_topics) == 50
 
 
-def test_each_fault_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = faults(monkeypatch, {"IOT_MQTT_QOS": "2", "IOT_MQTT_KEEPALIVE_SECONDS": "5"})
+def test_each_wrong_setting_has_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = load_errors(monkeypatch, {"IOT_MQTT_QOS": "2", "IOT_MQTT_KEEPALIVE_SECONDS": "5"})
     assert [line.split(":")[0] for line in lines] == ["IOT_MQTT_QOS", "IOT_MQTT_KEEPALIVE_SECONDS"]
 
 
-def test_domain_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_domain_takes_its_region_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("IOT_MQTT_URL", "awsiot://broker.example")
     monkeypatch.setenv("AWS_REGION", "eu-west-2")
     found = load()
     assert (found.aws_region, found.iot_core, found.mqtt_max_inflight) == ("eu-west-2", True, 100)
 
 
-def test_without_botocore(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_botocore_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (line,) = faults(monkeypatch, {})
+    (line,) = load_errors(monkeypatch, {})
     assert "iot-collector[aws]" in line
 
 
@@ -291,18 +295,18 @@ def test_without_botocore(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Client:
-    """A client that notes what is asked for; ``answer`` grants it."""
+    """A client that records SUBSCRIBE and UNSUBSCRIBE."""
 
     max_qos = 2
     message_count = 0
 
     def __init__(self) -> None:
-        self.asked: list[list[tuple[str, int]]] = []
+        self.subscribes: list[list[tuple[str, int]]] = []
         self.unsubscribed: list[list[str]] = []
 
     def subscribe(self, filters: Sequence[tuple[str, Any]]) -> tuple[int, int]:
-        self.asked.append([(name, options.QoS) for name, options in filters])
-        return 0, len(self.asked)
+        self.subscribes.append([(name, options.QoS) for name, options in filters])
+        return 0, len(self.subscribes)
 
     def unsubscribe(self, filters: list[str]) -> tuple[int, int]:
         self.unsubscribed.append(filters)
@@ -314,48 +318,48 @@ REFUSED = ReasonCode(PacketTypes.SUBACK, "Not authorized")
 
 
 def subscribed(topics: list[str], stale: Sequence[str] = ()) -> tuple[Subscriptions, Client]:
-    """Subscriptions whose SUBSCRIBEs are sent and not answered."""
+    """Subscriptions whose SUBSCRIBEs are sent, and have no SUBACK yet."""
     subs, client = Subscriptions(Settings(mqtt_url=URL, mqtt_topics=topics)), Client()
     subs.start(client, Mock(), session_present=bool(stale))  # type: ignore[arg-type]
     subs.handle_claim(Mock(held=list(stale), stale=list(stale), waiting_for=[]))
     return subs, client
 
 
-def test_eight_filters_in_a_subscribe() -> None:
+def test_subscribe_has_at_most_eight_filters() -> None:
     topics = [f"t/{n}" for n in range(17)]
     subs, client = subscribed(topics)
-    assert [len(asked) for asked in client.asked] == [8, 8, 1]
-    assert [name for asked in client.asked for name, _ in asked] == topics
+    assert [len(filters) for filters in client.subscribes] == [8, 8, 1]
+    assert [name for filters in client.subscribes for name, _ in filters] == topics
     for mid in (2, 3):  # in any order
-        subs.handle_suback(mid, [GRANTED] * len(client.asked[mid - 1]))
-        assert not subs.active, "there is one more answer to come"
+        subs.handle_suback(mid, [GRANTED] * len(client.subscribes[mid - 1]))
+        assert not subs.active, "one SUBACK is missing"
     subs.handle_suback(1, [REFUSED, *[GRANTED] * 7])
     assert list(subs.refused) == ["t/0"]
     assert not subs.active
 
 
-def test_one_of_many_subscribes_is_refused() -> None:
+def test_refused_filter_is_subscribed_to_again() -> None:
     subs, client = subscribed([f"t/{n}" for n in range(10)])
     subs.handle_suback(1, [REFUSED, *[GRANTED] * 7])
     subs.handle_suback(2, [GRANTED] * 2)
-    assert list(subs.refused) == ["t/0"], "it is not forgotten"
+    assert list(subs.refused) == ["t/0"], "a later SUBACK does not clear it"
     subs._due_at = 0.0
     subs.check_due()
-    assert client.asked[2:] == [[("t/0", 1)]]
+    assert client.subscribes[2:] == [[("t/0", 1)]]
     subs.handle_suback(3, [GRANTED])
     assert subs.active
     assert not subs.refused
 
 
-def test_replaced_filter_stays_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new one may take effect only some time after its SUBACK."""
+def test_replaced_filter_stays_for_30_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With IoT Core, a new subscription may take effect some time after its SUBACK."""
     subs, client = subscribed(["$share/g/iot/data"], stale=["iot/data"])
-    assert client.asked == [[("$share/g/iot/data", 1)]], "the old one keeps its QoS"
+    assert client.subscribes == [[("$share/g/iot/data", 1)]], "the old filter keeps its QoS"
     subs.handle_suback(1, [GRANTED])
     subs.check_due()
     assert subs.active
     assert not client.unsubscribed
-    assert not subs.replacing, "nothing is taken for a copy"
+    assert not subs.replacing, "no message is dropped as a copy"
     later = time.monotonic() + 31
     monkeypatch.setattr(time, "monotonic", lambda: later)
     subs.check_due()
@@ -366,8 +370,8 @@ def test_replaced_filter_stays_for_a_while(monkeypatch: pytest.MonkeyPatch) -> N
     assert note.filters == ["$share/g/iot/data"]
 
 
-def test_session_that_ends_earlier_than_asked_for() -> None:
-    """The account's quota is the limit, and the CONNACK says so."""
+def test_shorter_session_expiry_of_connack_is_logged() -> None:
+    """IoT Core grants at most the quota of the account."""
     connection = Connection(Settings(mqtt_url=URL, mqtt_session_expiry_seconds=7200))
     properties = Properties(PacketTypes.CONNACK)
     properties.SessionExpiryInterval = 3600
@@ -383,13 +387,13 @@ def test_session_that_ends_earlier_than_asked_for() -> None:
 # The signed WebSocket ------------------------------------------------------------------------
 
 
-class Named(Collector):
-    """A collector for which the endpoint's name is a port of this machine."""
+class RedirectedCollector(Collector):
+    """A collector that connects to a local port when it connects to the endpoint's name."""
 
     endpoint_port = 0
 
     def command(self) -> Sequence[str]:
-        return [sys.executable, str(NAMED), NAME, str(self.endpoint_port), "run"]
+        return [sys.executable, str(NAMED_COLLECTOR), NAME, str(self.endpoint_port), "run"]
 
 
 @pytest.fixture
@@ -399,7 +403,7 @@ def certificates(tmp_path: Path) -> Certificates:
 
 @pytest.fixture
 def mosquitto(make_broker: MakeBroker) -> Mosquitto:
-    """Devices publish here; the endpoint leads to its WebSocket listener."""
+    """The broker behind the endpoint, with a WebSocket listener. Devices publish here."""
     return make_broker(scheme="ws", listener=["protocol websockets"]).start()
 
 
@@ -411,17 +415,17 @@ def endpoint(mosquitto: Mosquitto, certificates: Certificates) -> Iterator[Endpo
 
 
 @pytest.fixture
-def make_named(
+def make_redirected(
     tmp_path: Path, certificates: Certificates, database: Database
-) -> Iterator[Callable[..., Named]]:
-    """Make collectors that connect to an endpoint, or a proxy before it; not started."""
-    made: list[Named] = []
+) -> Iterator[Callable[..., RedirectedCollector]]:
+    """Make collectors that connect to a port instead of the endpoint. They are not started."""
+    made: list[RedirectedCollector] = []
 
-    def make(port: int, url: str = URL, **settings: str) -> Named:
+    def make(port: int, url: str = URL, **settings: str) -> RedirectedCollector:
         folder = tmp_path / f"named-{len(made)}"
         folder.mkdir()
         made.append(
-            Named(
+            RedirectedCollector(
                 folder,
                 database,
                 IOT_MQTT_URL=url,
@@ -438,29 +442,29 @@ def make_named(
         collector.close()
 
 
-MakeNamed = Callable[..., Named]
+MakeRedirected = Callable[..., RedirectedCollector]
 
 
 def numbered(count: int) -> list[tuple[str, bytes]]:
     return [("iot/data", b'{"id": "m%d", "n": %d}' % (n, n)) for n in range(count)]
 
 
-def problem(collector: Collector, *words: str) -> str:
-    """Wait until it is not ready for a reason with these words; return the reason."""
+def wait_not_ready(collector: Collector, *words: str) -> str:
+    """Wait until /readyz fails with a reason that has all these words; return the answer."""
 
-    def why() -> str:
+    def reason() -> str:
         answer = collector.get("/readyz")
         text = answer.body.decode()
         return text if answer.status == 503 and all(word in text for word in words) else ""
 
-    return eventually(why, what=f"it says {words}")
+    return eventually(reason, what=f"/readyz says {words}")
 
 
-def test_messages_reach_the_table(
-    endpoint: Endpoint, mosquitto: Mosquitto, make_named: MakeNamed, database: Database
+def test_messages_are_stored_over_the_signed_websocket(
+    endpoint: Endpoint, mosquitto: Mosquitto, make_redirected: MakeRedirected, database: Database
 ) -> None:
-    # With a port that is not HTTPS's, paho would put it into the header Host.
-    collector = make_named(endpoint.port, f"{URL}:8443", **credentials(SECRET)).start()
+    # With a port other than 443, paho would add the port to the Host header.
+    collector = make_redirected(endpoint.port, f"{URL}:8443", **credentials(SECRET)).start()
     messages = [*numbered(1000), ("iot/data", b"x" * 131_072)]
     publish(mosquitto, messages)
     collector.wait_settled(len(messages))
@@ -479,8 +483,9 @@ def assert_no_credentials(text: str) -> None:
         assert quote(part, safe="") not in text
 
 
-def test_endpoint_refuses(endpoint: Endpoint, certificates: Certificates) -> None:
-    """What the stand-in is asked in place of AWS, it answers as AWS would."""
+def test_stand_in_refuses_wrong_requests_as_iot_core_does(
+    endpoint: Endpoint, certificates: Certificates
+) -> None:
     context = ssl.create_default_context(cafile=certificates.ca)
 
     def status(target: str, host: str = NAME) -> bytes:
@@ -494,17 +499,17 @@ def test_endpoint_refuses(endpoint: Endpoint, certificates: Certificates) -> Non
     assert status("/mqtt") == b"HTTP/1.1 403 Forbidden"
     assert endpoint.refusals == ["not signed"]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        target = signed(monkeypatch, SECRET)
+        target = signed_target(monkeypatch, SECRET)
     assert status(target, f"{NAME}:443") == b"HTTP/1.1 403 Forbidden"
     endpoint.secrets.clear()
     assert status(target) == b"HTTP/1.1 403 Forbidden"
     assert endpoint.refusals[1:] == [f"Host is {NAME}:443", "unknown or expired credentials"]
 
 
-def test_signature_that_is_refused(
-    endpoint: Endpoint, make_named: MakeNamed, tmp_path: Path
+def test_refused_signature_is_explained_and_retried(
+    endpoint: Endpoint, make_redirected: MakeRedirected, tmp_path: Path
 ) -> None:
-    """The reason says what to look at; new credentials in the file need no restart."""
+    """The message names clock, credentials and region. New credentials need no restart."""
     file = tmp_path / "aws-credentials"
 
     def write(secret: Secret) -> None:
@@ -519,8 +524,8 @@ def test_signature_that_is_refused(
         new.rename(file)
 
     write(Secret("wrong", SECRET.token))
-    collector = make_named(endpoint.port).launch().wait_listening()
-    reason = problem(collector, "403", "clock", "credentials", "AWS_REGION")
+    collector = make_redirected(endpoint.port).launch().wait_listening()
+    reason = wait_not_ready(collector, "403", "clock", "credentials", "AWS_REGION")
     eventually(lambda: len(endpoint.refusals) >= 3, what="it tries again")
     assert set(endpoint.refusals) == {"wrong signature"}
     write(SECRET)
@@ -529,10 +534,12 @@ def test_signature_that_is_refused(
     assert_no_credentials(collector.log() + reason)
 
 
-def test_no_credentials(endpoint: Endpoint, make_named: MakeNamed, tmp_path: Path) -> None:
-    collector = make_named(endpoint.port).launch().wait_listening()
-    problem(collector, "no AWS credentials found", "AWS_WEB_IDENTITY_TOKEN_FILE")
-    # There is a program to ask, and it fails; then it does not.
+def test_missing_credentials_are_reported(
+    endpoint: Endpoint, make_redirected: MakeRedirected, tmp_path: Path
+) -> None:
+    collector = make_redirected(endpoint.port).launch().wait_listening()
+    wait_not_ready(collector, "no AWS credentials found", "AWS_WEB_IDENTITY_TOKEN_FILE")
+    # A credential_process is configured. At first it fails, later it succeeds.
     program = tmp_path / "credentials.json"
     config = f"[default]\ncredential_process = cat {program}\n"
     (tmp_path / "aws-config").write_text(config)
@@ -540,7 +547,7 @@ def test_no_credentials(endpoint: Endpoint, make_named: MakeNamed, tmp_path: Pat
     assert collector.running
     collector.stop()
     collector.launch().wait_listening()
-    problem(collector, "CredentialRetrievalError")
+    wait_not_ready(collector, "CredentialRetrievalError")
     program.write_text(expiring(SECRET))
     collector.wait_ready()
     assert collector.metrics()['mqtt_errors_total{kind="bug"}'] == 0
@@ -548,7 +555,7 @@ def test_no_credentials(endpoint: Endpoint, make_named: MakeNamed, tmp_path: Pat
 
 
 def expiring(secret: Secret, key: str = KEY) -> str:
-    """What a program prints for credentials that are to be asked for again each time."""
+    """The output of a credential_process, for credentials that are renewed at each use."""
     soon = datetime.now(UTC) + timedelta(minutes=5)  # botocore renews ten minutes before
     return json.dumps(
         {
@@ -561,11 +568,11 @@ def expiring(secret: Secret, key: str = KEY) -> str:
     )
 
 
-def test_window(
-    endpoint: Endpoint, mosquitto: Mosquitto, make_named: MakeNamed, database: Database
+def test_at_most_100_messages_are_unacknowledged(
+    endpoint: Endpoint, mosquitto: Mosquitto, make_redirected: MakeRedirected, database: Database
 ) -> None:
-    """While the database does not answer, a hundred messages are under way and no more."""
-    collector = make_named(endpoint.port, **credentials(SECRET)).start()
+    """The table is locked, so nothing can be acknowledged."""
+    collector = make_redirected(endpoint.port, **credentials(SECRET)).start()
     with database.connect() as connection, connection.cursor() as cursor:
         cursor.execute("LOCK TABLE messages")
         publish(mosquitto, numbered(500))
@@ -577,32 +584,32 @@ def test_window(
     assert (endpoint.most_in_flight, endpoint.violations) == (100, [])
 
 
-def test_nothing_is_lost(
+def test_messages_are_stored_once_over_reconnects_and_expired_credentials(
     endpoint: Endpoint,
     mosquitto: Mosquitto,
-    make_named: MakeNamed,
+    make_redirected: MakeRedirected,
     make_proxy: Callable[..., Any],
     database: Database,
     tmp_path: Path,
 ) -> None:
-    """Connections drop, acknowledgements get lost, and credentials expire, all under way."""
+    """Connections break, PUBACKs get lost and credentials expire while messages arrive."""
     program = tmp_path / "credentials.json"
     program.write_text(expiring(SECRET))
     (tmp_path / "aws-config").write_text(f"[default]\ncredential_process = cat {program}\n")
     proxy = make_proxy(endpoint.port)
-    collector = make_named(proxy.port, IOT_MESSAGE_ID_KEY="id").start()
+    collector = make_redirected(proxy.port, IOT_MESSAGE_ID_KEY="id").start()
     with Stream(mosquitto, message=b'{"id": "m%d"}') as stream:
         for turn in range(3):
             stream.more()
-            proxy.up = "drop"  # acknowledgements, at the end of the connection
+            proxy.up = "drop"  # PUBACKs are lost until the connection breaks
             eventually(lambda: endpoint.in_flight == 100, what="the window is full")
             eventually(lambda: not collector.metrics()["messages_in_flight"], what="all is stored")
-            # The old credentials are not valid any more; new ones are there.
+            # The old credentials expire.
             endpoint.secrets = {f"{KEY}{turn}": Secret(f"secret{turn}", f"token{turn}")}
             proxy.up = "pass"
             proxy.cut()
             refused = len(endpoint.refusals)
-            eventually(lambda: len(endpoint.refusals) > refused, what="it is refused")  # noqa: B023
+            eventually(lambda: len(endpoint.refusals) > refused, what="the collector is refused")  # noqa: B023
             (key, secret), *_ = endpoint.secrets.items()
             program.write_text(expiring(secret, key))
             collector.wait_ready()
@@ -611,17 +618,17 @@ def test_nothing_is_lost(
     eventually(lambda: database.count() >= len(published), what="all is stored")
     metrics = collector.wait_settled(len(published))
     assert sorted(database.payloads()) == sorted(published), "each once"
-    assert metrics["db_duplicates_total"] >= 300, "those whose acknowledgements got lost"
+    assert metrics["db_duplicates_total"] >= 300, "the messages whose PUBACKs were lost"
     assert metrics["mqtt_reconnects_total"] == 3
     assert len(endpoint.connects) == 4
     assert endpoint.violations == []
 
 
-def test_one_connect_a_second(
-    endpoint: Endpoint, make_named: MakeNamed, mosquitto: Mosquitto
+def test_collector_connects_at_most_once_a_second(
+    endpoint: Endpoint, make_redirected: MakeRedirected, mosquitto: Mosquitto
 ) -> None:
-    """Also when the connection drops again and again right after it was made."""
-    collector = make_named(endpoint.port, **credentials(SECRET)).start()
+    """Also when each connection breaks right after CONNECT."""
+    collector = make_redirected(endpoint.port, **credentials(SECRET)).start()
     for connects in range(1, 4):
         eventually(lambda: len(endpoint.connects) > connects - 1)  # noqa: B023
         endpoint.cut()
@@ -632,10 +639,9 @@ def test_one_connect_a_second(
     assert endpoint.violations == []
 
 
-def test_endpoint_finds_violations(
-    endpoint: Endpoint, make_named: MakeNamed, mosquitto: Mosquitto
+def test_stand_in_detects_violations(
+    endpoint: Endpoint, make_redirected: MakeRedirected, mosquitto: Mosquitto
 ) -> None:
-    """The stand-in does look at QoS, filters and keepalive."""
     looks = Look(endpoint)
     connect = b"\x10\x0e\0\4MQTT\5\2\0\5\0\0\1a"
     many = b"".join(b"\0\1%d\1" % n for n in range(9))
@@ -655,8 +661,8 @@ def test_endpoint_finds_violations(
     assert window == "101 messages un-acknowledged"
 
 
-def test_packets_in_frames() -> None:
-    """Frames and packets may begin and end anywhere."""
+def test_stand_in_finds_packets_across_frames() -> None:
+    """A packet may be split over frames, and a frame over reads."""
     long = b"\x30\x85\x01" + b"\0\1a" + b"x" * 130
     frame = b"\x82\xfe" + len(long).to_bytes(2) + b"\1\2\3\4"
     frame += bytes(byte ^ (i % 4 + 1) for i, byte in enumerate(long))
@@ -671,9 +677,11 @@ def test_packets_in_frames() -> None:
         assert found == [long, b"\xc0\0", b"\xd0\0"]
 
 
-def test_many_filters(endpoint: Endpoint, mosquitto: Mosquitto, make_named: MakeNamed) -> None:
+def test_17_filters_take_three_subscribes(
+    endpoint: Endpoint, mosquitto: Mosquitto, make_redirected: MakeRedirected
+) -> None:
     topics = [f"t/{n}" for n in range(17)]
-    collector = make_named(endpoint.port, **credentials(SECRET))
+    collector = make_redirected(endpoint.port, **credentials(SECRET))
     collector.settings["IOT_MQTT_TOPICS"] = ",".join(topics)
     collector.start()
     publish(mosquitto, [(topic, b"x") for topic in topics])
@@ -681,16 +689,16 @@ def test_many_filters(endpoint: Endpoint, mosquitto: Mosquitto, make_named: Make
     assert (endpoint.subscribes, endpoint.violations) == ([8, 8, 1], [])
 
 
-def test_from_a_plain_to_a_shared_filter(
-    endpoint: Endpoint, mosquitto: Mosquitto, make_named: MakeNamed, database: Database
+def test_plain_filter_is_replaced_by_a_shared_one(
+    endpoint: Endpoint, mosquitto: Mosquitto, make_redirected: MakeRedirected, database: Database
 ) -> None:
-    """Both are subscribed to for a while; ids find what comes twice."""
+    """Both are subscribed to for a while. IOT_MESSAGE_ID_KEY finds the duplicates."""
     settings = {**credentials(SECRET), "IOT_MESSAGE_ID_KEY": "id"}
-    collector = make_named(endpoint.port, **settings).start()
+    collector = make_redirected(endpoint.port, **settings).start()
     with Stream(mosquitto, message=b'{"id": "m%d"}') as stream:
         stream.more()
         assert collector.stop() == 0
-        # A collector does not know when the one before it connected.
+        # A new process does not know when the last one connected.
         eventually(
             lambda: time.monotonic() - endpoint.connects[-1] >= RATE,
             what="another CONNECT is allowed",
@@ -707,15 +715,18 @@ def test_from_a_plain_to_a_shared_filter(
     eventually(lambda: database.count() >= len(published), what="all is stored")
     collector.wait_settled(1)
     assert sorted(database.payloads()) == sorted(published)
-    assert collector.metrics()["db_duplicates_total"] > 0, "they did overlap"
+    assert collector.metrics()["db_duplicates_total"] > 0, "the subscriptions overlapped"
     assert endpoint.violations == []
 
 
-def test_check(
-    endpoint: Endpoint, make_named: MakeNamed, certificates: Certificates, database: Database
+def test_check_command_signs_too(
+    endpoint: Endpoint,
+    make_redirected: MakeRedirected,
+    certificates: Certificates,
+    database: Database,
 ) -> None:
     def check(**more: str) -> subprocess.CompletedProcess[str]:
-        collector = make_named(endpoint.port, **more)
+        collector = make_redirected(endpoint.port, **more)
         command = [*collector.command()[:-1], "check"]
         environment = clean_environment() | collector.settings
         return subprocess.run(
@@ -738,7 +749,7 @@ def test_check(
 # Client certificates -------------------------------------------------------------------------
 
 
-def mutual(make_broker: MakeBroker, certificates: Certificates) -> Mosquitto:
+def mutual_tls_broker(make_broker: MakeBroker, certificates: Certificates) -> Mosquitto:
     listener = [
         f"certfile {certificates.server}",
         f"keyfile {certificates.server_key}",
@@ -748,20 +759,24 @@ def mutual(make_broker: MakeBroker, certificates: Certificates) -> Mosquitto:
     return make_broker(scheme="mqtts", listener=listener).start()
 
 
-def files(certificates: Certificates) -> dict[str, str]:
+def certificate_settings(certificates: Certificates) -> dict[str, str]:
     return {
         "IOT_MQTT_CERT_FILE": str(certificates.client),
         "IOT_MQTT_KEY_FILE": str(certificates.client_key),
     }
 
 
-def test_client_certificate(
-    make_broker: MakeBroker, certificates: Certificates, make_named: MakeNamed, database: Database
+def test_client_certificate_is_used_on_port_8883(
+    make_broker: MakeBroker,
+    certificates: Certificates,
+    make_redirected: MakeRedirected,
+    database: Database,
 ) -> None:
-    """On port 8883, with the rules of IoT Core."""
-    broker = mutual(make_broker, certificates)
+    broker = mutual_tls_broker(make_broker, certificates)
     url = f"mqtts://{NAME}"
-    collector = make_named(broker._collector_port, url, **files(certificates)).start()
+    collector = make_redirected(
+        broker._collector_port, url, **certificate_settings(certificates)
+    ).start()
     publish(broker, numbered(300))
     collector.wait_settled(300)
     assert database.count() == 300
@@ -770,39 +785,48 @@ def test_client_certificate(
 
 
 @pytest.mark.parametrize("wrong", ["client certificate", "CA"])
-def test_client_certificate_of_another_ca(
+def test_certificate_of_another_ca_is_refused(
     wrong: str,
     make_broker: MakeBroker,
     certificates: Certificates,
-    make_named: MakeNamed,
+    make_redirected: MakeRedirected,
     tmp_path: Path,
 ) -> None:
-    broker = mutual(make_broker, certificates)
+    broker = mutual_tls_broker(make_broker, certificates)
     folder = tmp_path / "other"
     folder.mkdir()
     other = make_certificates(folder, NAME)
-    settings = files(other if wrong == "client certificate" else certificates)
-    collector = make_named(broker._collector_port, f"mqtts://{NAME}", **settings)
+    settings = certificate_settings(other if wrong == "client certificate" else certificates)
+    collector = make_redirected(broker._collector_port, f"mqtts://{NAME}", **settings)
     if wrong == "CA":
         collector.settings["IOT_MQTT_CA_FILE"] = str(other.ca)
     collector.launch().wait_listening()
-    problem(collector, "certificate verify failed" if wrong == "CA" else "IOT_MQTT_CERT_FILE")
+    wait_not_ready(
+        collector, "certificate verify failed" if wrong == "CA" else "IOT_MQTT_CERT_FILE"
+    )
 
 
-def test_client_certificate_on_port_443(
-    mosquitto: Mosquitto, certificates: Certificates, make_named: MakeNamed, database: Database
+def test_client_certificate_on_port_443_uses_alpn(
+    mosquitto: Mosquitto,
+    certificates: Certificates,
+    make_redirected: MakeRedirected,
+    database: Database,
 ) -> None:
-    """There, MQTT has to be asked for by ALPN."""
+    """On port 443, IoT Core expects the ALPN protocol of MQTT."""
     with Endpoint(mosquitto.port, certificates, "certificate") as endpoint:
         url = f"mqtts://{NAME}:443"
-        collector = make_named(endpoint.port, url, **files(certificates)).start()
+        collector = make_redirected(
+            endpoint.port, url, **certificate_settings(certificates)
+        ).start()
         publish(mosquitto, numbered(100))
         collector.wait_settled(100)
         assert database.count() == 100
         assert not endpoint.refusals
         assert collector.stop() == 0
-        # Without it, it is refused: on another port it is not sent.
-        plain = make_named(endpoint.port, f"mqtts://{NAME}:8883", **files(certificates))
+        # With another port in the URL, ALPN is not sent, and the endpoint refuses.
+        plain = make_redirected(
+            endpoint.port, f"mqtts://{NAME}:8883", **certificate_settings(certificates)
+        )
         plain.launch().wait_listening()
-        problem(plain, "IOT_MQTT_CERT_FILE")
+        wait_not_ready(plain, "IOT_MQTT_CERT_FILE")
         assert set(endpoint.refusals) == {"ALPN is None"}

@@ -1,7 +1,7 @@
-"""The ledger between a model broker and a model database; see docs/adr/0001-packet-id-ledger.md.
+"""The ledger between a model of a broker and of a database (docs/adr/0001-packet-id-ledger.md).
 
-The machine runs the real `PacketHistory`. Packet ids wrap early: what takes 65 535 messages in real
-life takes a dozen here. Each guard is also removed once, and the machine has to notice.
+The state machine runs the real `PacketHistory`. Packet ids wrap after 10 messages instead of
+65 535. Further tests remove one guard each and expect that the state machine fails.
 """
 
 import random
@@ -15,18 +15,18 @@ from iot_collector.buffer import ReadBatch
 from iot_collector.ledger import PacketHistory
 
 WINDOW = 3
-IDS = 10  # ids 1..10 in a cycle: more than twice the window, as 65 535 is in life
+IDS = 10  # packet ids 1 to 10, then 1 again; more than twice the window, as the real 65 535
 
 
 class Message(bytes):
-    """The row of a message; equal rows can be different messages."""
+    """The row of a message. Different messages can have equal rows."""
 
     number: int
 
 
 @dataclass
 class Broker:
-    """A session that numbers, sends within a window, and sends again what is not acknowledged."""
+    """A session: assigns packet ids, sends up to a window, and keeps unacknowledged messages."""
 
     lowest_free: bool = False
     last_id: int = 0
@@ -56,7 +56,7 @@ class Broker:
 
 
 class SessionStart:
-    """A new connection, in its place among the messages that were read."""
+    """The start of a connection, in the order of the messages that were read."""
 
     def __init__(self, connection: int, *, session_present: bool) -> None:
         self.connection = connection
@@ -64,7 +64,7 @@ class SessionStart:
 
 
 class Machine(RuleBasedStateMachine):
-    """Random life of a broker, a collector and a database."""
+    """A broker, a collector and a database with random events."""
 
     history_type: type[PacketHistory] = PacketHistory
     window = WINDOW
@@ -72,8 +72,8 @@ class Machine(RuleBasedStateMachine):
     skipping_ids = False
     lowest_free_ids = False
     crashes = True
-    note_sessions = True
-    acknowledgements_cross = False
+    record_lost_sessions = True
+    acknowledge_on_new_connection = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,12 +81,12 @@ class Machine(RuleBasedStateMachine):
         self.published = 0
         self.lost_by_broker: set[int] = set()
         self.acknowledged: set[int] = set()
-        self.stored: list[int] = []  # the database: message numbers …
-        self.stored_ledger: list[bytes] = []  # … and ledger rows
+        self.stored: list[int] = []  # the numbers of the messages in the database
+        self.stored_ledger: list[bytes] = []  # the ledger rows in the database
         self.subscribed = True
         self.history = self.history_type(self.window)
         self.connection = 0
-        # Between the threads: tag, message and connection.
+        # The buffer between the threads: tag, message and connection.
         self.read: list[tuple[int, Message, int] | SessionStart] = []
         self.to_acknowledge: list[int] = []
 
@@ -113,11 +113,11 @@ class Machine(RuleBasedStateMachine):
     @rule(most=st.integers(1, 4))
     @precondition(lambda self: self.read)
     def write(self, most: int) -> None:
-        """What the writer does with what is next in the queue, up to COMMIT."""
+        """The writer takes a session start or a batch from the buffer, and commits it."""
         start = self.read[0]
         if isinstance(start, SessionStart):
             self.read.pop(0)
-            if not start.session_present and self.note_sessions:
+            if not start.session_present and self.record_lost_sessions:
                 self.stored_ledger = []
             self.history.reset(list(self.stored_ledger))
             if start.connection == self.connection:
@@ -138,7 +138,7 @@ class Machine(RuleBasedStateMachine):
             self.stored_ledger = [*self.stored_ledger, packets][-keep:]
         self.history.add(packets)
         for tag, _, connection in batch:
-            if connection == self.connection or self.acknowledgements_cross:
+            if connection == self.connection or self.acknowledge_on_new_connection:
                 self.to_acknowledge.append(tag & 0xFFFF)
 
     @rule()
@@ -147,19 +147,19 @@ class Machine(RuleBasedStateMachine):
         mid = self.to_acknowledge.pop(0)
         for sent in [sent for sent in self.broker.unacked if sent[0] == mid]:
             self.broker.unacked.remove(sent)
-            assert sent[1].number in self.stored, "acknowledged, and not stored"
+            assert sent[1].number in self.stored, "acknowledged but not stored"
 
     @rule()
     @precondition(lambda self: self.crashes)
     def crash(self) -> None:
-        """Memory is gone; a new process finds the session."""
+        """The process loses its memory. A new process resumes the session."""
         self.read = []
         self.history = self.history_type(self.window)
         self._connect(session_present=True)
 
     @rule()
     def lose_connection(self) -> None:
-        """What was read stays; no acknowledgement crosses to the new connection."""
+        """Buffered messages stay. Their acknowledgements are not sent on the new connection."""
         self._connect(session_present=True)
 
     @rule()
@@ -167,20 +167,20 @@ class Machine(RuleBasedStateMachine):
         lost = self.broker.queue + self.broker.unacked
         self.lost_by_broker |= {message.number for _, message in lost}
         self.broker = Broker(self.lowest_free_ids)
-        self.subscribed = False  # until the database has noted the new session
+        self.subscribed = False  # until the database has recorded the new session
         self._connect(session_present=False)
 
     def _connect(self, *, session_present: bool) -> None:
         self.connection += 1
         self.to_acknowledge = []
         if not self.subscribed:
-            session_present = False  # nothing has been subscribed to: still as good as new
+            session_present = False  # without a subscription, the session is as good as new
         self.read.append(SessionStart(self.connection, session_present=session_present))
         for mid, message in self.broker.unacked:
             self.read.append((0x3A << 16 | mid, message, self.connection))
 
     def teardown(self) -> None:
-        """Let everything through, then compare."""
+        """Deliver, store and acknowledge everything, then compare."""
         while self.read or self.to_acknowledge or self.broker.queue:
             if self.read:
                 self.write(4)
@@ -195,14 +195,14 @@ class Machine(RuleBasedStateMachine):
 
 
 class SkippingIds(Machine):
-    """Ids may come back at any time; contents differ."""
+    """Packet ids may be used again at any time. All contents are different."""
 
     distinct_contents = True
     skipping_ids = True
 
 
 class LowestFreeId(Machine):
-    """Ids come back at once, contents are the same: safe as long as the process lives."""
+    """Packet ids are used again at once, with equal contents. Safe while the process runs."""
 
     lowest_free_ids = True
     crashes = False
@@ -219,11 +219,11 @@ _SETTINGS = settings(
 @pytest.mark.parametrize("machine", [Machine, SkippingIds, LowestFreeId])
 def test_every_message_is_stored_once(machine: type[Machine]) -> None:
     run_state_machine_as_test(machine, settings=_SETTINGS)
-    _live_often(machine)
+    _run_often(machine)
 
 
 class WithoutDup(PacketHistory):
-    """Takes every known id and checksum for a message sent again."""
+    """Treats every message with a known id and checksum as redelivered, also without DUP."""
 
     @staticmethod
     def _new_messages(read: ReadBatch, known: dict[int, int]) -> ReadBatch:
@@ -232,7 +232,7 @@ class WithoutDup(PacketHistory):
 
 
 class WithoutChecksum(PacketHistory):
-    """Takes every known id with DUP for a message sent again."""
+    """Treats every message with DUP and a known id as redelivered."""
 
     @staticmethod
     def _new_messages(read: ReadBatch, known: dict[int, int]) -> ReadBatch:
@@ -244,7 +244,7 @@ class WithoutChecksum(PacketHistory):
 
 
 class WithoutClearing(PacketHistory):
-    """Leaves an id with its old message when a new one has come under it."""
+    """Keeps the old checksum of an id when a new message has the id."""
 
     def _known_checksums(self) -> dict[int, int]:
         known: dict[int, int] = {}
@@ -256,7 +256,7 @@ class WithoutClearing(PacketHistory):
 
 
 class WithoutMemory(PacketHistory):
-    """Keeps nothing."""
+    """Remembers nothing."""
 
     def add(self, packets: bytes) -> None:
         pass
@@ -269,52 +269,53 @@ def _mutant(base: type[Machine], **changes: object) -> type[Machine]:
 @pytest.mark.parametrize(
     "mutant",
     [
-        pytest.param(_mutant(Machine, window=2 * IDS), id="window beyond the ids"),
-        pytest.param(_mutant(Machine, window=1), id="window below what is in flight"),
+        pytest.param(_mutant(Machine, window=2 * IDS), id="window larger than the number of ids"),
+        pytest.param(_mutant(Machine, window=1), id="window smaller than in-flight messages"),
         pytest.param(_mutant(Machine, window=0), id="no ledger"),
-        pytest.param(_mutant(Machine, note_sessions=False), id="lost session not noted"),
+        pytest.param(_mutant(Machine, record_lost_sessions=False), id="lost session not recorded"),
         pytest.param(_mutant(Machine, history_type=WithoutMemory), id="ledger forgets"),
         pytest.param(_mutant(SkippingIds, history_type=WithoutChecksum), id="no checksum"),
         pytest.param(_mutant(SkippingIds, history_type=WithoutClearing), id="old entry wins"),
-        pytest.param(_mutant(LowestFreeId, history_type=WithoutDup), id="no DUP asked for"),
+        pytest.param(_mutant(LowestFreeId, history_type=WithoutDup), id="DUP is ignored"),
         pytest.param(
-            _mutant(LowestFreeId, acknowledgements_cross=True), id="acknowledgement crosses"
+            _mutant(LowestFreeId, acknowledge_on_new_connection=True),
+            id="acknowledgement on a new connection",
         ),
     ],
 )
 def test_every_guard_is_needed(mutant: type[Machine]) -> None:
-    with pytest.raises(AssertionError, match=r"never stored|stored twice|and not stored"):
-        _live_often(mutant)
+    with pytest.raises(AssertionError, match=r"never stored|stored twice|but not stored"):
+        _run_often(mutant)
 
 
-def _live_often(machine: type[Machine]) -> None:
+def _run_often(machine: type[Machine]) -> None:
     for seed in range(2000):
-        _live(machine, seed)
+        _run_random(machine, seed)
 
 
-def _live(machine: type[Machine], seed: int) -> None:
-    """Run a machine by plain dice: where a failure is sought, not its shortest form, far faster."""
-    dice = random.Random(seed)
-    life = machine()
+def _run_random(machine: type[Machine], seed: int) -> None:
+    """Run a machine with random steps. This finds a failure far faster than Hypothesis."""
+    rng = random.Random(seed)
+    model = machine()
     for _ in range(80):
-        choice = dice.choices(["publish", "send", "write", "ack", "rest"], [6, 6, 5, 4, 1])[0]
-        if choice == "publish" and life.subscribed and len(life.broker.queue) < IDS - 2 * WINDOW:
-            life.publish(dice.randint(0, 1))
-        elif choice == "send" and life.broker.queue and len(life.broker.unacked) < WINDOW:
-            life.send()
-        elif choice == "write" and life.read:
-            life.write(dice.randint(1, 4))
-        elif choice == "ack" and life.to_acknowledge:
-            life.acknowledge()
+        choice = rng.choices(["publish", "send", "write", "ack", "rest"], [6, 6, 5, 4, 1])[0]
+        if choice == "publish" and model.subscribed and len(model.broker.queue) < IDS - 2 * WINDOW:
+            model.publish(rng.randint(0, 1))
+        elif choice == "send" and model.broker.queue and len(model.broker.unacked) < WINDOW:
+            model.send()
+        elif choice == "write" and model.read:
+            model.write(rng.randint(1, 4))
+        elif choice == "ack" and model.to_acknowledge:
+            model.acknowledge()
         elif choice == "rest":
-            rules = [life.lose_connection, life.lose_session]
-            rules += [life.crash] * 2 if life.crashes else []
-            rules += [lambda: life.overflow(dice.randint(1, IDS))] if life.skipping_ids else []
-            dice.choice(rules)()
-    life.teardown()
+            rules = [model.lose_connection, model.lose_session]
+            rules += [model.crash] * 2 if model.crashes else []
+            rules += [lambda: model.overflow(rng.randint(1, IDS))] if model.skipping_ids else []
+            rng.choice(rules)()
+    model.teardown()
 
 
-def test_a_restarted_process_forgets_what_is_beyond_the_window() -> None:
+def test_restarted_process_ignores_batches_beyond_the_window() -> None:
     """The table keeps more batches; their packet ids may have been reused."""
 
     def read(header: int, packet_id: int) -> ReadBatch:
@@ -322,5 +323,5 @@ def test_a_restarted_process_forgets_what_is_beyond_the_window() -> None:
 
     history, restarted = PacketHistory(3), PacketHistory(3)
     restarted.reset([history.drop_stored([read(0x32, i)])[1] for i in range(1, 11)])
-    assert restarted.drop_stored([read(0x3A, 10)])[0][0].rows == [], "it was sent again"
-    assert restarted.drop_stored([read(0x3A, 1)])[0][0].rows == [b"row"], "it may be new"
+    assert restarted.drop_stored([read(0x3A, 10)])[0][0].rows == [], "it was redelivered"
+    assert restarted.drop_stored([read(0x3A, 1)])[0][0].rows == [b"row"], "it may be a new message"

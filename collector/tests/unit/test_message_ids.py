@@ -1,4 +1,4 @@
-"""Message ids: where they are read, and which messages are dropped."""
+"""Message ids: how they are read from payloads and user properties."""
 
 import pytest
 from hypothesis import given
@@ -33,12 +33,12 @@ IDS = [
 
 
 @pytest.mark.parametrize(("payload", "expected"), IDS, ids=lambda value: repr(value)[:30])
-def test_id_of_a_payload(payload: bytes, expected: str | None) -> None:
+def test_id_is_read_from_the_payload(payload: bytes, expected: str | None) -> None:
     assert fields_and_ids([payload], "id", {}) == ([fields_of(payload)], [expected])
 
 
 @given(st.lists(st.sampled_from(IDS)))
-def test_ids_of_many_payloads(cases: list[tuple[bytes, str | None]]) -> None:
+def test_ids_are_read_from_many_payloads(cases: list[tuple[bytes, str | None]]) -> None:
     payloads = [payload for payload, _ in cases]
     fields, ids = fields_and_ids(payloads, "id", {})
     assert list(fields) == list(map(fields_of, payloads))
@@ -63,4 +63,4 @@ def test_user_property_takes_precedence(kind: type[StockClient]) -> None:
     assert client.take_messages().ids == []
     client._sock = FakeSocket([packet(4)])  # type: ignore[assignment]
     client.read()
-    assert client.take_messages().ids == ["json"], "the property belonged to another read"
+    assert client.take_messages().ids == ["json"], "the user property is not used for later reads"

@@ -1,4 +1,4 @@
-"""The schema, and the partitions."""
+"""Migrations, partitions and the functions of the schema."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ def read_at(moment: datetime, *payloads: bytes) -> ReadBatch:
     return ReadBatch(None, rows, tags, time.monotonic(), moment.timestamp())
 
 
-def test_second_run_changes_nothing(empty_database: Database) -> None:
+def test_second_migrate_changes_nothing(empty_database: Database) -> None:
     settings = empty_database.environment()
     first = run_command("migrate", **settings)
     assert first.returncode == 0, first.stderr
@@ -66,7 +66,7 @@ def test_second_run_changes_nothing(empty_database: Database) -> None:
     assert empty_database.query("SELECT count(*) FROM schema_migrations") == [(len(names),)]
 
 
-def test_several_at_once(empty_database: Database) -> None:
+def test_concurrent_migrates_apply_each_migration_once(empty_database: Database) -> None:
     barrier = threading.Barrier(4)
 
     def run() -> list[str]:
@@ -79,7 +79,7 @@ def test_several_at_once(empty_database: Database) -> None:
     assert sorted(results, key=len) == [[], [], [], names]
 
 
-def test_failure_changes_nothing(empty_database: Database) -> None:
+def test_failed_migration_changes_nothing(empty_database: Database) -> None:
     empty_database.query("CREATE TABLE dead_letters (somebody_elses text)")
     failed = run_command("migrate", **empty_database.environment())
     assert failed.returncode == 1
@@ -91,7 +91,7 @@ def test_failure_changes_nothing(empty_database: Database) -> None:
     assert found == [("dead_letters",)]
 
 
-def test_database_refuses_the_login(empty_database: Database) -> None:
+def test_refused_login_is_explained(empty_database: Database) -> None:
     settings = {**empty_database.environment(), "IOT_DATABASE_PASSWORD": "wrong-one"}
     failed = run_command("migrate", **settings)
     assert failed.returncode == 1
@@ -100,7 +100,7 @@ def test_database_refuses_the_login(empty_database: Database) -> None:
     assert "wrong-one" not in failed.stderr
 
 
-def test_partitions_are_made_ahead(database: Database) -> None:
+def test_partitions_are_created_ahead(database: Database) -> None:
     assert partitions(database) == months(datetime.now(UTC), MONTHS_AHEAD + 1)
     bounds = database.query(
         "SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE relispartition AND relkind = 'r'"
@@ -108,15 +108,15 @@ def test_partitions_are_made_ahead(database: Database) -> None:
     assert not [text for (text,) in bounds if "DEFAULT" in text]
 
 
-def test_ensure_partitions(database: Database) -> None:
+def test_ensure_partitions_creates_missing_months(database: Database) -> None:
     made = "SELECT ensure_partitions(%s, %s)"
     before = partitions(database)
     start = datetime(2031, 11, 30, 23, 59, 59, tzinfo=UTC)
     assert database.query(made, start, 3) == [(4,)]
-    assert database.query(made, start, 3) == [(0,)], "they are there"
+    assert database.query(made, start, 3) == [(0,)], "they exist already"
     assert database.query(made, start, 4) == [(1,)]
     assert set(partitions(database)) - set(before) == set(months(start, 5))
-    # Months are UTC's, whatever the session's time zone is: no gap, no overlap.
+    # Months are in UTC, also with another time zone: there is no gap and no overlap.
     for moment in ("2031-11-01 00:00+00", "2031-11-30 23:59:59.999999+00", "2032-03-31 23:59+00"):
         database.query(
             "INSERT INTO messages (received_at, topic, payload, qos, retained)"
@@ -130,7 +130,7 @@ def test_ensure_partitions(database: Database) -> None:
         )
 
 
-def test_ensure_partitions_at_once(database: Database) -> None:
+def test_concurrent_ensure_partitions_create_each_month_once(database: Database) -> None:
     barrier = threading.Barrier(4)
 
     def run() -> int:
@@ -143,8 +143,8 @@ def test_ensure_partitions_at_once(database: Database) -> None:
 
 
 @pytest.mark.parametrize("year", [1970, 2000, 2049, 2120])
-def test_clock_years_away(year: int, database: Database) -> None:
-    """A wrong clock makes odd partitions, but loses nothing."""
+def test_rows_are_stored_when_the_clock_is_years_off(year: int, database: Database) -> None:
+    """A wrong clock creates unusual partitions, but no message is lost."""
     moment = datetime(year, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
     store = Store(settings_for(database))
     stored = store.write([read_at(moment, b"a:1"), read_at(datetime.now(UTC), b"a:2")])
@@ -153,7 +153,7 @@ def test_clock_years_away(year: int, database: Database) -> None:
     assert database.query("SELECT received_at FROM messages WHERE payload = 'a:1'") == [(moment,)]
 
 
-def test_readings(database: Database) -> None:
+def test_readings_has_a_row_for_each_field(database: Database) -> None:
     database.query(
         "INSERT INTO messages (received_at, topic, payload, fields, qos, retained) VALUES"
         """ (now(), 'a', '', '{"t": 23.5, "s": "on", "b": true, "n": null, "h": 1e2}', 0, false),"""
@@ -186,7 +186,7 @@ LEAVES: list[tuple[str, dict[str, str]]] = [
 ]
 
 
-def test_json_leaves(database: Database) -> None:
+def test_json_leaves_flattens_documents(database: Database) -> None:
     for document, expected in LEAVES:
         found = database.query(
             "SELECT name, value #>> '{}' FROM json_leaves('plant/pump/state', %s::jsonb)", document
@@ -226,7 +226,7 @@ TIMES: list[tuple[str, str, str | None]] = [
 ]
 
 
-def test_device_time(database: Database) -> None:
+def test_device_time_reads_each_unit(database: Database) -> None:
     values, units, expected = zip(*TIMES, strict=True)
     found = database.query(
         "SELECT device_time(value::jsonb, unit), wanted::timestamptz"
@@ -239,8 +239,8 @@ def test_device_time(database: Database) -> None:
         assert time_found == wanted, case
 
 
-def test_limited_user(database: Database) -> None:
-    """The collector needs to insert, to keep its ledger, and to call ensure_partitions."""
+def test_collector_works_with_few_privileges(database: Database) -> None:
+    """It needs INSERT, its own tables, and EXECUTE on ensure_partitions."""
     role = f"{database.name}_limited"
     database.query(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
     user = Database(database.server, database.name, role, "x")
@@ -265,7 +265,7 @@ def test_limited_user(database: Database) -> None:
     assert database.payloads() == [b"a:1", b"a:2", b"a:3"]
     assert "messages_2040_05" in partitions(database)
     wanted = settings_for(user, topic_templates="{site}/#", device_time_keys="t:s")
-    for granted in (False, True):  # without the right, it works nonetheless
+    for granted in (False, True):  # these privileges are optional
         if granted:
             database.query(
                 f"GRANT SELECT, INSERT, DELETE ON topic_templates, device_time_keys TO {role}"
@@ -282,7 +282,7 @@ def test_limited_user(database: Database) -> None:
 def test_newer_schema_is_refused(
     database: Database, broker: Mosquitto, make_collector: Callable[..., Collector]
 ) -> None:
-    """By everything that would write: after a downgrade, for example."""
+    """All commands that write refuse it, for example after a downgrade."""
     collector = make_collector(broker, database).start()
     database.query("INSERT INTO schema_migrations (name) VALUES ('9999_new'), ('9998_new')")
     before = database.query("SELECT * FROM schema_migrations ORDER BY 1")
@@ -296,11 +296,11 @@ def test_newer_schema_is_refused(
     assert checking.returncode == 8
     assert said in checking.stdout
     assert "install the version of iot-collector" in checking.stdout
-    # One that runs goes on: in a rolling update, the first new pod migrates.
+    # A running collector continues, because in a rolling update the first new pod migrates.
     publish(broker, [("a", b"1")])
     eventually(lambda: database.payloads() == [b"1"])
     collector.stop()
-    # Its successor leaves the messages with the broker, and says why.
+    # A new process leaves the messages in the broker and reports the reason.
     publish(broker, [("a", b"2")])
     collector.launch().wait_listening()
     eventually(lambda: said in str(collector.health()))
@@ -310,14 +310,14 @@ def test_newer_schema_is_refused(
     eventually(lambda: database.payloads() == [b"1", b"2"])
 
 
-# How each table was filled under the schema of migration 0004, with what is in the tables today.
+# Rows of each table as they were written under the schema of migration 0004.
 FILLED = Path(__file__).with_name("filled_0004.sql")
 
 
-def test_upgrade_of_a_filled_database(
+def test_upgrade_keeps_all_rows(
     empty_database: Database, broker: Mosquitto, make_collector: Callable[..., Collector]
 ) -> None:
-    """From the schema of the first release: every row is there, and the collector goes on."""
+    """From the schema of the first release. The collector then works with the new schema."""
     with contextlib.closing(empty_database.connect()) as connection, connection.cursor() as cursor:
         cursor.execute(FILLED.read_text())
         connection.commit()
@@ -337,7 +337,7 @@ def test_upgrade_of_a_filled_database(
 
     with ThreadPoolExecutor(3) as pool:
         results = [future.result() for future in [pool.submit(run) for _ in range(3)]]
-    assert sorted(results, key=len)[:2] == [[], []], "one of them migrates"
+    assert sorted(results, key=len)[:2] == [[], []], "only one of them migrates"
     for table, rows in old.items():
         columns = len(rows[0])
         now = empty_database.query(f"SELECT * FROM {table} ORDER BY 1, 2")
@@ -347,12 +347,12 @@ def test_upgrade_of_a_filled_database(
     collector.wait_settled(1)
     now = empty_database.query("SELECT topic, name, value, text FROM readings ORDER BY id, name")
     assert now[-1] == ("new", "a.b", 23, "23")
-    assert set(readings) <= {row[:3] for row in now}, "with text and booleans besides"
+    assert set(readings) <= {row[:3] for row in now}, "text and booleans are new"
     [(newest, count)] = empty_database.query("SELECT max(id), count(*) FROM messages")
     assert (newest > 4, count) == (True, len(old["messages"]) + 1)
 
 
-def test_metrics_of_partitions(
+def test_partition_metrics(
     database: Database, broker: Mosquitto, make_collector: Callable[..., Collector]
 ) -> None:
     database.query("SELECT ensure_partitions('2020-02-01 00:00+00', 0)")
@@ -367,7 +367,7 @@ def test_metrics_of_partitions(
     assert metrics["db_partitions_until_timestamp_seconds"] == until
     assert metrics["db_partition_due_timestamp_seconds"] == due  # 12 months are kept
     collector.stop()
-    # Restored: due when it is kept no longer. And a gap: what comes after it does not count.
+    # A restored month is due after its last day. Months after a gap do not count.
     database.query("COMMENT ON TABLE messages_2020_02 IS 'iot-collector: kept until 2050-01-02'")
     month = datetime.fromtimestamp(until, UTC) - timedelta(days=40)
     database.query(f"DROP TABLE messages_{month:%Y_%m}")

@@ -1,4 +1,4 @@
-"""When the network thread reads and acknowledges."""
+"""The network thread: when it reads and when it acknowledges."""
 
 import itertools
 import socket
@@ -22,7 +22,7 @@ PUBACK = b"\x40\2\0\1"
 
 
 def lingers(rate: int, *, first: float) -> list[float]:
-    """Return the waits before the reads, at a steady rate of messages per second."""
+    """Return the waits before each read, at a constant rate of messages per second."""
     waits = itertools.accumulate(
         range(30), lambda wait, _: linger(LINGER, max(1, round(rate * wait))), initial=first
     )
@@ -30,28 +30,28 @@ def lingers(rate: int, *, first: float) -> list[float]:
 
 
 @pytest.mark.parametrize("rate", [1, 100, 1_000, 3_000])
-def test_few_messages_do_not_wait_long(rate: int) -> None:
-    """Even when the wait was long before, as after a burst."""
+def test_linger_is_short_at_low_rates(rate: int) -> None:
+    """Also after a burst, when the last wait was long."""
     assert lingers(rate, first=LINGER)[-1] == pytest.approx(LINGER / 5)
 
 
 @pytest.mark.parametrize("rate", [7_000, 10_000, 100_000])
-def test_many_messages_share_a_commit(rate: int) -> None:
+def test_linger_reaches_its_limit_at_high_rates(rate: int) -> None:
     assert lingers(rate, first=0.0)[-1] == LINGER
 
 
 @given(limit=st.floats(0, 1), messages=st.integers(1, 100_000))
-def test_setting_is_the_limit(limit: float, messages: int) -> None:
+def test_linger_never_exceeds_its_setting(limit: float, messages: int) -> None:
     assert 0 <= linger(limit, messages) <= linger(limit, messages + 1) <= limit
 
 
-def test_wait_between_attempts_grows_to_a_limit() -> None:
+def test_backoff_grows_to_a_limit() -> None:
     assert [backoff(n) for n in (1, 2, 3)] == [0.5, 1.0, 2.0]
-    assert backoff(100_000) == 30.0  # the broker was away for weeks
+    assert backoff(100_000) == 30.0  # the broker was down for weeks
 
 
-def test_wait_between_attempts_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    with linked() as (network, connection, _):
+def test_wait_between_attempts_counts_as_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    with connected() as (network, connection, _):
         started = time.monotonic()
         network.last_progress = started - network.progress_timeout
         seen = []
@@ -62,8 +62,8 @@ def test_wait_between_attempts_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @contextmanager
-def linked(*sent: bytes) -> Iterator[tuple[NetworkThread, Connection, socket.socket]]:
-    """Yield a network thread that is not running, its connection, and the broker's end of it."""
+def connected(*sent: bytes) -> Iterator[tuple[NetworkThread, Connection, socket.socket]]:
+    """Yield a network thread that is not running, its connection, and the broker's socket."""
     settings = Settings(mqtt_version="3.1.1", batch_linger_ms=LONG)
     buffer = Buffer(max_bytes=1 << 20)
     metrics = Mock(
@@ -80,15 +80,15 @@ def linked(*sent: bytes) -> Iterator[tuple[NetworkThread, Connection, socket.soc
 
 
 def take(network: NetworkThread) -> None:
-    """Acknowledge what was read, as the writer does after COMMIT."""
+    """Acknowledge all buffered messages, as the writer does after COMMIT."""
     batch = network._buffer.take(max_rows=1_000, max_bytes=1 << 20, timeout=0).batch
     assert batch
     network.acknowledge(batch)
 
 
 @pytest.mark.parametrize(("messages", "share"), [(1, 0.2), (10, 0.2), (25, 0.5), (60, 1)])
-def test_wait_after_a_read(messages: int, share: float) -> None:
-    with linked(PUBLISH * messages) as (network, connection, _):
+def test_wait_depends_on_the_size_of_the_last_read(messages: int, share: float) -> None:
+    with connected(PUBLISH * messages) as (network, connection, _):
         before = time.monotonic()
         network._step(connection)
         after = time.monotonic()
@@ -97,16 +97,16 @@ def test_wait_after_a_read(messages: int, share: float) -> None:
 
 
 def woken(network: NetworkThread) -> bool:
-    """Return whether the network thread was told to look."""
+    """Return whether the network thread was woken."""
     try:
         return bool(network._wake_reader.recv(100))
     except BlockingIOError:
         return False
 
 
-def test_acknowledged_right_before_the_next_read() -> None:
-    """Earlier, the broker's Nagle would send what then waits for the end of the linger."""
-    with linked(PUBLISH * 2) as (network, connection, broker):
+def test_pubacks_are_sent_right_before_the_next_read() -> None:
+    """Earlier PUBACKs make the broker send at once (Nagle), and those messages wait longer."""
+    with connected(PUBLISH * 2) as (network, connection, broker):
         network._step(connection)
         take(network)
         network._next_read = 0
@@ -116,7 +116,7 @@ def test_acknowledged_right_before_the_next_read() -> None:
         network._step(connection)
         assert network._hold_until == network._next_read
         take(network)
-        assert not woken(network), "it would only wait again"
+        assert not woken(network), "the thread would only wait again"
         network._wake()
         network._step(connection)
         with pytest.raises(BlockingIOError):
@@ -128,9 +128,9 @@ def test_acknowledged_right_before_the_next_read() -> None:
         assert network._buffer.counts().received == 4
 
 
-def test_acknowledged_at_once_when_the_window_may_be_full() -> None:
-    """A broker that has never sent more at a time may be waiting for it."""
-    with linked(PUBLISH * 2) as (network, connection, broker):
+def test_pubacks_are_sent_at_once_when_the_window_may_be_full() -> None:
+    """A broker that has never sent more messages at a time may wait for PUBACKs."""
+    with connected(PUBLISH * 2) as (network, connection, broker):
         for _ in range(3):
             network._step(connection)
             take(network)

@@ -1,4 +1,4 @@
-"""``iot-collector archive``, against a real PostgreSQL."""
+"""``iot-collector archive`` and ``restore``, against a real PostgreSQL."""
 
 import contextlib
 import json
@@ -25,17 +25,17 @@ INSERT = (
     "INSERT INTO messages (received_at, topic, payload, fields, properties, qos, retained)"
     " VALUES (%s, %s, %s, %s, %s, %s, %s)"
 )
-# Payloads that do not compress.
-FILL = (
+# Random payloads, which do not compress.
+INSERT_RANDOM = (
     "INSERT INTO messages (received_at, topic, payload, qos, retained)"
     " SELECT '2020-02-02', 'z', sha512(n::text::bytea), 0, false FROM generate_series(1, %s) n"
 )
-# All that is in a row, as PostgreSQL itself shows it: no loss is too small.
-EVERYTHING = "SELECT m::text FROM messages m WHERE received_at < '2020-03-01' ORDER BY id"
+# Whole rows as text, so that a difference in any column shows.
+SELECT_ROWS = "SELECT m::text FROM messages m WHERE received_at < '2020-03-01' ORDER BY id"
 
 
 def make_month(database: Database, rows: int = 500, month: datetime = OLD) -> list[Any]:
-    """Fill an old month with what is difficult to keep; return its rows as text."""
+    """Fill an old month with values that are easily damaged; return its rows as text."""
     database.query("SELECT ensure_partitions(%s, 0)", month)
     dice = random.Random(7)
     with contextlib.closing(database.connect()) as connection, connection.cursor() as cursor:
@@ -62,15 +62,15 @@ def make_month(database: Database, rows: int = 500, month: datetime = OLD) -> li
                 ),
             )
         connection.commit()
-    return everything(database)
+    return old_rows(database)
 
 
-def everything(database: Database) -> list[Any]:
-    return database.query(EVERYTHING)
+def old_rows(database: Database) -> list[Any]:
+    return database.query(SELECT_ROWS)
 
 
-def tables(database: Database) -> list[str]:
-    """The tables of old months, attached or not."""
+def old_partitions(database: Database) -> list[str]:
+    """The partitions of old months, attached or detached."""
     found = database.query(
         "SELECT relname FROM pg_class WHERE relname ~ '^messages_20[012][0-4]'"
         " AND relkind = 'r' ORDER BY 1"
@@ -99,8 +99,8 @@ def files(target: Path) -> list[str]:
     return sorted(path.name for path in target.iterdir())
 
 
-def in_archive(target: Path) -> int:
-    """How many rows another program finds in the archive."""
+def archived_rows(target: Path) -> int:
+    """The number of rows in the archive, counted by DuckDB."""
     [(count,)] = select(f"SELECT count(*) FROM '{target}/*.parquet'")
     return int(count)
 
@@ -111,7 +111,7 @@ def select(sql: str) -> list[Any]:
         return connection.execute(sql).fetchall()
 
 
-def test_archives_then_drops(database: Database, target: Path) -> None:
+def test_old_month_is_archived_then_dropped(database: Database, target: Path) -> None:
     rows = make_month(database)
     new = datetime.now(UTC)
     database.query(INSERT, new, "iot/data", b"new", None, None, 1, False)
@@ -119,17 +119,17 @@ def test_archives_then_drops(database: Database, target: Path) -> None:
     assert planned.returncode == 0, planned.stderr
     assert "messages_2020_02: 500 rows" in planned.stdout
     assert "would be archived" in planned.stdout
-    assert (files(target), tables(database)) == ([], [TABLE])
+    assert (files(target), old_partitions(database)) == ([], [TABLE])
     done = archive(database, target)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "messages_2020_02: 500 rows archived, read back and dropped\n"
-    assert tables(database) == []
+    assert old_partitions(database) == []
     assert database.payloads() == [b"new"]
     assert files(target) == [f"{TABLE}.json", f"{TABLE}.parquet"]
     manifest = json.loads((target / f"{TABLE}.json").read_text())
     assert manifest["rows"] == len(rows) == 500
     assert manifest["bytes"] == (target / f"{TABLE}.parquet").stat().st_size
-    # Another program reads the same values, sorted by topic and time.
+    # DuckDB reads the rows sorted by topic, then time.
     found = select(f"SELECT * FROM '{target}/{TABLE}.parquet'")
     assert found == sorted(found, key=lambda row: (row[2].encode(), row[1], row[0]))
     assert manifest["received_from"] == min(row[1] for row in found).isoformat().replace(
@@ -139,7 +139,7 @@ def test_archives_then_drops(database: Database, target: Path) -> None:
     assert (again.returncode, again.stdout) == (0, "no month is older than 12 months\n")
 
 
-def test_keeps_the_months_of_the_retention(database: Database, target: Path) -> None:
+def test_months_within_the_retention_are_kept(database: Database, target: Path) -> None:
     [(first_kept, last_due)] = database.query(
         "SELECT date_trunc('month', now() AT TIME ZONE 'UTC') - interval '3 months',"
         " date_trunc('month', now() AT TIME ZONE 'UTC') - interval '4 months'"
@@ -152,43 +152,43 @@ def test_keeps_the_months_of_the_retention(database: Database, target: Path) -> 
     assert database.count() == 1
 
 
-def test_without_a_target_nothing_is_dropped(database: Database) -> None:
+def test_month_is_dropped_without_archive_only_with_target_none(database: Database) -> None:
     make_month(database, 3)
     done = run_command("archive", **database.environment())
     assert done.returncode == 1
     assert "IOT_ARCHIVE_TARGET is not set" in done.stderr
-    assert tables(database) == [TABLE]
+    assert old_partitions(database) == [TABLE]
     done = archive(database, "none")
     assert (done.returncode, done.stdout) == (0, "messages_2020_02: 3 rows dropped\n")
-    assert tables(database) == []
+    assert old_partitions(database) == []
 
 
 @pytest.mark.parametrize("value", ["relative/path", "s3://", "http://x", "NONE"])
-def test_wrong_target(value: str, database: Database) -> None:
+def test_wrong_target_is_refused(value: str, database: Database) -> None:
     done = archive(database, value)
     assert done.returncode == 2
     assert "IOT_ARCHIVE_TARGET" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_target_is_not_created(database: Database, target: Path) -> None:
-    """A volume that is not mounted is an empty or missing directory on the wrong disk."""
+def test_missing_target_directory_is_not_created(database: Database, target: Path) -> None:
+    """A missing directory can be a volume that is not mounted."""
     make_month(database, 3)
     done = archive(database, target / "missing")
     assert done.returncode == 2
     assert "is no directory" in done.stderr
-    assert tables(database) == [TABLE]
+    assert old_partitions(database) == [TABLE]
 
 
-def test_full_target(database: Database, tmp_path: Path) -> None:
-    """A file system of 64 KiB, smaller than the month."""
+def test_month_stays_when_the_target_is_full(database: Database, tmp_path: Path) -> None:
+    """The target is a file system of 64 KiB, smaller than the month."""
     if not IS_ROOT:
         pytest.skip("mounting needs root")
     make_month(database, 10)
-    database.query(FILL, 4000)
+    database.query(INSERT_RANDOM, 4000)
     small = tmp_path / "small"
     small.mkdir()
-    # In a mount namespace of its own, which ends with the command.
+    # The file system is mounted in a new mount namespace, which ends with the command.
     done = subprocess.run(
         [
             "unshare",
@@ -207,15 +207,15 @@ def test_full_target(database: Database, tmp_path: Path) -> None:
     assert done.stdout == "1\n", done.stdout + done.stderr  # and no file is left
     assert "No space left" in done.stderr
     assert "make room" in done.stderr
-    assert tables(database) == [TABLE]
+    assert old_partitions(database) == [TABLE]
     assert database.count(TABLE) == 4010
 
 
-def test_unwritable_target(database: Database, target: Path) -> None:
+def test_month_stays_when_the_target_is_read_only(database: Database, target: Path) -> None:
     make_month(database, 3)
     command = [iot_collector(), "archive"]
     target.chmod(0o555)
-    if IS_ROOT:  # who may write everywhere, with that capability
+    if IS_ROOT:  # with CAP_DAC_OVERRIDE, root may write everywhere
         command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
     done = subprocess.run(
         command,
@@ -228,7 +228,7 @@ def test_unwritable_target(database: Database, target: Path) -> None:
     assert done.returncode == 1
     assert "ermission denied" in done.stderr
     assert "let the user that runs iot-collector write there" in done.stderr
-    assert tables(database) == [TABLE]
+    assert old_partitions(database) == [TABLE]
 
 
 @pytest.mark.parametrize(
@@ -244,36 +244,40 @@ def test_unwritable_target(database: Database, target: Path) -> None:
         ("CREATE TABLE rest PARTITION OF messages DEFAULT", "the default partition rest"),
     ],
 )
-def test_foreign_objects(sql: str, named: str, database: Database, target: Path) -> None:
-    """What depends on one month is not dropped with it, and the other months do not wait."""
+def test_month_with_dependent_objects_is_not_dropped(
+    sql: str, named: str, database: Database, target: Path
+) -> None:
+    """Other months are archived nevertheless."""
     make_month(database, 3)
     make_month(database, 3, datetime(2020, 1, 1, tzinfo=UTC))
     database.query(sql)
     done = archive(database, target)
     assert done.returncode == 1
     assert f"{TABLE}: not archived and not dropped, because {named} depends" in done.stderr
-    assert TABLE in tables(database)
-    assert ("messages_2020_01" in tables(database)) == ("DEFAULT" in sql)
+    assert TABLE in old_partitions(database)
+    assert ("messages_2020_01" in old_partitions(database)) == ("DEFAULT" in sql)
 
 
-def test_own_indexes_and_grants_do_not_matter(database: Database, target: Path) -> None:
+def test_month_with_additional_indexes_and_grants_is_dropped(
+    database: Database, target: Path
+) -> None:
     make_month(database, 3)
     database.query(
         f"CREATE INDEX mine ON {TABLE} (qos); ANALYZE {TABLE}; GRANT SELECT ON {TABLE} TO PUBLIC;"
         f"CREATE STATISTICS s ON qos, retained FROM {TABLE}"
     )
     assert archive(database, target).returncode == 0
-    assert tables(database) == []
+    assert old_partitions(database) == []
 
 
-def test_somebody_elses_tables_stay(database: Database, target: Path) -> None:
+def test_tables_that_are_no_partitions_stay(database: Database, target: Path) -> None:
     database.query(
         "CREATE TABLE messages_2020_02 (LIKE messages);"
         "CREATE TABLE messages_2020_03_detached (LIKE messages)"
     )
     done = archive(database, target)
     assert done.stdout == "no month is older than 12 months\n"
-    assert len(tables(database)) == 2
+    assert len(old_partitions(database)) == 2
 
 
 DAMAGE = {
@@ -285,8 +289,10 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("fault", DAMAGE)
-def test_damaged_archive_is_not_trusted(fault: str, database: Database, target: Path) -> None:
-    """A month that is archived already, and a late row: nothing is dropped."""
+def test_month_stays_when_its_archive_is_damaged(
+    fault: str, database: Database, target: Path
+) -> None:
+    """The month is already archived and gets a late row. Then its archive is damaged."""
     make_month(database, 50)
     assert archive(database, target).returncode == 0
     make_month(database, 1)
@@ -312,7 +318,7 @@ def damage(file: Path, fault: str) -> None:
         file.with_suffix(".json").write_text('{"format": 1}')
 
 
-def test_late_row_goes_to_another_file(database: Database, target: Path) -> None:
+def test_late_rows_go_to_a_second_file(database: Database, target: Path) -> None:
     make_month(database, 50)
     assert archive(database, target).returncode == 0
     make_month(database, 2)
@@ -324,10 +330,10 @@ def test_late_row_goes_to_another_file(database: Database, target: Path) -> None
         f"{TABLE}.json",
         f"{TABLE}.parquet",
     ]
-    assert in_archive(target) == 52
+    assert archived_rows(target) == 52
 
 
-def test_one_at_a_time(database: Database, target: Path) -> None:
+def test_second_archive_run_at_the_same_time_does_nothing(database: Database, target: Path) -> None:
     make_month(database, 3)
     with contextlib.closing(database.connect()) as other, other.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_lock(hashtext('iot.archive'))")
@@ -336,11 +342,13 @@ def test_one_at_a_time(database: Database, target: Path) -> None:
             0,
             "another archive or restore is running; nothing to do\n",
         )
-        assert tables(database) == [TABLE]
+        assert old_partitions(database) == [TABLE]
     assert archive(database, target).returncode == 0
 
 
-def test_wrong_clock(database: Database, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_month_stays_when_the_clock_is_wrong(
+    database: Database, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from iot_collector import retention
     from iot_collector.settings import Settings
 
@@ -352,7 +360,7 @@ def test_wrong_clock(database: Database, target: Path, monkeypatch: pytest.Monke
     )
     with pytest.raises(retention.RetentionError, match="clock of this machine"):
         list(retention.archive(settings_))
-    assert tables(database) == [TABLE]
+    assert old_partitions(database) == [TABLE]
 
 
 class Archiver(Service):
@@ -379,17 +387,17 @@ def archiver(tmp_path: Path, database: Database, target: Path) -> Iterator[Archi
     made.close()
 
 
-def finish(database: Database, target: Path, rows: int) -> None:
-    """The next run completes: every row in the archive once, and the table is gone."""
+def assert_next_run_completes(database: Database, target: Path, rows: int) -> None:
+    """Archive again; assert that each row is in the archive once and the partition is dropped."""
     done = archive(database, target)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert tables(database) == []
-    assert in_archive(target) == rows
+    assert old_partitions(database) == []
+    assert archived_rows(target) == rows
     assert not [name for name in files(target) if name.startswith(".")]
 
 
-def waits_for_lock(database: Database, what: str) -> Any:
-    """Whether a statement of the archiver waits for a lock."""
+def waits_for_a_lock(database: Database, what: str) -> Any:
+    """Whether a statement that starts with ``what`` waits for a lock."""
     return database.query(
         "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s"
         " AND datname = current_database()",
@@ -397,80 +405,86 @@ def waits_for_lock(database: Database, what: str) -> Any:
     )
 
 
-def test_killed_while_it_writes(database: Database, target: Path, archiver: Archiver) -> None:
-    """Its file is there, not complete, under another name."""
+def test_archive_killed_while_writing_is_completed_by_the_next_run(
+    database: Database, target: Path, archiver: Archiver
+) -> None:
+    """It leaves an incomplete file under a temporary name."""
     make_month(database, 400)
-    database.query(FILL, 60_000)
+    database.query(INSERT_RANDOM, 60_000)
     archiver.launch()
     hidden = target / f".{TABLE}.parquet.tmp"
     eventually(hidden.exists)
     archiver.kill()
     assert files(target) == [hidden.name]
     assert database.count(TABLE) == 60_400
-    finish(database, target, 60_400)
+    assert_next_run_completes(database, target, 60_400)
 
 
-def test_killed_while_it_detaches(database: Database, target: Path, archiver: Archiver) -> None:
-    """DETACH CONCURRENTLY has begun, and waits for a query that uses the partition."""
+def test_archive_killed_while_detaching_is_completed_by_the_next_run(
+    database: Database, target: Path, archiver: Archiver
+) -> None:
+    """DETACH CONCURRENTLY has started, and waits for a query that uses the partition."""
     make_month(database, 20)
     with contextlib.closing(database.connect()) as reader, reader.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM messages")
         archiver.launch()
-        eventually(lambda: waits_for_lock(database, "ALTER TABLE messages DETACH"))
-        # Nobody else waits: not those who insert ...
+        eventually(lambda: waits_for_a_lock(database, "ALTER TABLE messages DETACH"))
+        # INSERT does not wait meanwhile.
         database.query(INSERT, datetime.now(UTC), "t", b"meanwhile", None, None, 0, False)
         assert database.query("SELECT inhdetachpending FROM pg_inherits WHERE inhdetachpending")
         archiver.kill()
-        # ... and PostgreSQL notices that the client is gone only when it answers.
+        # PostgreSQL would notice only with its answer that the client is gone.
         database.query(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE query LIKE 'ALTER TABLE messages DETACH%' AND pid <> pg_backend_pid()"
         )
         reader.rollback()
-    assert tables(database) == [TABLE]
-    finish(database, target, 20)
+    assert old_partitions(database) == [TABLE]
+    assert_next_run_completes(database, target, 20)
     assert database.payloads() == [b"meanwhile"]
 
 
-def test_killed_before_it_drops(database: Database, target: Path, archiver: Archiver) -> None:
-    """The table is detached, and the archive is being read back: from a file that has no end."""
+def test_archive_killed_before_the_drop_is_completed_by_the_next_run(
+    database: Database, target: Path, archiver: Archiver
+) -> None:
+    """The partition is detached. Reading the archive back hangs, because the file is a FIFO."""
     make_month(database, 20)
     file, away = target / f"{TABLE}.parquet", target / "away"
     with contextlib.closing(database.connect()) as reader, reader.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM messages")
         archiver.launch()
-        eventually(lambda: waits_for_lock(database, "ALTER TABLE messages DETACH"))
+        eventually(lambda: waits_for_a_lock(database, "ALTER TABLE messages DETACH"))
         file.rename(away)
         os.mkfifo(file)
         reader.rollback()
-    eventually(lambda: tables(database) == [f"{TABLE}_detached"])
+    eventually(lambda: old_partitions(database) == [f"{TABLE}_detached"])
     eventually(lambda: database.query("SELECT 1 FROM pg_locks WHERE mode = 'AccessExclusiveLock'"))
     archiver.kill()
     away.rename(file)
-    assert tables(database) == [f"{TABLE}_detached"]
-    # Its month is free again: a late row does not fail, and gets to the archive as well.
+    assert old_partitions(database) == [f"{TABLE}_detached"]
+    # A new partition can be created for a late row, which is archived as well.
     make_month(database, 1)
-    finish(database, target, 21)
+    assert_next_run_completes(database, target, 21)
 
 
-def test_row_that_comes_before_the_detachment(
+def test_row_committed_before_detach_is_archived(
     database: Database, target: Path, archiver: Archiver
 ) -> None:
-    """It is in the partition, but not in the file that was written before."""
+    """The file was written before the row was committed."""
     make_month(database, 20)
     with contextlib.closing(database.connect()) as late, late.cursor() as cursor:
         cursor.execute(INSERT, (OLD, "late", b"late", None, None, 0, False))
         archiver.launch()
-        eventually(lambda: waits_for_lock(database, "ALTER TABLE messages DETACH"))
+        eventually(lambda: waits_for_a_lock(database, "ALTER TABLE messages DETACH"))
         assert f"{TABLE}.json" in files(target)
         late.commit()
     assert archiver.wait() == 0, archiver.log()
-    assert tables(database) == []
-    assert in_archive(target) == 21
+    assert old_partitions(database) == []
+    assert archived_rows(target) == 21
     assert select(f"SELECT payload FROM '{target}/{TABLE}-2.parquet'") == [(b"late",)]
 
 
-def test_long_query_is_waited_for_and_then_left(database: Database, target: Path) -> None:
+def test_archive_gives_up_when_a_query_runs_too_long(database: Database, target: Path) -> None:
     make_month(database, 20)
     with contextlib.closing(database.connect()) as reader, reader.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM messages")
@@ -479,11 +493,11 @@ def test_long_query_is_waited_for_and_then_left(database: Database, target: Path
         )
     assert done.returncode == 1
     assert "timeout" in done.stderr
-    finish(database, target, 20)
+    assert_next_run_completes(database, target, 20)
 
 
 def make_last_month(database: Database) -> str:
-    """Fill last month and this one as many devices do; return the index of last month."""
+    """Fill last month and this month from 100 topics; return the index name of last month."""
     for months in (1, 0):
         database.query("SELECT ensure_partitions(now() - make_interval(months => %s), 0)", months)
         database.query(
@@ -502,7 +516,7 @@ def make_last_month(database: Database) -> str:
 
 
 def indexes(database: Database) -> dict[str, tuple[int, bool]]:
-    """The file and the validity of each index on topic and time."""
+    """The relfilenode and validity of each index on topic and time."""
     found = database.query(
         "SELECT relname, relfilenode, indisvalid"
         " FROM pg_index JOIN pg_class c ON c.oid = indexrelid"
@@ -511,8 +525,7 @@ def indexes(database: Database) -> dict[str, tuple[int, bool]]:
     return {name: (file, valid) for name, file, valid in found}
 
 
-def test_index_of_a_month_that_is_over_is_rebuilt(database: Database, target: Path) -> None:
-    """Once, and no other one."""
+def test_only_the_index_of_last_month_is_rebuilt_once(database: Database, target: Path) -> None:
     index = make_last_month(database)
     month, before = index[: len(TABLE)], indexes(database)
     planned = archive(database, target, "--dry-run")
@@ -534,14 +547,16 @@ def test_index_of_a_month_that_is_over_is_rebuilt(database: Database, target: Pa
     assert indexes(database) == after
 
 
-def test_nobody_waits_while_an_index_is_rebuilt(database: Database, archiver: Archiver) -> None:
-    """Not even while REINDEX CONCURRENTLY itself waits, for an older transaction."""
+def test_insert_does_not_wait_while_an_index_is_rebuilt(
+    database: Database, archiver: Archiver
+) -> None:
+    """Not even while REINDEX CONCURRENTLY waits for an older transaction."""
     index = make_last_month(database)
     before = indexes(database)
     with contextlib.closing(database.connect()) as reader, reader.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM messages")
         archiver.launch()
-        eventually(lambda: waits_for_lock(database, "REINDEX"))
+        eventually(lambda: waits_for_a_lock(database, "REINDEX"))
         database.query(
             "SET statement_timeout = '10s';"
             "INSERT INTO messages (received_at, topic, payload, qos, retained)"
@@ -553,8 +568,10 @@ def test_nobody_waits_while_an_index_is_rebuilt(database: Database, archiver: Ar
     assert indexes(database)[index] != before[index]
 
 
-def test_index_that_cannot_be_rebuilt_now(database: Database, target: Path) -> None:
-    """Because of a transaction that is older. The next run removes what the first has left."""
+def test_failed_index_rebuild_is_cleaned_up_by_the_next_run(
+    database: Database, target: Path
+) -> None:
+    """An older transaction makes the first REINDEX CONCURRENTLY time out."""
     index = make_last_month(database)
     before = indexes(database)
     with contextlib.closing(database.connect()) as reader, reader.cursor() as cursor:
@@ -571,7 +588,9 @@ def test_index_that_cannot_be_rebuilt_now(database: Database, target: Path) -> N
     assert all(valid for _, valid in indexes(database).values())
 
 
-def test_every_so_often(tmp_path: Path, database: Database, target: Path) -> None:
+def test_archive_every_hours_runs_again_after_errors(
+    tmp_path: Path, database: Database, target: Path
+) -> None:
     archiver = Archiver(tmp_path, database, target, "--every", "0.0003")
     archiver.environment["IOT_LOG_FORMAT"] = "json"
     archiver.launch()
@@ -598,20 +617,20 @@ def restore(
     return run_command("restore", *arguments, **settings(database, target))
 
 
-def test_restore_brings_back_every_byte(database: Database, target: Path) -> None:
+def test_restored_rows_are_identical(database: Database, target: Path) -> None:
     rows = make_month(database)
     assert archive(database, target).returncode == 0
-    assert everything(database) == []
+    assert old_rows(database) == []
     done = restore(database, target, "2020-02")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("messages_2020_02: 500 of 500 rows restored, kept until 20")
-    assert everything(database) == rows
+    assert old_rows(database) == rows
     again = restore(database, target, f"{target}/{TABLE}.json", "--keep-days", "1")
     assert again.stdout.startswith("messages_2020_02: 0 of 500 rows restored"), again.stderr
-    assert everything(database) == rows
-    # It stays for the days that were said ...
+    assert old_rows(database) == rows
+    # It is kept for the given number of days.
     assert archive(database, target).stdout == "no month is older than 12 months\n"
-    # ... and goes without another file, as the archive has it already.
+    # Then it is dropped. No second file is written, because its rows are already archived.
     database.query(f"COMMENT ON TABLE {TABLE} IS 'iot-collector: kept until 2020-12-31'")
     assert (
         archive(database, target).stdout == f"{TABLE}: 500 rows archived, read back and dropped\n"
@@ -619,8 +638,8 @@ def test_restore_brings_back_every_byte(database: Database, target: Path) -> Non
     assert files(target) == [f"{TABLE}.json", f"{TABLE}.parquet"]
 
 
-def test_restore_into_what_is_there(database: Database, target: Path) -> None:
-    """Two files, and late rows that are in none of them."""
+def test_restore_adds_only_missing_rows(database: Database, target: Path) -> None:
+    """The archive has two files, and the table has rows that are in neither of them."""
     rows = make_month(database, 40)
     assert archive(database, target).returncode == 0
     rows += make_month(database, 2)
@@ -628,7 +647,7 @@ def test_restore_into_what_is_there(database: Database, target: Path) -> None:
     rows += make_month(database, 3)
     done = restore(database, target, "2020-02")
     assert "42 of 42 rows restored" in done.stdout, done.stderr
-    assert everything(database) == sorted(rows, key=lambda row: int(row[0][1:].split(",")[0]))
+    assert old_rows(database) == sorted(rows, key=lambda row: int(row[0][1:].split(",")[0]))
 
 
 def test_restore_into_another_database(
@@ -638,7 +657,7 @@ def test_restore_into_another_database(
     assert archive(database, target).returncode == 0
     other = postgres.database(template="migrated")
     assert restore(other, target, "2020-02").returncode == 0
-    assert everything(other) == rows
+    assert old_rows(other) == rows
     other.query(INSERT, datetime.now(UTC), "t", b"new", None, None, 0, False)
     assert other.query("SELECT count(*), count(DISTINCT id) FROM messages") == [(41, 41)]
 
@@ -652,10 +671,10 @@ def test_restore_refuses_a_damaged_archive(fault: str, database: Database, targe
     assert done.returncode == 1
     assert f"{TABLE}." in done.stderr
     assert DAMAGE[fault] in done.stderr
-    assert tables(database) == []
+    assert old_partitions(database) == []
 
 
-def test_restore_says_what_is_wrong(database: Database, target: Path) -> None:
+def test_restore_errors_are_explained(database: Database, target: Path) -> None:
     missing = restore(database, target, "2020-02")
     assert missing.returncode == 1
     assert "there is no archive of 2020-02" in missing.stderr
@@ -673,8 +692,8 @@ def test_restore_says_what_is_wrong(database: Database, target: Path) -> None:
     assert database.count() == 3
 
 
-def test_restore_killed(tmp_path: Path, database: Database, target: Path) -> None:
-    """While it waits for the rows that the table has, which somebody locks."""
+def test_killed_restore_can_be_repeated(tmp_path: Path, database: Database, target: Path) -> None:
+    """It is killed while it waits for a lock on the partition."""
     rows = make_month(database, 50)
     assert archive(database, target).returncode == 0
     database.query("SELECT ensure_partitions(%s, 0)", OLD)
@@ -683,10 +702,12 @@ def test_restore_killed(tmp_path: Path, database: Database, target: Path) -> Non
     with contextlib.closing(database.connect()) as other, other.cursor() as cursor:
         cursor.execute(f"LOCK TABLE {TABLE} IN ROW EXCLUSIVE MODE")
         restorer.launch()
-        eventually(lambda: waits_for_lock(database, "LOCK TABLE"))
+        eventually(lambda: waits_for_a_lock(database, "LOCK TABLE"))
         restorer.kill()
         other.rollback()
-    assert everything(database) == []
-    assert archive(database, target).stdout == "no month is older than 12 months\n"  # it is kept
+    assert old_rows(database) == []
+    assert (
+        archive(database, target).stdout == "no month is older than 12 months\n"
+    )  # the empty partition is kept
     assert restore(database, target, "2020-02").returncode == 0
-    assert everything(database) == rows
+    assert old_rows(database) == rows

@@ -1,4 +1,4 @@
-"""Settings: every error names the variable, the fault and an example."""
+"""Settings: each error names the variable, the problem and an example."""
 
 import socket
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from iot_collector.settings import Settings, SettingsError, load
 
 
-def faults(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> list[str]:
-    """Return the lines of the error that these settings give."""
+def load_errors(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> list[str]:
+    """Load these settings; return the lines of the error."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
@@ -20,7 +20,7 @@ def faults(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> lis
     return str(caught.value).splitlines()
 
 
-def test_defaults() -> None:
+def test_default_values() -> None:
     found = load()
     assert str(found.broker) == "127.0.0.1:1883"
     assert (found.broker.tls, found.broker.transport) == (False, "tcp")
@@ -33,8 +33,8 @@ def test_defaults() -> None:
 
 
 QUEUE = "arn:aws:sqs:eu-west-1:111122223333:iot-system-replay"
-# Every setting, as the text of an environment variable, with a value that is not its default.
-FULL = {
+# For each setting: the text of its environment variable and its value, which is not the default.
+NOT_DEFAULT = {
     "IOT_MQTT_URL": ("wss://broker.example:9443/iot", "wss://broker.example:9443/iot"),
     "IOT_MQTT_USERNAME": ("me", "me"),
     "IOT_MQTT_TOPICS": ("a/+/b , $share/g/c/#,é", ["a/+/b", "$share/g/c/#", "é"]),
@@ -78,14 +78,14 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", NOT_DEFAULT)
 def test_each_setting_is_read_from_its_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, expected = FULL[name]
+    text, expected = NOT_DEFAULT[name]
     monkeypatch.setenv(name, text)
     assert getattr(load(), name.removeprefix("IOT_").lower()) == expected
 
 
-def test_the_table_above_has_every_setting() -> None:
+def test_the_table_has_every_setting() -> None:
     files = {f"IOT_MQTT_{what}_FILE" for what in ("CA", "CERT", "KEY")}
     secrets = {
         f"IOT_{w}_PASSWORD{f}"
@@ -94,11 +94,11 @@ def test_the_table_above_has_every_setting() -> None:
     }
     secrets.add("IOT_DATABASE_PASSWORD_SECRET")
     fields = {f"IOT_{name.upper()}" for name in Settings.model_fields}
-    assert fields - files - secrets == set(FULL)
+    assert fields - files - secrets == set(NOT_DEFAULT)
 
 
 @pytest.mark.parametrize(("qos", "expected"), [("1", 1), ("2", 2)])
-def test_qos(qos: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qos_1_and_2_are_accepted(qos: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOT_MQTT_QOS", qos)
     assert load().mqtt_qos == expected
 
@@ -171,10 +171,10 @@ WRONG = [
 @pytest.mark.parametrize(
     ("name", "value", "fault"), WRONG, ids=[f"{name}={value[:20]}" for name, value, _ in WRONG]
 )
-def test_every_fault_is_named(
+def test_wrong_value_is_named_with_an_example(
     name: str, value: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (line,) = faults(monkeypatch, {name: value})
+    (line,) = load_errors(monkeypatch, {name: value})
     assert line.startswith(f"{name}: ")
     assert fault in line
     example = line.partition("; for example ")[2]
@@ -191,14 +191,14 @@ def test_every_example_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     load()
 
 
-def test_all_faults_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_wrong_settings_are_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {name: value for name, value, _ in WRONG} | {"IOT_BATCHROWS": "5"}
-    lines = faults(monkeypatch, wrong)
+    lines = load_errors(monkeypatch, wrong)
     assert {line.partition(":")[0] for line in lines} == set(wrong)
 
 
 def test_each_wrong_topic_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = faults(monkeypatch, {"IOT_MQTT_TOPICS": "a#,good,b+"})
+    lines = load_errors(monkeypatch, {"IOT_MQTT_TOPICS": "a#,good,b+"})
     assert len(lines) == 2
     assert "'a#'" in lines[0]
     assert "'b+'" in lines[1]
@@ -212,19 +212,21 @@ def test_each_wrong_topic_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("IOT_HTTPPORT", "IOT_HTTP_PORT"),
     ],
 )
-def test_unknown_setting(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (line,) = faults(monkeypatch, {name: "x"})
+def test_unknown_setting_suggests_a_similar_one(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = load_errors(monkeypatch, {name: "x"})
     assert line == f"{name}: there is no such setting; did you mean {meant}?"
 
 
 def test_unknown_setting_without_a_similar_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    (line,) = faults(monkeypatch, {"IOT_XYZZY": "x"})
+    (line,) = load_errors(monkeypatch, {"IOT_XYZZY": "x"})
     assert line == "IOT_XYZZY: there is no such setting"
 
 
 def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     defaults = load()
-    for name in FULL:
+    for name in NOT_DEFAULT:
         monkeypatch.setenv(name, "")
     for kind in ("MQTT", "DATABASE"):
         monkeypatch.setenv(f"IOT_{kind}_PASSWORD", "")
@@ -247,7 +249,7 @@ def test_secret_file_is_read_at_each_access(
 
 
 @pytest.mark.parametrize("kind", ["MQTT", "DATABASE"])
-def test_secret_file_that_is_not_text(
+def test_secret_file_that_is_not_utf8_is_refused(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "password"
@@ -260,10 +262,12 @@ def test_secret_file_that_is_not_text(
 
 
 @pytest.mark.parametrize("kind", ["MQTT", "DATABASE"])
-def test_two_forms_of_a_secret(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_password_and_password_file_exclude_each_other(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "password"
     file.write_text("one")
-    (line,) = faults(
+    (line,) = load_errors(
         monkeypatch,
         {
             "IOT_MQTT_USERNAME": "me",
@@ -274,8 +278,8 @@ def test_two_forms_of_a_secret(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert line == f"IOT_{kind}_PASSWORD: set it or IOT_{kind}_PASSWORD_FILE, not both"
 
 
-def test_password_without_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    (line,) = faults(monkeypatch, {"IOT_MQTT_PASSWORD": "two"})
+def test_password_without_user_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = load_errors(monkeypatch, {"IOT_MQTT_PASSWORD": "two"})
     assert line.startswith("IOT_MQTT_USERNAME: ")
 
 
@@ -289,7 +293,7 @@ def test_password_without_user(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ordinal", "collector-10", True),
     ],
 )
-def test_which_collector_leaves_its_session(
+def test_leave_on_stop_depends_on_the_ordinal(
     on_stop: str, client_id: str, leave: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IOT_SESSION_ON_STOP", on_stop)
@@ -298,30 +302,34 @@ def test_which_collector_leaves_its_session(
 
 
 @pytest.mark.parametrize("client_id", ["collector", "collector-a", "collector-", "collector-00"])
-def test_client_id_without_ordinal(client_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_id_without_ordinal_is_refused(
+    client_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variables = {"IOT_SESSION_ON_STOP": "ordinal", "IOT_MQTT_CLIENT_ID": client_id}
-    (line,) = faults(monkeypatch, variables)
+    (line,) = load_errors(monkeypatch, variables)
     assert line.startswith(f"IOT_MQTT_CLIENT_ID: {client_id!r} ")
     assert "IOT_SESSION_ON_STOP=ordinal" in line
     assert line.endswith("for example collector-0")
 
 
 @pytest.mark.parametrize("which", ["CERT", "KEY"])
-def test_half_a_client_certificate(
+def test_client_certificate_without_key_is_refused(
     which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "file"
     file.touch()
     variables = {"IOT_MQTT_URL": "mqtts://b", f"IOT_MQTT_{which}_FILE": str(file)}
-    (line,) = faults(monkeypatch, variables)
+    (line,) = load_errors(monkeypatch, variables)
     assert "IOT_MQTT_CERT_FILE" in line
     assert "IOT_MQTT_KEY_FILE" in line
 
 
-def test_ca_file_without_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ca_file_without_tls_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.touch()
-    (line,) = faults(monkeypatch, {"IOT_MQTT_URL": "mqtt://broker", "IOT_MQTT_CA_FILE": str(file)})
+    (line,) = load_errors(
+        monkeypatch, {"IOT_MQTT_URL": "mqtt://broker", "IOT_MQTT_CA_FILE": str(file)}
+    )
     assert line.startswith("IOT_MQTT_CA_FILE: ")
     assert "IOT_MQTT_URL" in line
 
@@ -337,7 +345,9 @@ def test_ca_file_without_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("mqtt://us%40er:pw@h", ("tcp", False, "h", 1883, "us@er")),
     ],
 )
-def test_url(url: str, expected: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broker_url_is_parsed(
+    url: str, expected: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IOT_MQTT_URL", url)
     broker = load().broker
     assert (broker.transport, broker.tls, broker.host, broker.port, broker.username) == expected
@@ -350,7 +360,7 @@ _passwords = st.text(
 
 @given(_passwords)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_secret_shows(password: str) -> None:
+def test_settings_do_not_show_passwords(password: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("IOT_MQTT_URL", f"mqtt://user:{quote(password, safe='')}@host")
         monkeypatch.setenv("IOT_DATABASE_URL", f"postgresql://u:{quote(password, safe='')}@h/db")
@@ -366,16 +376,18 @@ def test_no_secret_shows(password: str) -> None:
             assert quote(password, safe="") not in shown
 
 
-# What people put into URLs without quoting it.
+# Passwords with characters that should be quoted in a URL.
 @pytest.mark.parametrize(
     "password",
     ["hunter2#x", "hunter2/x", "hunter2?x", "hun[ter2]", "hunter2[", "hunter2\u2100", "a:hunter2#"],
 )
 @pytest.mark.parametrize("where", ["mqtt://user:{}@host", "mqtt://{}@host", "user:{}@host"])
-def test_no_secret_in_an_error(password: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_do_not_show_passwords(
+    password: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IOT_MQTT_URL", where.format(password))
     monkeypatch.setenv("IOT_DATABASE_URL", f"postgresql://user:{password}%@[host/db")
-    monkeypatch.setenv("IOT_HTTP_PORT", "wrong")  # a second fault, for an error of several lines
+    monkeypatch.setenv("IOT_HTTP_PORT", "wrong")  # a second error, for a message of several lines
     with pytest.raises(SettingsError) as caught:
         load()
     shown = f"{caught.value}{caught.value!r}{caught.value.__cause__}"

@@ -1,4 +1,4 @@
-"""``iot-collector simulate``: what it says it published is what is stored."""
+"""``iot-collector simulate``: the messages that it reports as published are stored."""
 
 import json
 import re
@@ -17,7 +17,7 @@ _SUMMARY = re.compile(r"published (\d+), acknowledged (\d+), failed (\d+) in ")
 
 
 def simulate(broker: Mosquitto, *options: str) -> tuple[int, int, int]:
-    """Run it; return the numbers published, acknowledged and failed."""
+    """Run the command; return the numbers of published, acknowledged and failed messages."""
     done = run_command("simulate", *options, **broker.environment())
     assert done.returncode == 0, done.stderr
     found = _SUMMARY.match(done.stdout)
@@ -27,7 +27,7 @@ def simulate(broker: Mosquitto, *options: str) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("payload", ["text", "json", "garbage", "mix"])
-def test_what_is_published_is_stored(
+def test_each_kind_of_payload_is_stored(
     payload: str, collector: Collector, broker: Mosquitto, database: Database
 ) -> None:
     options = ("--count", "300", "--devices", "7", "--payload", payload)
@@ -49,21 +49,25 @@ def test_what_is_published_is_stored(
 
 
 @pytest.mark.parametrize("qos", ["0", "2"])
-def test_qos(qos: str, collector: Collector, broker: Mosquitto, database: Database) -> None:
+def test_qos_0_and_2_are_published(
+    qos: str, collector: Collector, broker: Mosquitto, database: Database
+) -> None:
     assert simulate(broker, "--count", "1500", "--qos", qos) == (1500, 1500, 0)
     collector.wait_settled(1500)
     assert database.count() == 1500
 
 
-def test_duration_and_rate(collector: Collector, broker: Mosquitto, database: Database) -> None:
+def test_duration_and_rate_limit_the_messages(
+    collector: Collector, broker: Mosquitto, database: Database
+) -> None:
     published, acknowledged, failed = simulate(broker, "--duration", "0.5", "--rate", "200")
     assert (acknowledged, failed) == (published, 0)
-    assert 0 < published <= 101, "at most the rate"
+    assert 0 < published <= 101, "the rate is not exceeded"
     collector.wait_settled(published)
     assert database.count() == published
 
 
-def test_the_seed_decides() -> None:
+def test_same_seed_gives_the_same_messages() -> None:
     def some(seed: int) -> list[tuple[str, bytes]]:
         return [
             m for m, _ in zip(messages(Plan(payload="mix", seed=seed)), range(50), strict=False)
@@ -73,19 +77,21 @@ def test_the_seed_decides() -> None:
     assert some(1) != some(2)
 
 
-def test_broker_unreachable() -> None:
+def test_unreachable_broker_is_reported() -> None:
     done = run_command("simulate", "--count", "1", IOT_MQTT_URL=f"mqtt://{HOST}:{free_port()}")
     assert done.returncode == 1
     assert "IOT_MQTT_URL" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_wrong_option(broker: Mosquitto) -> None:
+def test_wrong_option_is_reported(broker: Mosquitto) -> None:
     done = run_command("simulate", "--payload", "xml", **broker.environment())
     assert done.returncode == 2
     assert "xml" in done.stderr
 
 
-def test_it_stops_at_the_count(collector: Collector, broker: Mosquitto, database: Database) -> None:
+def test_command_stops_at_the_count(
+    collector: Collector, broker: Mosquitto, database: Database
+) -> None:
     assert simulate(broker, "--count", "1") == (1, 1, 0)
     eventually(lambda: database.count() == 1, what="it is stored")

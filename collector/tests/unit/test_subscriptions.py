@@ -1,4 +1,4 @@
-"""Subscriptions are replaced: who waits for whom, and which copies are dropped."""
+"""Replacing subscriptions: which pods wait, and which duplicate copies are dropped."""
 
 import itertools
 import time
@@ -46,16 +46,18 @@ def pod(ordinal: int, *filters: str, name: str = "collector", **more: Any) -> Se
         ([], [SHARED], False),
     ],
 )
-def test_conflicts(one: list[str], other: list[str], expected: bool) -> None:
+def test_plain_and_shared_forms_of_a_filter_conflict(
+    one: list[str], other: list[str], expected: bool
+) -> None:
     assert conflicts(one, other) is expected
     assert conflicts(other, one) is expected
 
 
-# Who waits for whom --------------------------------------------------------------------------
+# Which pod waits for which -------------------------------------------------------------------
 
 
 class Table:
-    """The table ``sessions`` of a database."""
+    """The table ``sessions`` in a database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -72,21 +74,21 @@ class Table:
         return dict(self._database.query("SELECT client_id, filters FROM sessions"))
 
 
-def test_scaling_out_and_in(database: Database) -> None:
+def test_pods_wait_while_scaling_out_and_in(database: Database) -> None:
     table = Table(database)
     assert table.claim(pod(0, PLAIN)) == Claim()
-    # 1 → 3: the new pods wait for pod 0, even when they ask first.
+    # 1 → 3: the new pods wait for pod 0, even if they ask first.
     for ordinal in (1, 2):
         assert table.claim(pod(ordinal, SHARED)) == Claim(waiting_for=["collector-0"])
-    assert table.rows() == {"collector-0": [PLAIN]}, "who waits has claimed nothing"
+    assert table.rows() == {"collector-0": [PLAIN]}, "a waiting pod claims nothing"
     assert table.claim(pod(0, SHARED), present=True) == Claim(held=[PLAIN], stale=[PLAIN])
-    assert table.claim(pod(1, SHARED)).waiting_for == ["collector-0"], "it has both for a moment"
+    assert table.claim(pod(1, SHARED)).waiting_for == ["collector-0"], "pod 0 has both filters now"
     table.save("collector-0", SHARED)
     for ordinal in (1, 2):
         assert table.claim(pod(ordinal, SHARED)) == Claim()
-    # Started again, each has what it had.
+    # After a restart, a pod still has its filter.
     assert table.claim(pod(1, SHARED), present=True) == Claim(held=[SHARED])
-    # 3 → 1: pod 0 waits for the others, and keeps what it has.
+    # 3 → 1: pod 0 waits for the others and keeps its filter.
     waits = Claim(held=[SHARED], waiting_for=["collector-1", "collector-2"])
     assert table.claim(pod(0, PLAIN), present=True) == waits
     table.save("collector-2")
@@ -96,8 +98,8 @@ def test_scaling_out_and_in(database: Database) -> None:
     assert table.rows() == {"collector-0": [SHARED, PLAIN]}
 
 
-def test_group_is_renamed(database: Database) -> None:
-    """Pods are replaced from the highest ordinal down, each when the last one is ready."""
+def test_pods_wait_while_the_group_is_renamed(database: Database) -> None:
+    """Pods are replaced from the highest ordinal down, each when the previous one is ready."""
     table, other = Table(database), "$share/h/iot/data"
     for ordinal in range(3):
         table.claim(pod(ordinal, SHARED))
@@ -113,7 +115,7 @@ def test_group_is_renamed(database: Database) -> None:
 def test_collectors_outside_a_statefulset_do_not_wait(
     on_stop: Literal["keep", "leave"], database: Database
 ) -> None:
-    """Two collectors may have different forms on purpose; only a StatefulSet's pods agree."""
+    """Independent collectors may use both forms of a filter on purpose."""
     table = Table(database)
     for client_id in ("archive-0", "collector-0", "collector", "collector-x"):
         table.save(client_id, PLAIN)
@@ -132,7 +134,7 @@ def test_force_does_not_wait(database: Database) -> None:
     assert claim == Claim(held=[SHARED, "old"], stale=[SHARED, "old"])
 
 
-def test_a_lost_session_holds_nothing(database: Database) -> None:
+def test_lost_session_has_no_filters(database: Database) -> None:
     table = Table(database)
     table.save("collector-0", PLAIN)
     table.save("collector-1", SHARED)
@@ -140,11 +142,11 @@ def test_a_lost_session_holds_nothing(database: Database) -> None:
     assert table.rows() == {"collector-1": [SHARED]}
 
 
-# How it subscribes ---------------------------------------------------------------------------
+# SUBSCRIBE and UNSUBSCRIBE -------------------------------------------------------------------
 
 
 class Client:
-    """Stands in for the client: takes down what is asked of the broker."""
+    """A client that records SUBSCRIBE and UNSUBSCRIBE."""
 
     max_qos = 2
     message_count = 0
@@ -161,7 +163,7 @@ class Client:
         self.sent.append(("unsubscribe", filters))
         return 0, len(self.sent)
 
-    def news(self) -> list[tuple[str, dict[str, int] | list[str]]]:
+    def new_packets(self) -> list[tuple[str, dict[str, int] | list[str]]]:
         sent = self.sent[self._seen :]
         self._seen = len(self.sent)
         return sent
@@ -169,56 +171,60 @@ class Client:
     _seen = 0
 
 
-def begun(settings: Settings, *, present: bool) -> tuple[Subscriptions, Any]:
+def started(settings: Settings, *, present: bool) -> tuple[Subscriptions, Any]:
     subs, client = Subscriptions(settings), Client()
     subs.start(client, None, session_present=present)  # type: ignore[arg-type]
-    assert client.sent == [], "the database is asked first"
+    assert client.sent == [], "it waits for the database first"
     return subs, client
 
 
-def replaced(version: Literal["5", "3.1.1"] = "5") -> tuple[Subscriptions, Any]:
-    """In the middle: SUBSCRIBE is answered, UNSUBSCRIBE is not."""
-    subs, client = begun(pod(0, SHARED, mqtt_version=version), present=True)
+def started_replacement(version: Literal["5", "3.1.1"] = "5") -> tuple[Subscriptions, Any]:
+    """A replacement with SUBACK, and without UNSUBACK yet."""
+    subs, client = started(pod(0, SHARED, mqtt_version=version), present=True)
     subs.handle_claim(Claim(held=[PLAIN], stale=[PLAIN]))
     demoted = {SHARED: 1, PLAIN: 0} if version == "5" else {SHARED: 1}
-    assert client.news() == [("subscribe", demoted)]
+    assert client.new_packets() == [("subscribe", demoted)]
     subs.handle_suback(1, [GRANTED, GRANTED])
-    assert client.news() == [("unsubscribe", [PLAIN])]
+    assert client.new_packets() == [("unsubscribe", [PLAIN])]
     return subs, client
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
-def test_replacement(version: Literal["5", "3.1.1"]) -> None:
-    subs, client = replaced(version)
-    assert subs.replacing is (version == "5"), "Mosquitto sends one copy to older clients"
+def test_old_filter_is_unsubscribed_after_suback(version: Literal["5", "3.1.1"]) -> None:
+    subs, client = started_replacement(version)
+    assert subs.replacing is (version == "5"), "Mosquitto sends only one copy with MQTT 3.1.1"
     assert subs.events == []
     subs.handle_unsuback(2)
     assert [n.filters for n in subs.events if isinstance(n, SubscriptionsChanged)] == [[SHARED]]
     subs.start(client, None, session_present=True)
-    assert client.news() == [("subscribe", {SHARED: 1})], "on every later connection at once"
+    assert client.new_packets() == [("subscribe", {SHARED: 1})], (
+        "later connections subscribe at once"
+    )
 
 
 def test_refused_replacement_keeps_the_old_subscription() -> None:
-    subs, client = begun(pod(0, SHARED, "b"), present=True)
+    subs, client = started(pod(0, SHARED, "b"), present=True)
     subs.handle_claim(Claim(held=[PLAIN, "c"], stale=[PLAIN, "c"]))
-    client.news()
+    client.new_packets()
     subs.handle_suback(1, [REFUSED, GRANTED])
-    assert client.news() == [("subscribe", {PLAIN: 1}), ("unsubscribe", ["c"])]
+    assert client.new_packets() == [("subscribe", {PLAIN: 1}), ("unsubscribe", ["c"])]
     assert not subs.active
     subs.handle_suback(2, [GRANTED])
     subs.handle_unsuback(3)
     assert isinstance(subs.events[0], SubscriptionsChanged)
-    assert subs.events[0].filters == [SHARED, "b", PLAIN], "the old one is still in the way"
+    assert subs.events[0].filters == [SHARED, "b", PLAIN], "the old filter is still in the session"
     assert SHARED in subs.refused
 
 
-def test_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collector_waits_a_minute_for_other_pods(monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
     monkeypatch.setattr("time.monotonic", lambda: now)
-    subs, client = begun(pod(0, PLAIN), present=True)
+    subs, client = started(pod(0, PLAIN), present=True)
     waits = Claim(held=[SHARED], waiting_for=["collector-1"])
     subs.handle_claim(waits)
-    assert client.news() == [("subscribe", {SHARED: 1})], "it may be lost in a restarted broker"
+    assert client.new_packets() == [("subscribe", {SHARED: 1})], (
+        "a restarted broker may have lost it"
+    )
     subs.handle_suback(1, [GRANTED])
     assert subs.active
     forced = []
@@ -231,43 +237,43 @@ def test_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
         forced.append(event.force)
         subs.handle_claim(waits)
         assert subs.waiting_for == ["collector-1"]
-    assert client.news() == []
-    assert forced.index(True) == 60, "longer than a pod gets to end"
+    assert client.new_packets() == []
+    assert forced.index(True) == 60, "longer than the grace period of a pod"
     subs.handle_claim(Claim(held=[SHARED], stale=[SHARED]))
-    assert client.news() == [("subscribe", {PLAIN: 1, SHARED: 0})]
+    assert client.new_packets() == [("subscribe", {PLAIN: 1, SHARED: 0})]
     assert subs.waiting_for == []
 
 
 @pytest.mark.parametrize(
     ("ordinal", "present", "limit"), [(0, False, 2), (0, True, 10), (1, False, 600)]
 )
-def test_database_that_does_not_answer(
+def test_collector_subscribes_without_an_answer_of_the_database(
     ordinal: int, present: bool, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It must not cost messages: it is subscribed without an answer."""
+    """Without a subscription, messages would be lost."""
     now = time.monotonic()
     monkeypatch.setattr("time.monotonic", lambda: now)
-    subs, client = begun(pod(ordinal, SHARED), present=present)
+    subs, client = started(pod(ordinal, SHARED), present=present)
     now += limit - 0.1
     subs.check_due()
-    assert client.news() == []
+    assert client.new_packets() == []
     now += 0.2
     subs.check_due()
-    assert client.news() == [("subscribe", {SHARED: 1})]
+    assert client.new_packets() == [("subscribe", {SHARED: 1})]
     subs.handle_claim(Claim(waiting_for=["collector-9"]))
     (event,) = subs.events
     assert isinstance(event, SessionStart)
     assert event.force, "too late to wait"
     subs.handle_claim(Claim(held=[PLAIN], stale=[PLAIN]))
-    assert client.news() == [("subscribe", {SHARED: 1, PLAIN: 0})]
+    assert client.new_packets() == [("subscribe", {SHARED: 1, PLAIN: 0})]
 
 
-def test_leaving_while_it_waits() -> None:
-    subs, client = begun(pod(1, SHARED), present=False)
+def test_waiting_collector_can_unsubscribe() -> None:
+    subs, client = started(pod(1, SHARED), present=False)
     subs.handle_claim(Claim(waiting_for=["collector-0"]))
     subs.unsubscribe_all()
     subs.handle_claim(Claim())
-    assert client.news() == [("unsubscribe", [SHARED])]
+    assert client.new_packets() == [("unsubscribe", [SHARED])]
     subs.handle_unsuback(1)
     (event,) = subs.events
     assert isinstance(event, SubscriptionsChanged)
@@ -286,7 +292,7 @@ def row(packet: Packet) -> bytes:
 
 
 def read(subs: Subscriptions, packets: list[Packet]) -> list[Packet]:
-    """Let it read packets; return those that it keeps."""
+    """Pass packets to `drop_copies`; return those that it keeps."""
     rows, tags = [row(p) for p in packets], [(0x30 | p[2] << 1) << 16 for p in packets]
     kept = subs.drop_copies(ReadBatch(None, rows, tags, 0.0, 0.0)).rows
     rest = iter(zip(rows, packets, strict=True))
@@ -298,7 +304,7 @@ publishes = st.lists(
         st.sampled_from(["iot/data", "iot/data", "iot/data", "other"]),
         st.sampled_from([b"1", b"2"]),
         st.integers(0, 2),
-        st.booleans(),  # whether the group's message is ours
+        st.booleans(),  # whether we get the message of the shared subscription
     ),
     max_size=30,
 )
@@ -306,11 +312,11 @@ publishes = st.lists(
 
 @settings(max_examples=500)
 @given(publishes, st.booleans(), st.lists(st.integers(1, 5)))
-def test_no_message_is_dropped_or_doubled(
+def test_copies_are_dropped_and_messages_are_not(
     published: list[tuple[str, bytes, int, bool]], old_first: bool, reads: list[int]
 ) -> None:
-    """Whatever is published, with equal payloads, however it is split into reads."""
-    subs, _ = replaced()
+    """With any messages, also with equal payloads, and split into reads in any way."""
+    subs, _ = started_replacement()
     stream: list[Packet] = []
     expected: list[Packet] = []
     for topic, payload, qos, ours in published:
@@ -321,8 +327,8 @@ def test_no_message_is_dropped_or_doubled(
         copies = [(topic, payload, 0)] + [(topic, payload, min(qos, 1))] * ours
         stream += copies if old_first else copies[::-1]
         expected += [(topic, payload, min(qos, 1))] * ours
-    # A lone copy before a pair is the one case that cannot be told: it is stored.
-    unsure = sum(
+    # A single copy before a pair of equal copies cannot be recognised. It is stored.
+    unrecognised = sum(
         1 for a, b in itertools.pairwise(published) if a[:2] == b[:2] and not (a[3] and b[3])
     )
     found: list[Packet] = []
@@ -332,11 +338,11 @@ def test_no_message_is_dropped_or_doubled(
         stream = stream[size:]
     lost, more = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
     assert not lost
-    assert more.total() <= unsure
+    assert more.total() <= unrecognised
 
 
-def test_copies_end_with_the_answer() -> None:
-    subs, client = replaced()
+def test_copies_are_dropped_until_unsuback() -> None:
+    subs, client = started_replacement()
     assert read(subs, [("iot/data", b"1", 0)]) == []
     client.message_count = 1
     subs.handle_unsuback(2)
@@ -345,8 +351,8 @@ def test_copies_end_with_the_answer() -> None:
     assert not subs.replacing
 
 
-def test_copies_begin_with_the_answer() -> None:
-    subs, client = begun(pod(0, SHARED), present=True)
+def test_copies_are_dropped_from_suback_on() -> None:
+    subs, client = started(pod(0, SHARED), present=True)
     subs.handle_claim(Claim(held=[PLAIN], stale=[PLAIN]))
     client.message_count = 2
     subs.handle_suback(1, [GRANTED, GRANTED])

@@ -1,4 +1,4 @@
-"""The summaries: latest values, topics and rollups equal what the messages say."""
+"""The summaries: latest values, topics and rollups agree with the messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from iot_collector.settings import Settings
 
 from testing.postgres import Database
 
-START = datetime(2026, 3, 1, 10, 0, tzinfo=UTC)  # of the summaries
+START = datetime(2026, 3, 1, 10, 0, tzinfo=UTC)  # the summaries start here
 LATEST = "SELECT topic, name, time, value, text FROM latest ORDER BY 1, 2"
 TRUE_LATEST = (
     "SELECT DISTINCT ON (topic, name) topic, name, time, value, text FROM readings"
@@ -52,20 +52,23 @@ def store(
 
 
 def update(database: Database, seconds: float, client: str = "a") -> float:
-    """A step by a collector that has stored all of its messages until then."""
+    """Update by a client that has stored all its messages up to ``seconds`` after START.
+
+    :returns: by how many seconds the summaries are behind.
+    """
     bound = START + timedelta(seconds=seconds)
     behind: float = database.query("SELECT update_summaries(%s, %s)", client, bound)[0][0]
     return behind
 
 
-def finish(database: Database, seconds: float) -> None:
+def update_fully(database: Database, seconds: float) -> None:
     for _ in range(1000):
         if update(database, seconds) <= 0:
             return
     pytest.fail("the summaries are never up to date")
 
 
-def check(database: Database) -> None:
+def assert_equal_to_messages(database: Database) -> None:
     assert database.query(LATEST) == database.query(TRUE_LATEST)
     assert database.query(TOPICS) == database.query(TRUE_TOPICS)
     for unit in ("minute", "hour"):
@@ -73,51 +76,52 @@ def check(database: Database) -> None:
         assert database.query(kept) == database.query(true)
 
 
-def random_message(chance: random.Random) -> tuple[str, str]:
-    name, value = chance.choice("xy"), chance.choice((1, -2.5, 0.001, 7))
-    return f"t/{chance.randrange(3)}", f'{{"{name}": {value}, "on": true, "s": "é"}}'
+def random_message(rng: random.Random) -> tuple[str, str]:
+    name, value = rng.choice("xy"), rng.choice((1, -2.5, 0.001, 7))
+    return f"t/{rng.randrange(3)}", f'{{"{name}": {value}, "on": true, "s": "é"}}'
 
 
 def test_summaries_equal_the_messages(summaries: Database) -> None:
-    """In the order of time, with pauses of up to a quarter of an hour."""
-    chance, seconds = random.Random(1), 0.0
+    """The messages arrive in order of time, with pauses of up to a quarter of an hour."""
+    rng, seconds = random.Random(1), 0.0
     for _ in range(40):
-        for _ in range(chance.randrange(6)):
-            store(summaries, seconds, *random_message(chance))
-            seconds += chance.choice((0, 1, 70, 900))
+        for _ in range(rng.randrange(6)):
+            store(summaries, seconds, *random_message(rng))
+            seconds += rng.choice((0, 1, 70, 900))
         update(summaries, seconds)
-    finish(summaries, seconds + 1)
-    check(summaries)
+    update_fully(summaries, seconds + 1)
+    assert_equal_to_messages(summaries)
 
 
-def test_late_messages(summaries: Database) -> None:
-    """A collector is taken for gone, and comes back with old messages."""
-    chance = random.Random(2)
+def test_late_messages_are_summarized(summaries: Database) -> None:
+    """A collector counts as gone, and later stores old messages."""
+    rng = random.Random(2)
     gone: list[tuple[float, str, str]] = []
     for seconds in range(0, 9000, 100):
-        store(summaries, seconds, *random_message(chance))
-        gone.append((seconds + 50, *random_message(chance)))
+        store(summaries, seconds, *random_message(rng))
+        gone.append((seconds + 50, *random_message(rng)))
         if seconds == 3000:
             update(summaries, 0, "gone")
             summaries.query("UPDATE summary_bounds SET renewed_at = now() - interval '1 hour'")
         if seconds > 3000:
             update(summaries, seconds)
-    finish(summaries, 9000)
-    check(summaries)
+    update_fully(summaries, 9000)
+    assert_equal_to_messages(summaries)
     for n, message in enumerate(gone):
         if n % 10 == 0:
             assert update(summaries, message[0], "gone") > 0
         store(summaries, *message)
     update(summaries, 9001, "gone")
-    finish(summaries, 9001)
-    summaries.query("DELETE FROM topics")  # their number is that of the messages in time
+    update_fully(summaries, 9001)
+    # Late messages are not counted in topics.
+    summaries.query("DELETE FROM topics")
     summaries.query(f"INSERT INTO topics {TRUE_TOPICS}")
-    check(summaries)
+    assert_equal_to_messages(summaries)
 
 
-def test_a_retried_dead_letter_is_summarized(summaries: Database) -> None:
+def test_retried_dead_letter_is_summarized(summaries: Database) -> None:
     store(summaries, 10, "t", '{"x": 1}')
-    finish(summaries, 4000)
+    update_fully(summaries, 4000)
     summaries.query(
         "INSERT INTO dead_letters (received_at, topic, payload, qos, retained, reason, sqlstate)"
         " VALUES (%s, 't', '{\"x\": 5}', 1, false, '', '')",
@@ -126,12 +130,12 @@ def test_a_retried_dead_letter_is_summarized(summaries: Database) -> None:
     ((letter_id,),) = summaries.query("SELECT id FROM dead_letters")
     settings = Settings(database_url=summaries.url, database_password=summaries.password)
     assert list(retry(settings, [letter_id])) == [(letter_id, None)]
-    finish(summaries, 4000)
+    update_fully(summaries, 4000)
     assert summaries.query("SELECT value FROM latest") == [(5,)]
     assert summaries.query("SELECT count, average FROM readings_by_hour") == [(2, 3.0)]
 
 
-def test_nothing_is_processed_while_a_collector_still_has_it(summaries: Database) -> None:
+def test_summaries_wait_for_the_slowest_collector(summaries: Database) -> None:
     store(summaries, 5, "t", '{"x": 1}')
     update(summaries, 10, "slow")
     store(summaries, 20, "t", '{"x": 2}')
@@ -140,25 +144,25 @@ def test_nothing_is_processed_while_a_collector_still_has_it(summaries: Database
     store(summaries, 15, "u", '{"x": 3}')
     update(summaries, 100, "slow")
     update(summaries, 100, "fast")
-    check(summaries)
+    assert_equal_to_messages(summaries)
 
 
-def test_a_retained_message_is_no_sign_of_life(summaries: Database) -> None:
+def test_retained_messages_do_not_count_as_activity(summaries: Database) -> None:
     store(summaries, 1, "t", '{"x": 1}')
     store(summaries, 2, "t", '{"x": 1}', True)
     store(summaries, 3, "u", '{"x": 1}', True)
-    finish(summaries, 10)
-    check(summaries)
+    update_fully(summaries, 10)
+    assert_equal_to_messages(summaries)
     assert [row[:1] + row[3:] for row in summaries.query(TOPICS)] == [("t", 1)]
 
 
-def test_what_cannot_be_indexed_is_left_out(summaries: Database) -> None:
-    """Random text, because PostgreSQL compresses what it puts into an index."""
+def test_names_too_long_for_the_index_are_left_out(summaries: Database) -> None:
+    """The text is random, because PostgreSQL compresses index entries."""
     noise = "".join(map(chr, random.Random(3).choices(range(0x4E00, 0x9FFF), k=3000)))
     store(summaries, 1, "t", f'{{"{noise}": 1, "x": 2}}')
     store(summaries, 2, noise[:800], '{"x": 1}')
     store(summaries, 3, "t", '{"huge": 1e400, "tiny": 1e-400, "deep": [[{"x": -1e9999}]]}')
-    finish(summaries, 10)
+    update_fully(summaries, 10)
     assert summaries.query("SELECT topic, name FROM latest ORDER BY 1, 2") == [
         ("t", "deep[0][0].x"),
         ("t", "huge"),
@@ -169,7 +173,7 @@ def test_what_cannot_be_indexed_is_left_out(summaries: Database) -> None:
     assert averages == [(-1e150,), (1e150,), (0.0,), (2.0,)]
 
 
-def test_silent_topics(summaries: Database) -> None:
+def test_topic_that_missed_its_usual_intervals_is_silent(summaries: Database) -> None:
     summaries.query("SELECT ensure_partitions(now() - interval '1 day', 1)")
     summaries.query("UPDATE summary_progress SET processed_until = now() - interval '9 minutes'")
     for topic, interval, until in (("often", 1, 60), ("rarely", 60, 5), ("alive", 2, 1)):
@@ -186,32 +190,34 @@ def test_silent_topics(summaries: Database) -> None:
     assert (topic, interval) == ("often", timedelta(seconds=1))
     assert 60 < missed < 90
     count = "SELECT count_silent_topics(10), count_silent_topics(100)"
-    assert summaries.query(count) == [(0, 0)]  # it sent for some seconds only, as a test does
+    assert summaries.query(count) == [
+        (0, 0)
+    ]  # topics that sent for only a few seconds do not count
     summaries.query("UPDATE topics SET first_seen = first_seen - interval '1 hour'")
     assert summaries.query(count) == [(1, 0)]
 
 
-def test_a_pause_counts_little_in_the_usual_interval(summaries: Database) -> None:
+def test_single_pause_hardly_changes_the_usual_interval(summaries: Database) -> None:
     for seconds in (0, 10, 20, 30, 4000, 4010, 4020):
         store(summaries, seconds, "t", "{}")
-        finish(summaries, seconds + 1)
+        update_fully(summaries, seconds + 1)
     ((usual,),) = summaries.query("SELECT usual_seconds FROM topics")
     assert 10 < usual < 20
 
 
-def test_minutes_are_kept_for_a_month_and_hours_for_ever(summaries: Database) -> None:
+def test_minute_rollups_are_kept_a_month_and_hour_rollups_forever(summaries: Database) -> None:
     store(summaries, 1, "t", '{"x": 1}')
-    finish(summaries, 10)
+    update_fully(summaries, 10)
     later = START + timedelta(days=32)
     summaries.query("UPDATE summary_progress SET processed_until = %s", later)
-    finish(summaries, timedelta(days=33).total_seconds())
+    update_fully(summaries, timedelta(days=33).total_seconds())
     assert (summaries.count("readings_by_minute"), summaries.count("readings_by_hour")) == (0, 1)
 
 
-def test_the_summaries_of_an_existing_database_start_with_its_oldest_partition(
+def test_summaries_start_with_the_oldest_partition(
     own_database: Database,
 ) -> None:
-    """As the migration finds it."""
+    """When the migration runs on an existing database."""
     own_database.query("SELECT ensure_partitions('2026-01-01 00:00+00', 1)")
     sql = next(sql for name, sql in migrations() if name.endswith("_summaries"))
     start = sql[sql.index("INSERT INTO summary_progress") :].partition(";")[0]

@@ -1,4 +1,4 @@
-"""``iot-collector top``: what it draws, and that nothing from a device reaches the terminal raw."""
+"""The output of ``iot-collector top``, and its escaping of text from devices."""
 
 import base64
 import io
@@ -76,7 +76,7 @@ def lines(shown: Picture, **layout: Any) -> list[str]:
 
 
 def topics(shown: Picture, sort: str) -> list[str]:
-    """The labels of a picture, with their indentation."""
+    """The topic column of a picture, with indentation."""
     found = lines(shown, sort=sort)
     head = next(i for i, line in enumerate(found) if "TOPIC" in line)
     start, end = found[head].index("TOPIC"), found[head].index("  LAST VALUE")
@@ -89,7 +89,7 @@ def topics(shown: Picture, sort: str) -> list[str]:
     st.none() | st.integers(20, 130),
     st.integers(1, 40),
 )
-def test_nothing_reaches_the_terminal_raw(
+def test_lines_are_printable_and_fit_the_width(
     texts: list[str], sort: str, width: int | None, height: int
 ) -> None:
     fault = texts[0]
@@ -109,7 +109,7 @@ def test_nothing_reaches_the_terminal_raw(
     assert any("TOPIC" in line for line in found)
 
 
-def test_markup_and_emoji_names_stay_text() -> None:
+def test_markup_and_emoji_names_are_shown_as_text() -> None:
     shown = picture(*(row(f"{i}/{text}", value=text) for i, text in enumerate(HOSTILE)))
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, color_system="standard", width=150)
@@ -117,14 +117,14 @@ def test_markup_and_emoji_names_stay_text() -> None:
     text = output.getvalue()
     assert text.count("[red]markup[/red][/]") == 2
     assert text.count(":smile:") == 2
-    # All that is left beside text: attributes such as bold, and colours.
+    # Apart from colours and attributes such as bold, everything is printable.
     rest = re.sub(r"\x1b\[[0-9;]*m|\n", "", text)
     assert rest.isprintable()
     assert "⟨001B⟩]0;title⟨0007⟩" in rest
     assert "⟨202E⟩right-to-left⟨2066⟩" in rest
 
 
-def test_sorts() -> None:
+def test_topics_are_sorted_by_rate_age_and_name() -> None:
     shown = picture(
         row("b/x/2", 5, age=100),
         row("b/x/1", 7, age=50),
@@ -141,19 +141,19 @@ def test_sorts() -> None:
     assert topics(shown, "age") == [
         *("c/d/e", "c/d/f", "b/y", "lonely/deep/topic", "b", "b/x/1", "b/x/2", "a"),
     ]
-    # The same tree as on the page: levels with nothing to choose from are in one line.
+    # The same tree as on the live page: levels with only one child share a line.
     assert topics(shown, "topic") == [
         *("a", "b", "  x/", "    1", "    2", "  y", "c/d/", "  e", "  f", "lonely/deep/topic"),
     ]
 
 
-def test_a_deep_tree_is_drawn() -> None:
-    """Topics that differ in each of 2 000 levels, more than Python may recurse."""
+def test_deep_tree_is_drawn() -> None:
+    """Topics differ in up to 2 000 levels, which is more than Python's recursion limit."""
     shown = picture(*(row("a/" * depth + "b") for depth in range(0, 2000, 10)))
     assert len(topics(shown, "topic")) >= 200
 
 
-def test_numbers_of_a_row() -> None:
+def test_row_shows_count_rate_and_age() -> None:
     shown = picture(row("plant/1", 180, 65, "temperature 23"), row("old", 0, 7200))
     assert lines(shown)[-3:] == [
         "LAST 60 s  RATE    AGE  TOPIC    LAST VALUE",
@@ -162,11 +162,11 @@ def test_numbers_of_a_row() -> None:
     ]
 
 
-def test_fits_the_terminal() -> None:
+def test_table_fits_the_terminal() -> None:
     shown = picture(*(row(f"plant/hall-{i}/line-3/temperature") for i in range(100)))
     for width in (50, 80, 120):
         found = lines(shown, width=width, height=24)
-        assert len(found) == 23  # one is left for the keys
+        assert len(found) == 23  # one line is for the keys
         rows = [line for line in found if line.endswith("23")]
         assert len(rows) >= 12
         assert all(re.search(r"plant/\S+/temperature ", line) for line in rows)
@@ -174,7 +174,7 @@ def test_fits_the_terminal() -> None:
     assert "LAST 60 s" not in "".join(lines(shown, width=50))
 
 
-def test_the_state_in_words() -> None:
+def test_head_describes_the_state() -> None:
     assert lines(picture(row("a")))[:4] == [
         "Every message is being stored",
         "This collector (collector-0, version 1.2.3): broker 127.0.0.1:1883 connected, "
@@ -202,7 +202,7 @@ def test_the_state_in_words() -> None:
     assert "Measuring the rates" in lines(Picture(HEALTH))[2]
 
 
-def test_an_empty_list_says_why() -> None:
+def test_empty_list_is_explained() -> None:
     assert "No topic matches" in lines(picture(), filter="plant/#")[-1]
     assert lines(picture())[-1].endswith("stores what is published under iot/data, plant/#")
     assert lines(Picture(HEALTH))[-1] == "Reading the topics …"
@@ -227,11 +227,11 @@ def test_an_empty_list_says_why() -> None:
         (None, "ab€".encode()[:-1], "61 62 e2 82"),
     ],
 )
-def test_value(fields: Any, payload: bytes, text: str) -> None:
+def test_value_is_shown_as_text(fields: Any, payload: bytes, text: str) -> None:
     assert value_text(fields, base64.b64encode(payload).decode(), len(payload)) == text
 
 
-def test_value_that_is_cut() -> None:
+def test_long_value_is_truncated() -> None:
     assert value_text(None, base64.b64encode("ab€".encode()[:-1]).decode(), 9) == "ab…"
     deep: Any = 1
     for _ in range(500):
@@ -239,7 +239,7 @@ def test_value_that_is_cut() -> None:
     assert value_text(deep, "", 1000) == "…"
 
 
-def test_numbers_that_python_does_not_convert() -> None:
+def test_number_with_too_many_digits_is_shown_as_inf() -> None:
     event = (
         b'event: flat\ndata: {"complete":true,"list":{"window":60,"matching":1,"rows":[%b]}}\n\n'
     )
@@ -249,7 +249,7 @@ def test_numbers_that_python_does_not_convert() -> None:
     assert shown.rows == [Row("a", 1, 1.5, "inf")]
 
 
-def test_rates_and_ages() -> None:
+def test_rates_and_ages_have_units() -> None:
     rates = {0: "0/s", 1 / 60: "1/min", 0.5: "0.5/s", 99.7: "100/s", 12_345.6: "12,346/s"}
     assert {rate: rate_text(rate) for rate in rates} == rates
     ages = {-3: "now", 0.9: "now", 59: "59 s", 61: "1 min", 90_000: "25 h", 200_000: "2 d"}
@@ -275,12 +275,12 @@ FILTERS = st.lists(LEVELS | st.just("+"), min_size=1, max_size=4).flatmap(
 @example("#", "$SYS/a")
 @example("+/a", "$SYS/a")
 @example("a/#", "a")
-def test_filters_match_as_mqtt_says(topic_filter: str, topic: str) -> None:
+def test_filters_match_as_in_mqtt(topic_filter: str, topic: str) -> None:
     expected = topic_matches_sub(topic_filter, topic)
     assert bool(re.fullmatch(pattern(topic_filter), topic, re.DOTALL)) == expected
 
 
-def test_filters_match_the_same_in_postgresql(empty_database: Database) -> None:
+def test_filters_match_equally_in_postgresql(empty_database: Database) -> None:
     filters = ["#", "+", "+/+", "a/#", "a/+", "a b/#", ".*/(", "$SYS/#", "€/\\/%s", "+/a\nb", "/#"]
     names = ["a", "a/b", "a/b/c", "ab", "a b/c", ".*/(", "$SYS/x", "€/\\/%s", "a/a\nb", "", "/"]
     pairs = [[pattern(valid_filter(f)), name] for f in filters for name in names]
@@ -293,13 +293,13 @@ def test_filters_match_the_same_in_postgresql(empty_database: Database) -> None:
     assert pattern("$share/group/a/+") == pattern("a/+")
 
 
-def test_a_list_is_bounded() -> None:
+def test_limits_of_a_list_are_checked() -> None:
     for wrong in ({"limit": 201}, {"limit": 0}, {"filter": "a/#/b"}, {"filter": "a" * 1001}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             FlatList.model_validate({"filter": "#", "sort": "rate", "limit": 200} | wrong)
 
 
-def test_url() -> None:
+def test_default_url_and_valid_urls() -> None:
     for host, url in {
         "127.0.0.1": "http://127.0.0.1:3100",
         "0.0.0.0": "http://127.0.0.1:3100",
@@ -322,7 +322,7 @@ def test_url() -> None:
 
 
 class Followed(Feed):
-    """Notes which lists are asked for, in place of asking."""
+    """Records the requested lists, and makes no requests."""
 
     def __init__(self) -> None:
         super().__init__("http://127.0.0.1:1")
@@ -332,7 +332,7 @@ class Followed(Feed):
         self.asked.append((flat["filter"], flat["sort"]))
 
 
-def test_keys() -> None:
+def test_keys_change_sort_and_filter() -> None:
     feed, layout = Followed(), Layout("#", "rate")
     keys = _Keys(feed, layout)
     for typed in (

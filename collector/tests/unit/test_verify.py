@@ -1,4 +1,4 @@
-"""``iot-collector verify``: follows a message, and says which step failed."""
+"""``iot-collector verify`` follows a message and reports the step that failed."""
 
 import json
 import threading
@@ -22,7 +22,7 @@ RULE = {"name": "CollectorDown", "health": "ok"}
 
 @contextmanager
 def prometheus(*rules: dict[str, str], scraped: int = 1_000_000) -> Iterator[str]:
-    """A stand-in for the two parts of Prometheus's HTTP API that are asked; yield its address."""
+    """A stand-in for two endpoints of the Prometheus HTTP API; yields its address."""
     answers: dict[str, object] = {
         "query": {"result": [{"value": [0, str(scraped)]}]},
         "rules": {"groups": [{"rules": rules}]},
@@ -66,7 +66,9 @@ def address(settings: Settings) -> str:
     return f"{HOST}:{settings.http_port}"
 
 
-def test_message_is_followed(settings: Settings, database: Database) -> None:
+def test_message_is_followed_from_broker_to_prometheus(
+    settings: Settings, database: Database
+) -> None:
     with prometheus(RULE, RULE) as where:
         done = run_command(
             "verify",
@@ -85,10 +87,10 @@ def test_message_is_followed(settings: Settings, database: Database) -> None:
     assert database.count() == 1
 
 
-def test_message_of_somebody_else_is_followed(
+def test_message_of_another_publisher_is_followed(
     settings: Settings, broker: Mosquitto, database: Database
 ) -> None:
-    """Where the account may read and not publish; the message may be stored before we look."""
+    """For accounts that may not publish. The message can be stored before verify starts."""
     publish(broker, [("iot/data", b"of somebody else")])
     eventually(lambda: database.count() == 1)
     with prometheus(RULE, scraped=1) as where:
@@ -96,7 +98,7 @@ def test_message_of_somebody_else_is_followed(
             "verify",
             f"--prometheus={where}",
             "--published=of somebody else",
-            IOT_MQTT_URL="mqtt://127.0.0.1:1",  # nobody is there
+            IOT_MQTT_URL="mqtt://127.0.0.1:1",  # no broker listens there
             IOT_HTTP_PORT=str(settings.http_port),
             **database.environment(),
         )
@@ -106,7 +108,7 @@ def test_message_of_somebody_else_is_followed(
     assert database.count() == 1
 
 
-def test_message_of_somebody_else_that_did_not_come(
+def test_missing_message_of_another_publisher_is_reported(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify_module, "_TIMEOUT", 1.0)
@@ -114,14 +116,16 @@ def test_message_of_somebody_else_that_did_not_come(
         list(verify(settings, address(settings), where, "never published"))
 
 
-def test_message_that_is_not_stored(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_that_is_not_stored_is_reported(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verify_module, "_TIMEOUT", 2.0)
     elsewhere = settings.model_copy(update={"mqtt_topics": ["not/stored"]})
     with prometheus(RULE) as where, pytest.raises(VerificationError, match="not in the table"):
         list(verify(elsewhere, address(settings), where))
 
 
-def test_prometheus_that_scrapes_nothing(
+def test_prometheus_that_scrapes_nothing_is_reported(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify_module, "_TIMEOUT", 2.0)
@@ -139,12 +143,14 @@ def test_prometheus_that_scrapes_nothing(
         ([RULE, {"name": "Broken", "health": "err", "lastError": "no"}], "Broken: no"),
     ],
 )
-def test_alert_rules_that_fail(rules: list[dict[str, str]], fault: str, settings: Settings) -> None:
+def test_missing_or_failing_alert_rules_are_reported(
+    rules: list[dict[str, str]], fault: str, settings: Settings
+) -> None:
     with prometheus(*rules) as where, pytest.raises(VerificationError, match=fault):
         list(verify(settings, address(settings), where))
 
 
-def test_collector_that_does_not_run(database: Database) -> None:
+def test_stopped_collector_is_reported(database: Database) -> None:
     done = run_command("verify", f"--collector={HOST}:{free_port()}", **database.environment())
     assert done.returncode == 1
     assert done.stderr.startswith("verify: the collector at ")
