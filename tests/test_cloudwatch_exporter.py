@@ -195,7 +195,7 @@ def test_off_by_default_and_removed_when_it_is_switched_off(
     ("variables", "said"),
     [
         ({"cloudwatch_exporter_role_arn": ""}, 'cloudwatch_exporter_role_arn is "". Set it to'),
-        ({"iot_platform": "host"}, "the exporter runs on Kubernetes alone. Set"),
+        ({"iot_platform": "host"}, "the exporter runs only on Kubernetes. Set"),
     ],
 )
 def test_a_wrong_setting_stops_the_run(

@@ -604,9 +604,9 @@ def test_a_namespace_of_somebody_else(empty: Cluster) -> None:
     [
         (
             {"kube_context": "elsewhere"},
-            ["The cluster is not reached", "elsewhere", "-e kube_context="],
+            ["The cluster cannot be reached", "elsewhere", "-e kube_context="],
         ),
-        ({"kubeconfig": "/nowhere"}, ["The cluster is not reached", "/nowhere", "-e kubeconfig="]),
+        ({"kubeconfig": "/nowhere"}, ["The cluster cannot be reached", "/nowhere", "-e kubeconfig="]),
         ({"iot_storage_class": "fast"}, ["iot_storage_class is fast", "one of: standard"]),
         (
             {"collector_image": ""},

@@ -101,7 +101,7 @@ def test_it_fails_for_a_program_that_does_not_run(
     installation.supervised("FATAL", collector.pid)
     failed, printed = installation.status("--next")
     assert failed == 1
-    assert "playbooks/host.yml` (`make up`) starts what does not run" in printed
+    assert "playbooks/host.yml` (`make up`) starts the programs that do not run" in printed
 
 
 def test_it_names_what_runs_from_replaced_files(installation: Installation, tmp_path: Path) -> None:
