@@ -152,7 +152,9 @@ def show_next(status: Status) -> None:
     """Print commands to try."""
     services = status.services
     if not status.running:
-        print(f"\nNext: {START} starts the programs that do not run; their logs say why they stopped.")
+        print(
+            f"\nNext: {START} starts the programs that do not run; their logs say why they stopped."
+        )
     elif not status.well:
         print(f"\nNext: see the reasons above and {services['collector']['log']}.")
     else:
@@ -177,7 +179,11 @@ def main() -> int:
     parser.add_argument("--next", action="store_true", help="add commands to try")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--wait", type=float, default=0, metavar="SECONDS", help="wait up to SECONDS until everything works"
+        "--wait",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="wait up to SECONDS until everything works",
     )
     parser.add_argument(
         "--messages", action="store_true", help="also fail if no message is in the table"
