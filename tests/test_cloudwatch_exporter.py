@@ -195,7 +195,7 @@ def test_exporter_is_off_by_default_and_can_be_removed(
     ("variables", "said"),
     [
         ({"cloudwatch_exporter_role_arn": ""}, 'cloudwatch_exporter_role_arn is "". Set it to'),
-        ({"iot_platform": "host"}, "the exporter runs on Kubernetes alone. Set"),
+        ({"iot_platform": "host"}, "the exporter runs only on Kubernetes. Set"),
     ],
 )
 def test_wrong_setting_stops_the_run(

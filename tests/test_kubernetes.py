@@ -62,7 +62,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         stand_in.ask("never-ready", {"postgres/init": "CrashLoopBackOff"})
         interrupted = cluster.run("local", iot_ready_seconds=3, **RECEIVER)
         assert interrupted.returncode != 0
-        for text in ("postgres is not ready", "init: CrashLoopBackOff", "it goes on from here"):
+        for text in ("postgres is not ready", "init: CrashLoopBackOff", "It continues from here"):
             assert text in interrupted.stdout
         sets = {w["metadata"]["name"] for w in cluster.objects("StatefulSet")}
         assert sets == {"mosquitto", "postgres"}  # nothing that comes after it
@@ -278,13 +278,13 @@ def test_a_volume_keeps_its_class_and_size(cluster: Cluster, mode: list[str]) ->
     assert done.returncode != 0
     shown = " ".join(done.stdout.replace("\\n", " ").split())
     for text in (
-        "iot_storage_class is fast, but grafana was deployed without a iot_storage_class "
+        "iot_storage_class is fast, but grafana was deployed without an iot_storage_class "
         "(its volume has standard).",
         "Next: set iot_storage_class to nothing again, or move",
         "postgres_volume_size is 20Gi, but postgres was deployed with 10Gi. The storage class "
         "standard has no allowVolumeExpansion: true",
-        "mosquitto_volume_size is 1Gi, but mosquitto was deployed with 2Gi. A volume cannot get "
-        "smaller.",
+        "mosquitto_volume_size is 1Gi, but mosquitto was deployed with 2Gi. "
+        "A volume cannot shrink.",
     ):
         assert text in shown
     assert cluster.objects() == before
@@ -300,7 +300,7 @@ def test_a_volume_keeps_its_class_and_size(cluster: Cluster, mode: list[str]) ->
         ("InvalidImageName", "InvalidImageName", "set web_image"),
         ("CrashLoopBackOff", "ended with Error, exit code 1", "kubectl -n iot-system logs web-0"),
         ("Unschedulable", "Insufficient memory", "lower web's resources"),
-        ("NotReady", "it runs and is not ready", "kubectl -n iot-system logs web-0"),
+        ("NotReady", "it runs but is not ready", "kubectl -n iot-system logs web-0"),
         ("storage", "storageclass.storage.k8s.io", "set iot_storage_class"),
     ],
 )
@@ -386,12 +386,12 @@ def volume(size: str, storage_class: str = "", *, grows: bool = True) -> list[Ob
         ("1Gi", "", [], ""),
         ("1Gi", "", volume("1Gi"), ""),
         ("1024Mi", "fast", volume("1Gi", "fast"), ""),
-        ("1GB", "", [], "size is 1GB, which is no size: write 10Gi."),
-        ("0", "", [], "size is 0, which is no size"),
-        ("1Gi", "fast", volume("1Gi"), "without a iot_storage_class (its volume has standard)"),
+        ("1GB", "", [], "size is 1GB, which is not a size such as 10Gi."),
+        ("0", "", [], "size is 0, which is not a size"),
+        ("1Gi", "fast", volume("1Gi"), "without an iot_storage_class (its volume has standard)"),
         ("1Gi", "", volume("1Gi", "fast"), "Next: set iot_storage_class to fast again, or move"),
         ("2Gi", "", volume("1Gi", grows=False), "Next: set size to 1Gi again, or move"),
-        ("1Gi", "", volume("2Gi"), "A volume cannot get smaller.\nNext: set size to 2Gi again"),
+        ("1Gi", "", volume("2Gi"), "A volume cannot shrink.\nNext: set size to 2Gi again"),
         (
             *("2Gi", "", volume("1Gi")),
             "  kubectl -n iot-system patch pvc data-web-0 -p "
@@ -565,13 +565,13 @@ def test_the_last_time_of_an_event_that_repeats() -> None:
 
 
 def test_no_reason_and_what_was_once() -> None:
-    assert "The cluster names no reason." in not_ready("web", "Late.", NAMESPACE, [])
+    assert "The cluster gives no reason." in not_ready("web", "Late.", NAMESPACE, [])
     pod = replica("web-0", ready=False, restartCount=1)
     event = warning("Pod", "web-0", 13, "ImagePullBackOff")
     message = not_ready("web", "", NAMESPACE, [pod, event])
     assert "ImagePullBackOff" in message
     # What is wrong now decides.
-    assert "ask it why" in message.rpartition("Next: ")[2]
+    assert "see why in its log" in message.rpartition("Next: ")[2]
 
 
 def create(cluster: Cluster, kind: str, body: Object) -> None:
@@ -604,9 +604,12 @@ def test_a_namespace_of_somebody_else(empty: Cluster) -> None:
     [
         (
             {"kube_context": "elsewhere"},
-            ["The cluster is not reached", "elsewhere", "-e kube_context="],
+            ["The cluster cannot be reached", "elsewhere", "-e kube_context="],
         ),
-        ({"kubeconfig": "/nowhere"}, ["The cluster is not reached", "/nowhere", "-e kubeconfig="]),
+        (
+            {"kubeconfig": "/nowhere"},
+            ["The cluster cannot be reached", "/nowhere", "-e kubeconfig="],
+        ),
         ({"iot_storage_class": "fast"}, ["iot_storage_class is fast", "one of: standard"]),
         (
             {"collector_image": ""},

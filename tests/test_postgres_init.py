@@ -132,5 +132,5 @@ def test_image_of_another_major_version_stops_the_init(pod: Pod) -> None:
     (pod.data / "PG_VERSION").write_text("9\n")
     done = pod.init()
     assert done.returncode == 1
-    assert "made by PostgreSQL 9" in done.stdout
+    assert "created by PostgreSQL 9" in done.stdout
     assert "postgres_image" in done.stdout

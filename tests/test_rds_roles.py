@@ -141,7 +141,7 @@ def test_plain_password_is_refused_before_it_is_sent(roles: RdsRoles, plain: str
     contents = {role: scram_verifier(word) for role, word in roles.passwords.items()}
     done = roles.run(contents | {plain: roles.passwords[plain]})
     assert done.returncode == 3
-    assert "a password is no SCRAM-SHA-256 verifier" in done.stderr
+    assert "a password is not a SCRAM-SHA-256 verifier" in done.stderr
     assert roles.passwords[plain] not in roles.server.log() + done.stderr + done.stdout
     assert roles.server.query("SELECT 1 FROM pg_roles WHERE rolname LIKE 'iot\\_r%'") == []
 

@@ -101,7 +101,7 @@ def test_status_fails_when_a_program_does_not_run(
     installation.set_status("FATAL", collector.pid)
     failed, printed = installation.status("--next")
     assert failed == 1
-    assert "playbooks/host.yml` (`make up`) starts what does not run" in printed
+    assert "playbooks/host.yml` (`make up`) starts the programs that do not run" in printed
 
 
 def test_status_names_programs_with_replaced_files(

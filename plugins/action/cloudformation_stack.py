@@ -1,30 +1,30 @@
-"""``iot.platform.cloudformation_stack``: amazon.aws.cloudformation that shows the stack's events.
+"""``iot.platform.cloudformation_stack``: amazon.aws.cloudformation that shows a stack's events.
 
 It takes the options of amazon.aws.cloudformation (``region`` is required here) and these:
 
 ``state: settled``
-    Change nothing. Wait until no operation is in progress and return what the stack is then.
+    Change nothing. Wait until no operation is in progress and return the state of the stack.
 ``protected``
-    Protect the stack from being deleted, once it is complete. ``state: absent`` takes it off first.
+    Turn on termination protection when the stack is complete. ``state: absent`` turns it off first.
 ``poll_seconds``
-    Seconds between two looks at the stack's events, 5 by default.
+    Seconds between two checks of the stack's events, 5 by default.
 
-It returns what amazon.aws.cloudformation returns, and
+It returns the results of amazon.aws.cloudformation, and
 
 ``status``
-    The stack's status, for example ``UPDATE_COMPLETE``; ``null`` where there is no stack.
+    The stack's status, for example ``UPDATE_COMPLETE``; ``null`` if there is no stack.
 ``alive``
-    Whether it can be updated. Any other stack has to be deleted before its name is free again.
+    Whether the stack can be updated. If not, it has to be deleted before it can be created again.
 ``is_protected``
-    Whether it is protected from being deleted.
+    Whether termination protection is on.
 ``outputs``, ``parameters``
-    The stack's outputs and parameters, mappings.
+    The stack's outputs and parameters, as mappings.
 ``changes``
     In check mode, one entry for each resource that would change: ``action``, ``type``, ``id``
     (logical), ``properties`` (names) and ``replacement`` (``True``, ``False`` or ``Conditional``,
     as in a change set).
 ``would_change``
-    In check mode, whether there is a change; one of tags or outputs is in no resource.
+    In check mode, whether there is a change. A change of tags or outputs is not in ``changes``.
 
 Credentials and endpoint come from the environment of ansible-playbook, as boto3 reads them.
 """
@@ -45,22 +45,22 @@ from ansible.utils.display import Display
 try:
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
-except ImportError:  # pragma: no cover - the role's preflight says so first
+except ImportError:  # pragma: no cover - the role's preflight reports it first
     boto3 = None
 
 Json = dict[str, Any]
 
-# An operation is in progress; a stack in review has no operation, only a change set that nobody has
-# executed.
+# An operation is in progress. In REVIEW_IN_PROGRESS there is none: the stack has only a change set
+# that was not executed.
 IN_PROGRESS = re.compile(r"(?<!REVIEW)_IN_PROGRESS$")
-# A stack that was never finished, or not completely deleted.
+# The stack was not created or not deleted completely.
 DEAD = {
     *("CREATE_FAILED", "ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "DELETE_FAILED"),
     *("REVIEW_IN_PROGRESS", "IMPORT_ROLLBACK_FAILED"),
 }
 # Reasons that only follow from the failure of another resource.
 CONSEQUENCE = re.compile(r"(?i)creation cancelled|update cancelled|following resource\(s\) failed")
-# What AWS and the SDK say about credentials that are missing, wrong or no longer valid.
+# Error texts of AWS and the SDK for credentials that are missing, wrong or no longer valid.
 CREDENTIALS = re.compile(
     r"ExpiredToken|RequestExpired|InvalidClientTokenId|UnrecognizedClientException|AuthFailure"
     r"|Unable to locate credentials|Token has expired|SSO session|Error loading SSO Token"
@@ -73,10 +73,10 @@ LOG_IN = (
 
 
 class Progress:
-    """What happens to one stack, from now on, as lines for a person.
+    """Shows the events of one stack, from now on, as lines of text.
 
-    ``show`` is called with each line. Resources that are done or failed are named when that
-    happens, and those that are still being worked on once a minute.
+    ``show`` is called with each line. A resource is shown when it is complete or has failed;
+    resources in progress are listed once a minute.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class Progress:
         self.stack_id = ""
         self.failures: list[str] = []
         self._under_way: dict[str, str] = {}
-        # What happened before is not shown; to find it by its time would need AWS's clock.
+        # Skip earlier events. They are found by their ID: their times are those of AWS's clock.
         self._newest = ""
         self._new_events()
 
     def look(self) -> None:
-        """Show what is new. A stack that is not there (yet) is nothing new."""
+        """Show new events. A stack that does not exist (yet) has none."""
         for event in reversed(self._new_events()):
             self._take(event)
         if self.clock() - self.shown >= 60:
@@ -128,7 +128,7 @@ class Progress:
         status, reason = event["ResourceStatus"], event.get("ResourceStatusReason", "")
         name = f"{event['ResourceType']} {event['LogicalResourceId']}"
         if event.get("PhysicalResourceId") == event["StackId"]:
-            return  # the stack itself: its end is the result of the task
+            return  # the stack itself: the result of the task shows its end
         if status.endswith("_IN_PROGRESS"):
             self._under_way[name] = name
             return
@@ -145,7 +145,7 @@ class Progress:
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
-    """Runs the module while a thread shows what the stack does."""
+    """Runs the module while a thread shows the stack's events."""
 
     def run(self, tmp: str | None = None, task_vars: Json | None = None) -> Json:
         super().run(tmp, task_vars)
@@ -189,8 +189,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
             return {"changed": False, **settle(client, stack, progress, poll)}
         if self._task.check_mode:
             return self._check(client, progress, arguments, task_vars)
-        # The module says nothing while it waits, so a thread does. What the thread cannot read is
-        # not worth stopping for: the module meets the same error.
+        # The module shows nothing while it waits, so a thread shows the events. Errors in the
+        # thread are ignored: the module gets the same errors.
         done = threading.Event()
         thread = threading.Thread(target=watch, args=(progress, done, poll), daemon=True)
         thread.start()
@@ -201,13 +201,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
         finally:
             done.set()
             thread.join(30)
-        # The module takes any error for the end of a deletion, an expired token included: ask
-        # again.
+        # While it deletes a stack, the module takes any error for success, even an expired token:
+        # check the status.
         described = describe(client, stack)
         if arguments.get("state") == "absent" and described["status"] and not result.get("failed"):
             result |= {"failed": True, "output": f"the stack is {described['status']}"}
         if result.get("failed"):
-            # Nothing else of the module's result: with some of it, Ansible prints that instead.
+            # Without the rest of the module's result: Ansible would print some of it instead.
             message = explain(stack, result, progress.failures)
             return {"failed": True, "msg": message, "status": described["status"]}
         return {**result, **described}
@@ -222,7 +222,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
             result: Json = self._execute_module(
                 "amazon.aws.cloudformation", module_args=arguments, task_vars=task_vars
             )
-            meta = result.pop("meta", None)  # a text where nothing would change
+            meta = result.pop("meta", None)  # a string if nothing would change
             changes = [change_of(entry) for entry in meta] if isinstance(meta, list) else []
         else:
             result = {"changed": True}
@@ -231,13 +231,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
             return result
         for change in changes:
             progress.show(line_of(change))
-        # Beside `changed`, which a task overrides that only wants to know.
+        # `would_change` repeats `changed`, because a task may override `changed`.
         would = {"changes": changes, "would_change": bool(result.get("changed"))}
         return {**result, **described, **would}
 
 
 def watch(progress: Progress, done: threading.Event, poll: float) -> None:
-    """Show events until ``done``, and those of the last moment."""
+    """Show events until ``done`` is set, and once more after that."""
     last = False
     while not last:
         last = done.wait(poll)
@@ -248,7 +248,7 @@ def watch(progress: Progress, done: threading.Event, poll: float) -> None:
 
 
 def settle(client: Any, stack: str, progress: Progress, poll: float) -> Json:
-    """Wait until no operation is in progress; return what `describe` says then."""
+    """Wait until no operation is in progress; return the result of `describe`."""
     described = describe(client, stack)
     if not IN_PROGRESS.search(described["status"] or ""):
         return described
@@ -263,7 +263,7 @@ def settle(client: Any, stack: str, progress: Progress, poll: float) -> Json:
 
 
 def protect(client: Any, stack: str, *, wanted: bool) -> bool:
-    """Turn the protection of a stack on or off; return whether it was otherwise."""
+    """Turn termination protection on or off; return whether that changed it."""
     if describe(client, stack)["is_protected"] == wanted:
         return False
     client.update_termination_protection(StackName=stack, EnableTerminationProtection=wanted)
@@ -271,7 +271,7 @@ def protect(client: Any, stack: str, *, wanted: bool) -> bool:
 
 
 def describe(client: Any, stack: str) -> Json:
-    """What the stack is, in the words of this module's documentation."""
+    """Return the state of the stack, with the keys that the module's docstring lists."""
     try:
         (found,) = client.describe_stacks(StackName=stack)["Stacks"]
     except ClientError as error:
@@ -293,10 +293,9 @@ def describe(client: Any, stack: str) -> Json:
 
 
 def explain(stack: str, result: Json, failures: list[str]) -> str:
-    """What went wrong, by the first resource that failed: the module says "Unknown error"."""
+    """Return an error message with the first failure: the module only says "Unknown error"."""
     said = str(result.get("msg") or "")
-    # Newest first. Without a watcher that saw the events (they were too quick) this is what there
-    # is.
+    # Newest first. Used if the thread saw no failure because the operation was too short.
     logged = [line for line in reversed(result.get("log") or []) if not CONSEQUENCE.search(line)]
     causes = failures or logged or ([said] if said and said != "Unknown error" else [])
     cause = causes[0] if causes else "CloudFormation gives no reason"
@@ -305,7 +304,7 @@ def explain(stack: str, result: Json, failures: list[str]) -> str:
 
 
 def change_of(entry: Json) -> Json:
-    """A change of a change set, as this plugin returns it."""
+    """A change of a change set, in the format that this plugin returns."""
     change = entry["ResourceChange"]
     targets = [detail.get("Target", {}) for detail in change.get("Details", [])]
     names = {target.get("Name") or target.get("Attribute") for target in targets}
@@ -319,7 +318,7 @@ def change_of(entry: Json) -> Json:
 
 
 def line_of(change: Json) -> str:
-    """A change as a line for a person."""
+    """A change as a line of text."""
     replaced = {"True": ": REPLACED", "Conditional": ": may be REPLACED"}
     names = f" ({', '.join(change['properties'])})" if change["properties"] else ""
     return (
@@ -329,14 +328,14 @@ def line_of(change: Json) -> str:
 
 
 class TemplateLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types here
-    """Reads a template without minding CloudFormation's tags (``!Ref`` and the like)."""
+    """Reads a template and ignores CloudFormation's tags (``!Ref`` and others)."""
 
 
 TemplateLoader.add_multi_constructor("!", lambda _loader, _suffix, _node: None)
 
 
 def additions(template: str) -> list[Json]:
-    """Every resource of a template, as changes: what a new stack would create."""
+    """Every resource of a template as a change: a new stack would create them."""
     resources = yaml.load(template, TemplateLoader)["Resources"]  # noqa: S506 - a SafeLoader
     return [
         {

@@ -1,10 +1,10 @@
-"""Addresses of servers, as their clients need them."""
+"""Filters that turn a server's listen address into the address for its clients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# Addresses that a server listens on but that a client cannot connect to, and the one that it can.
+# Addresses that only servers use, and the address that a client connects to instead.
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - not bound to
 
 

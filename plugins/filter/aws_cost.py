@@ -1,4 +1,4 @@
-"""The filter ``iot.platform.aws_cost``: what a deployment on AWS costs a month."""
+"""The filter ``iot.platform.aws_cost``: the monthly cost of a deployment on AWS."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ansible.errors import AnsibleFilterError
 
 DOCUMENTATION = """
 name: aws_cost
-short_description: What a deployment on AWS costs a month, at list prices
+short_description: The monthly cost of a deployment on AWS, at list prices
 description:
-  - Computes what each part costs, from the inventory's values, prices and the expected use.
+  - Computes the cost of each part from the inventory's values, the prices and the expected usage.
   - The database grows with each message, so the result is the mean of several months.
 positional: table, usage
 options:
@@ -26,7 +26,7 @@ options:
     required: true
   usage:
     description:
-      - C(devices) connected all the time, C(messages) a month and C(months) to look at.
+      - C(devices) that are always connected, C(messages) per month and the number of C(months).
       - Optionally C(keep_months) of rows in the database, C(reserved) for reserved nodes and
         database, and C(messages_factor) to multiply C(messages) with.
     type: dict
@@ -41,10 +41,10 @@ EXAMPLES = """
 RETURN = """
 _value:
   description:
-    - C(total), C(first_month) and C(last_month) in USD a month.
+    - C(total), C(first_month) and C(last_month) in USD per month.
     - C(lines), a list of C(what), C(quantity) and C(usd).
-    - C(options), a list of C(what), C(how) and C(change) in USD a month.
-    - C(notes), a list of texts about what is missing in the total or does not fit.
+    - C(options), a list of C(what), C(how) and C(change) in USD per month.
+    - C(notes), a list of messages about parts that are missing in the total or exceed a limit.
   type: dict
 """
 
@@ -54,7 +54,7 @@ GIB = 1024**3
 
 
 class Line(NamedTuple):
-    """A line of the bill: ``usd`` in one month, or the mean of several."""
+    """A line of the bill; ``usd`` is the cost of one month, or the mean of several."""
 
     what: str
     quantity: str
@@ -77,11 +77,11 @@ class Estimate:
         return float(self.table["prices"][name]["usd"])
 
     def hourly(self, kind: str, name: str, variable: str) -> float:
-        """USD an hour of an instance type or class; 0 with a note where the table lacks it."""
+        """USD per hour of an instance type or class; 0 and a note if the table lacks it."""
         known: Json = self.table[kind]
         if name in known:
             return float(known[name]["usd"])
-        note = f"{variable}: {name} is not in the table of prices, so it is missing in the total"
+        note = f"{variable}: {name} is not in the price table, so it is missing in the total"
         if note not in self.notes:
             self.notes.append(note)
         return 0
@@ -165,8 +165,8 @@ class Estimate:
         gb = messages_gb + other
         usd = count * hour * self.hours + gb * self.price("nat_gb")
         yield Line("NAT gateway with address", f"{count}, {gb:.0f} GB", usd)
-        # At worst a message crosses zones on its way to the NAT gateway and to the database, and
-        # each crossing is charged in both directions.
+        # In the worst case, a message crosses zones on its way to the NAT gateway and again to the
+        # database. Each crossing is charged in both directions.
         usd = 4 * messages_gb * self.price("transfer_zones_gb")
         usd += self.assume["internet_gb"] * self.price("transfer_internet_gb")
         yield Line("Data transfer", f"between zones, {self.assume['internet_gb']} GB out", usd)
@@ -195,7 +195,7 @@ class Estimate:
             (assume["audit_log_gb"], settings["eks_log_retention_days"]),
             (flow, settings["network_log_retention_days"]),
             (assume["database_log_gb"], settings["rds_log_retention_days"]),
-            (monitoring, 30),  # the group RDSOSMetrics is AWS's
+            (monitoring, 30),  # AWS sets the retention of the log group RDSOSMetrics
         ]
         gb = sum(one for one, _ in kept)
         stored = sum(one * min(month, int(days) / 30) for one, days in kept)
@@ -231,11 +231,11 @@ def total(lines: list[Line]) -> float:
 
 
 def aws_cost(settings: Json, table: Json, usage: Json) -> Json:
-    """Return what DOCUMENTATION says of it."""
+    """Return the estimate; DOCUMENTATION has the arguments and the result."""
     for name in ("devices", "messages", "months"):
         value = usage.get(name)
         if not isinstance(value, (int, float)) or value < 1:
-            raise AnsibleFilterError(f"aws_cost: {name} is {value!r}, and has to be 1 or more")
+            raise AnsibleFilterError(f"aws_cost: {name} is {value!r}, but has to be 1 or more")
     try:
         estimate = Estimate(settings, table, usage)
         lines = estimate.mean()
@@ -272,7 +272,7 @@ def aws_cost(settings: Json, table: Json, usage: Json) -> Json:
 
 
 class FilterModule:
-    """What Ansible looks for."""
+    """The filter ``aws_cost``."""
 
     def filters(self) -> Json:
         return {"aws_cost": aws_cost}

@@ -1,4 +1,4 @@
-"""How many collectors a rate of messages needs on AWS IoT Core."""
+"""The filter ``collectors_needed``: the number of collectors for a message rate on IoT Core."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable
 
 from ansible.errors import AnsibleFilterError
 
-# PUBLISH packets that IoT Core sends on one connection in a second ("Outbound publish requests per
+# PUBLISH packets per second that IoT Core sends on one connection ("Outbound publish requests per
 # second per connection", not adjustable):
 # https://docs.aws.amazon.com/general/latest/gr/iot-core.html#message-broker-limits
 MESSAGES_PER_CONNECTION = 100
-# The part of it that is planned with: the rest is for what comes in bursts, and for what the others
-# take over while one collector restarts.
+# The part of it that a collector uses on average. The rest is for bursts, and for the messages of
+# another collector while that one restarts.
 HEADROOM = 0.7
 
 
 def collectors_needed(messages_per_second: float) -> int:
-    """Return how many collectors, each with a connection of its own, take that many messages.
+    """Return how many collectors, each with one connection, can receive that many messages.
 
-    :raises AnsibleFilterError: the rate is no positive number.
+    :raises AnsibleFilterError: the rate is not a positive number.
     """
     try:
         rate = float(messages_per_second)
@@ -27,10 +27,10 @@ def collectors_needed(messages_per_second: float) -> int:
         rate = math.nan
     if not (0 < rate < math.inf):
         raise AnsibleFilterError(
-            f"iot_core_messages_per_second is {messages_per_second!r}, and has to be a number of "
+            f"iot_core_messages_per_second is {messages_per_second!r}, but has to be a number of "
             "messages per second above 0, for example 20"
         )
-    # Rounded first: 0.7 has no exact binary form, and 210 messages are for three connections.
+    # Rounded first: 0.7 has no exact binary representation, and 210 messages need 3 connections.
     return math.ceil(round(rate / (MESSAGES_PER_CONNECTION * HEADROOM), 9))
 
 

@@ -1,4 +1,7 @@
-"""What PostgreSQL stores of a password, so that the password itself need not be sent."""
+"""The filter ``scram_verifier``: the form in which PostgreSQL stores a password.
+
+With it, a role's password can be set without sending the password.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ def scram_verifier(password: str, salt: bytes = b"") -> str:
     PostgreSQL's catalog pg_authid; StoredKey and ServerKey as in RFC 5802 section 3.
 
     :param salt: 16 random bytes if none is given.
-    :raises AnsibleFilterError: the password is empty, or has other characters than ASCII's, which
-        would have to be prepared first (SASLprep, RFC 4013).
+    :raises AnsibleFilterError: the password is empty or has characters outside printable ASCII,
+        which would need SASLprep (RFC 4013).
     """
     if not password or not password.isascii() or not password.isprintable():
         raise AnsibleFilterError(
-            "a password of the database is empty or has characters that are not printable ASCII: "
+            "a database password is empty or has characters that are not printable ASCII: "
             "choose another one"
         )
     salt = salt or os.urandom(16)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 
 def plain_filter(topic_filter: str) -> str:
-    """Return the topic filter of a subscription, shared or not."""
+    """Return the topic filter of a subscription, without ``$share/<group>/``."""
     return topic_filter.split("/", 2)[2] if topic_filter.startswith("$share/") else topic_filter
 
 
 def shared_filter(topic_filter: str, group: str) -> str:
-    """Return the filter of a shared subscription; one that is shared already is kept."""
+    """Return the filter as a shared subscription; one that is already shared stays as it is."""
     return topic_filter if topic_filter.startswith("$share/") else f"$share/{group}/{topic_filter}"
 
 

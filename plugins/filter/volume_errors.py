@@ -1,7 +1,7 @@
-"""Whether the volumes that exist on Kubernetes are what the inventory asks for.
+"""The filter ``volume_errors``: whether existing volumes match the inventory.
 
-Of a StatefulSet's volumeClaimTemplates nothing can be changed, of a claim only the size, upwards,
-where its class has allowVolumeExpansion:
+A StatefulSet's volumeClaimTemplates cannot be changed. A claim can only grow, and only if its
+storage class has allowVolumeExpansion:
 https://kubernetes.io/docs/concepts/storage/persistent-volumes/#expanding-persistent-volumes-claims
 """
 
@@ -20,18 +20,20 @@ _MOVE = (
 def volume_errors(
     wanted: dict[str, Object], storage_class: str, kubectl: str, objects: list[Object]
 ) -> list[str]:
-    """Return what stands in the way, with the next step; nothing when all is well.
+    """Return an error message with the next step for each volume that does not match.
 
-    ``wanted`` has the ``size`` and the name of its ``variable`` by component, ``storage_class`` is
-    "" for the cluster's default, ``kubectl`` is how it is called for the namespace, and ``objects``
-    are the namespace's StatefulSets and claims and the cluster's storage classes, each with its
-    ``kind``.
+    ``wanted`` has the ``size`` and the name of its ``variable`` by component. ``storage_class`` is
+    "" for the cluster's default. ``kubectl`` is the command with the options for the namespace.
+    ``objects`` are the namespace's StatefulSets and claims and the cluster's storage classes, each
+    with its ``kind``.
     """
     workloads = {o["metadata"]["name"]: o for o in objects if o["kind"] == "StatefulSet"}
     errors = []
     for component, want in wanted.items():
         if _bytes(want["size"]) is None:
-            errors.append(f"{want['variable']} is {want['size']}, which is no size: write 10Gi.")
+            errors.append(
+                f"{want['variable']} is {want['size']}, which is not a size such as 10Gi."
+            )
         elif templates := workloads.get(component, {}).get("spec", {}).get("volumeClaimTemplates"):
             template = templates[0]
             prefix = f"{template['metadata']['name']}-{component}-"
@@ -53,15 +55,15 @@ def volume_errors(
 
 
 def _class_errors(component: str, template: Object, wanted: str, classes: list[str]) -> list[str]:
-    """Return why the class cannot be another one; ``classes`` are those of the claims."""
+    """Return why the storage class cannot be changed; ``classes`` are those of the claims."""
     made = template["spec"].get("storageClassName", "")
     if made == wanted:
         return []
-    before = f"with iot_storage_class: {made}" if made else "without a iot_storage_class"
+    before = f"with iot_storage_class: {made}" if made else "without an iot_storage_class"
     has = f" (its volume has {', '.join(classes)})" if classes and not made else ""
     return [
         f"iot_storage_class is {wanted or 'empty'}, but {component} was deployed {before}{has}. "
-        "A volume keeps the storage class that it was made with.\n"
+        "A volume keeps the storage class that it was created with.\n"
         f"Next: set iot_storage_class to {made or 'nothing'} again, {_MOVE}"
     ]
 
@@ -74,7 +76,7 @@ def _size_errors(
     claims: list[Object],
     fixed: list[str],
 ) -> list[str]:
-    """Return why the size cannot be another one; ``fixed`` are the classes that cannot grow."""
+    """Return why the size cannot be changed; ``fixed`` are the classes that cannot grow."""
     made = template["spec"]["resources"]["requests"]["storage"]
     size, before = _bytes(want["size"]), _bytes(made)
     if size == before:
@@ -82,9 +84,9 @@ def _size_errors(
     now = f"{want['variable']} is {want['size']}, but {component} was deployed with {made}."
     back = f"Next: set {want['variable']} to {made} again, {_MOVE}"
     if size < before:
-        return [f"{now} A volume cannot get smaller.\n{back}"]
+        return [f"{now} A volume cannot shrink.\n{back}"]
     if fixed:
-        why = f"The storage class {fixed[0]} has no allowVolumeExpansion: true, so that its"
+        why = f"The storage class {fixed[0]} has no allowVolumeExpansion: true, so its"
         return [f"{now} {why} volumes cannot grow.\n{back}"]
     patch = f"""'{{"spec": {{"resources": {{"requests": {{"storage": "{want["size"]}"}}}}}}}}'"""
     grow = [
@@ -95,9 +97,9 @@ def _size_errors(
     return [
         "\n".join(
             [
-                f"{now} The volume can grow, but Kubernetes does not change it for a StatefulSet.",
-                "Next: grow it, delete the StatefulSet without its pods, which go on running, and "
-                "run the playbook again:",
+                f"{now} The volume can grow, but Kubernetes does not do it for a StatefulSet.",
+                "Next: grow it, delete the StatefulSet but not its pods, which continue to run, "
+                "and run the playbook again:",
                 *grow,
                 f"  {kubectl} delete statefulset {component} --cascade=orphan",
             ]
@@ -106,8 +108,8 @@ def _size_errors(
 
 
 def _bytes(size: object) -> Any:
-    """Return a quantity of Kubernetes as a number, None when it is not one above zero."""
-    # Here and not above: preflight says first what to do where there is no such module.
+    """Return a Kubernetes quantity as a number; None if it is not a quantity above zero."""
+    # Imported here, because preflight first reports a missing module with its fix.
     from kubernetes.utils.quantity import parse_quantity
 
     try:

@@ -1,4 +1,4 @@
-"""The lookup ``iot.platform.iot_endpoint``: where clients connect to AWS IoT Core."""
+"""The lookup ``iot.platform.iot_endpoint``: the endpoint of AWS IoT Core."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ansible.plugins.lookup import LookupBase
 try:
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
-except ImportError:  # pragma: no cover - the role's preflight says so first
+except ImportError:  # pragma: no cover - the role's preflight reports it first
     boto3 = None
 
 DOCUMENTATION = """
 name: iot_endpoint
-short_description: The address of AWS IoT Core in a region
+short_description: The endpoint of AWS IoT Core in a region
 description:
   - Asks IoT Core for the account's endpoint in the region (DescribeEndpoint).
-  - No module of amazon.aws does.
+  - No module of the collection amazon.aws returns it.
   - Credentials come from the environment of ansible-playbook, as boto3 reads them.
 options:
   _terms:

@@ -75,7 +75,7 @@ def test_empty_account_passes(account: Emulator) -> None:
             {},
             {},
             {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""},
-            "There are no AWS credentials",
+            "No AWS credentials were found",
             "aws sso login",
             id="no credentials",
         ),
@@ -228,7 +228,7 @@ def test_playbook_stops_before_it_creates_anything(make_account: Callable[[], Em
     [
         ("aws_base_name=Iot_System", "aws_base_name is 'Iot_System'"),
         ("region=europe", "region is 'europe'"),
-        ("aws_base_account=123456789012", "The credentials are those of account 000000000000"),
+        ("aws_base_account=123456789012", "The credentials belong to account 000000000000"),
         ('{"iot_core_topics": ["#"]}', "none of them matching everything"),
         ("rds_ca_bundle_url=file:///nowhere.pem", "set the file: -e rds_ca_bundle_url=file:///"),
         ("rds_ca_bundle_url=file:///etc/hostname", "the file has no certificate in PEM format"),
@@ -251,7 +251,7 @@ def test_wrong_setting_stops_the_playbook(
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        (None, "There is no program aws on the PATH"),
+        (None, "The program aws is not on the PATH"),
         (
             "#!/bin/sh\necho aws-cli/1.45.0 Python/3.11.2 botocore/1.43.0\n",
             "This is aws-cli/1.45.0",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A stand-in for Grafana in tests, where Grafana is not installed. It shows no dashboards.
 
-It takes Grafana's arguments, refuses to start unless it can read every file that the configuration
-names, and answers /api/health on the port configured.
+It takes Grafana's arguments, fails unless it can read every file that the configuration names, and
+answers /api/health on the configured port.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def expand(text: str) -> str:
-    """Replace ``$__file{path}`` by what the file holds, as Grafana does."""
+    """Replace ``$__file{path}`` with the content of the file, like Grafana."""
     return re.sub(r"\$__file\{([^}]+)\}", lambda found: Path(found[1]).read_text().strip(), text)
 
 

@@ -1,10 +1,11 @@
-"""Questions to an AWS account. Nothing here changes anything.
+"""Checks of an AWS account. They change nothing.
 
-``preflight``  what is in the way of a deployment, each with what to do; else JSON of the account
-``drift``      what differs from what the stacks have created, or is gone
-``left``       what is left of the system, service by service
+``preflight``  checks that nothing blocks a deployment
+``drift``      lists resources that were changed or deleted after their stack created them
+``left``       lists the resources of the system that are left, by service
 
-Standard output is for reading (JSON of ``preflight``), standard error says why the exit code is 1.
+The report is on standard output; that of ``preflight`` is JSON. If there are problems, the exit
+code is 1, and standard error lists them with what to do about each.
 Credentials and endpoint come from the environment, as boto3 reads them.
 """
 
@@ -34,7 +35,7 @@ Ask = tuple[str, str, Json]  # service, operation, arguments
 
 
 class Account:
-    """The account in one region, seen through its services' APIs."""
+    """The APIs of an account in one region."""
 
     def __init__(self, region: str, name: str) -> None:
         self.region, self.name = region, name
@@ -47,13 +48,13 @@ class Account:
         return self._clients[service]
 
     def ask(self, service: str, operation: str, **arguments: Any) -> Json:
-        """Return the answer to one call."""
+        """Return the response of one API call."""
         answer: Json = getattr(self.client(service), operation)(**arguments)
         answer.pop("ResponseMetadata", None)
         return answer
 
     def all(self, service: str, operation: str, key: str, **arguments: Any) -> list[Any]:
-        """Return the list ``key`` of an answer, all pages of it."""
+        """Return the list ``key`` of the responses, from all pages."""
         client = self.client(service)
         if not client.can_paginate(operation):
             return list(self.ask(service, operation, **arguments)[key])
@@ -61,7 +62,7 @@ class Account:
         return [one for page in pages for one in page.get(key, [])]
 
     def has(self, kind: str, physical_id: str) -> bool | None:
-        """Whether a resource of a stack exists; None where nobody can be asked for its type."""
+        """Whether a resource of a stack exists; None if ASK has no call for its type."""
         if kind not in ASK:
             return None
         service, operation, arguments = ASK[kind](physical_id)
@@ -75,7 +76,7 @@ class Account:
         return not gone(answer, physical_id)
 
     def stack(self, name: str) -> str | None:
-        """Status of the stack ``<our name>-<name>``; None where there is none."""
+        """Status of the stack ``<our name>-<name>``; None if it does not exist."""
         try:
             found = self.ask("cloudformation", "describe_stacks", StackName=f"{self.name}-{name}")
         except ClientError as error:
@@ -89,11 +90,11 @@ class Account:
 
 
 def gone(answer: Json, physical_id: str) -> bool:
-    """Whether an answer says that there is nothing: an empty list, or a resource at its end."""
+    """Whether a response has no resource, or only deleted ones."""
     values = [value for key, value in answer.items() if key not in ("NextToken", "nextToken")]
     if len(values) == 1 and isinstance(values[0], list):
         found = values[0]
-        # These operations list more than what was asked for.
+        # Some operations return more resources than requested.
         for key in ("logGroupName", "ruleName"):
             found = [one for one in found if one.get(key, physical_id) == physical_id]
         return all(ended(one) for one in found)
@@ -111,7 +112,7 @@ def ended(resource: Json) -> bool:
 
 
 def one_of(service: str, operation: str, argument: str) -> Callable[[str], Ask]:
-    """For an operation that takes one identifier, or a list of them."""
+    """A call for an operation that takes one identifier, or a list of them."""
     return lambda physical_id: (
         service,
         operation,
@@ -120,7 +121,7 @@ def one_of(service: str, operation: str, argument: str) -> Callable[[str], Ask]:
 
 
 def filtered(operation: str, name: str, separator: str = "", part: int = 0) -> Callable[[str], Ask]:
-    """For resources of EC2 that only a filter finds, by a part of their physical id."""
+    """A call for EC2 resources that only a filter finds, by a part of their physical ID."""
 
     def ask(physical_id: str) -> Ask:
         value = physical_id.split(separator)[part] if separator else physical_id
@@ -130,7 +131,7 @@ def filtered(operation: str, name: str, separator: str = "", part: int = 0) -> C
 
 
 def parts(operation: str, separator: str, *names: str) -> Callable[[str], Ask]:
-    """For resources of EKS, whose physical id is made of several identifiers."""
+    """A call for EKS resources, whose physical ID consists of several identifiers."""
     return lambda physical_id: (
         "eks",
         operation,
@@ -138,7 +139,7 @@ def parts(operation: str, separator: str, *names: str) -> Callable[[str], Ask]:
     )
 
 
-# How the service is asked for a resource, by its type; what it takes is the physical id.
+# The API call that returns a resource, by its type. It takes the physical ID.
 ASK: dict[str, Callable[[str], Ask]] = {
     "AWS::EC2::VPC": one_of("ec2", "describe_vpcs", "VpcIds"),
     "AWS::EC2::Subnet": one_of("ec2", "describe_subnets", "SubnetIds"),
@@ -175,7 +176,7 @@ ASK: dict[str, Callable[[str], Ask]] = {
     "AWS::IoT::ThingGroup": one_of("iot", "describe_thing_group", "thingGroupName"),
     "AWS::IoT::Thing": one_of("iot", "describe_thing", "thingName"),
     "AWS::IoT::Certificate": one_of("iot", "describe_certificate", "certificateId"),
-    # GetTopicRule says of a rule that does not exist that access to it is denied.
+    # For a rule that does not exist, GetTopicRule returns "access denied".
     "AWS::IoT::TopicRule": lambda _: ("iot", "list_topic_rules", {"maxResults": 1000}),
     "AWS::SQS::Queue": one_of("sqs", "get_queue_attributes", "QueueUrl"),
 }
@@ -185,7 +186,7 @@ ASK: dict[str, Callable[[str], Ask]] = {
 
 
 def names_of(name: str) -> dict[str, list[tuple[str, str]]]:
-    """What the stacks create under names of their own, by stack: type and physical id."""
+    """Resources with fixed names, by stack: (type, physical ID)."""
     return {
         "network": [("AWS::Logs::LogGroup", f"{name}-vpc-flow")],
         "ecr": [("AWS::ECR::Repository", f"{name}/collector")],
@@ -214,7 +215,7 @@ def names_of(name: str) -> dict[str, list[tuple[str, str]]]:
 
 
 class Quota(NamedTuple):
-    """A limit of the account, with how much of it is used and what we would add."""
+    """A quota of the account, its usage, and what the deployment would add."""
 
     service: str
     code: str
@@ -224,7 +225,7 @@ class Quota(NamedTuple):
 
 
 def used_vcpus(account: Account, spot: bool) -> int:
-    """vCPUs of the standard instances (families A, C, D, H, I, M, R, T, Z) that run."""
+    """vCPUs of the running standard instances (families A, C, D, H, I, M, R, T, Z)."""
     states = [{"Name": "instance-state-name", "Values": ["pending", "running"]}]
     used = 0
     for reservation in account.all("ec2", "describe_instances", "Reservations", Filters=states):
@@ -237,13 +238,13 @@ def used_vcpus(account: Account, spot: bool) -> int:
 
 
 def vcpus_of(account: Account, types: list[str]) -> int:
-    """vCPUs of the largest of some instance types; 0 where EC2 does not say."""
+    """vCPUs of the largest of these instance types; 0 if EC2 returns none of them."""
     found = account.all("ec2", "describe_instance_types", "InstanceTypes", InstanceTypes=types)
     return max((one["VCpuInfo"]["DefaultVCpus"] for one in found), default=0)
 
 
 def exceeded(account: Account, wants: Json) -> Iterator[tuple[str, bool]]:
-    """A text for each quota that does not suffice (True) or cannot be read (False)."""
+    """A message for each quota that is too low (True) or cannot be read (False)."""
     quotas: list[Quota] = []
     if account.stack("network") is None:
         vpcs = "L-F678F1CE"
@@ -300,7 +301,7 @@ def exceeded(account: Account, wants: Json) -> Iterator[tuple[str, bool]]:
 
 
 def versions_missing(account: Account, wants: Json) -> Iterator[str]:
-    """A text for each version or class that the region does not offer."""
+    """A message for each version or class that the region does not offer."""
     if wanted := wants.get("kubernetes_version"):
         found = account.all("eks", "describe_cluster_versions", "clusterVersions")
         standard = "STANDARD_SUPPORT"
@@ -349,7 +350,7 @@ def version_key(version: str) -> list[int]:
 
 
 def names_taken(account: Account) -> Iterator[str]:
-    """A text for each name that belongs to something our stacks have not created."""
+    """A message for each name that a resource outside our stacks already has."""
     for stack, names in names_of(account.name).items():
         if account.stack(stack) is not None:
             continue
@@ -357,13 +358,16 @@ def names_taken(account: Account) -> Iterator[str]:
             if account.has(kind, physical_id):
                 yield (
                     f"{kind} {physical_id} exists, and the stack {account.name}-{stack}, which "
-                    "would create it, does not. If it is left of an earlier deployment, delete it; "
-                    "if it belongs to somebody else, choose another aws_base_name."
+                    "would create it, does not. If it is left from an earlier deployment, delete "
+                    "it; otherwise choose another aws_base_name."
                 )
 
 
 def preflight(account: Account, wants: Json) -> tuple[Json, list[str]]:
-    """About the account, and what stands in the way. Raises what the credentials cannot do."""
+    """Return the account and the problems.
+
+    Raises ClientError if a permission is missing.
+    """
     identity = account.ask("sts", "get_caller_identity")
     about = {"account": identity["Account"], "arn": identity["Arn"], "notes": []}
     regions = account.ask("ec2", "describe_regions", AllRegions=True)["Regions"]
@@ -375,7 +379,7 @@ def preflight(account: Account, wants: Json) -> tuple[Json, list[str]]:
             f"The region {account.region} is not enabled for this account. Enable it: "
             f"aws account enable-region --region-name {account.region}"
         ]
-    if not wants:  # nothing is to be created
+    if not wants:  # nothing will be created
         return about, []
     problems = [*versions_missing(account, wants), *names_taken(account)]
     for text, serious in exceeded(account, wants):
@@ -419,7 +423,7 @@ def drifted(account: Account, stack: str, poll: float = 2) -> Iterator[str]:
     for resource in resources:
         logical_id, kind = resource["LogicalResourceId"], resource["ResourceType"]
         physical_id = resource.get("PhysicalResourceId", "")
-        # What the services are asked by is not always what stands in the stack.
+        # For some types, the API does not take the physical ID of the stack.
         if kind == "AWS::EKS::Nodegroup":
             physical_id = f"{account.name}/{physical_id.split('/')[-1]}"
         if kind == "AWS::IoT::ThingGroup":
@@ -440,10 +444,10 @@ def drifted(account: Account, stack: str, poll: float = 2) -> Iterator[str]:
 
 
 def same(difference: Json) -> bool:
-    """Whether two values differ in how their JSON is written alone."""
+    """Whether two values differ only in the formatting of their JSON."""
     try:
         values = [json.loads(difference[key]) for key in ("ExpectedValue", "ActualValue")]
-        # A document may be written as a text in a template.
+        # A template may contain a document as a string.
         documents = [json.loads(one) if isinstance(one, str) else one for one in values]
     except ValueError:
         return False
@@ -451,9 +455,9 @@ def same(difference: Json) -> bool:
 
 
 WHAT_TO_DO = """
-A deployment does not see this: CloudFormation compares templates, not resources. For each stack
-that is named, either make by hand what it says, or have CloudFormation do it, and look at the
-change set before it is executed:
+A deployment does not detect this, because CloudFormation compares templates, not resources. For
+each stack in the list, either correct the resources by hand, or let CloudFormation do it. Read the
+change set before you execute it:
   aws cloudformation create-change-set --region {region} --stack-name NAME \\
     --change-set-name revert --use-previous-template --deployment-mode REVERT_DRIFT \\
     --capabilities CAPABILITY_IAM --parameters (ParameterKey=...,UsePreviousValue=true for each)
@@ -467,7 +471,7 @@ change set before it is executed:
 
 
 class Left(NamedTuple):
-    """A resource that is still there; ``fine`` says why it may be, or is empty."""
+    """A resource that still exists; ``fine`` is the reason if it may, and empty otherwise."""
 
     service: str
     what: str
@@ -491,7 +495,7 @@ EC2 = [
 
 
 def pairs_of(tags: Iterable[Json]) -> dict[str, str]:
-    """Tags in either of the shapes that the services give them, as a mapping."""
+    """Tags as a mapping, from either of the formats that the services use."""
     return {
         str(tag.get("Key", tag.get("TagKey"))): str(tag.get("Value", tag.get("TagValue")))
         for tag in tags
@@ -499,7 +503,7 @@ def pairs_of(tags: Iterable[Json]) -> dict[str, str]:
 
 
 def left(account: Account) -> Iterator[Left]:
-    """Everything that is still there, by our tag or by a name that only we give."""
+    """Everything that still exists, found by our tag or by a name that only we use."""
     name = account.name
     for stack in names_of(name):
         if status := account.stack(stack):
@@ -515,7 +519,7 @@ def left(account: Account) -> Iterator[Left]:
 def left_in_ec2(account: Account) -> Iterator[Left]:
     tag = [{"Name": "tag:Project", "Values": [account.name]}]
     for operation, key, identifier in EC2:
-        # Two operations have another name for it.
+        # Two operations have another name for this argument.
         argument = (
             "Filter" if operation in ("describe_flow_logs", "describe_nat_gateways") else "Filters"
         )
@@ -544,7 +548,7 @@ def left_in_rds(account: Account) -> Iterator[Left]:
     ]
     for operation, key, identifier in groups:
         for one in account.all("rds", operation, key):
-            # CloudFormation makes these names of the stack's name.
+            # CloudFormation derives these names from the stack's name.
             if one[identifier].startswith(f"{account.name}-rds-"):
                 yield Left("rds", f"{key} {one[identifier]}")
     for one in account.all("rds", "describe_db_snapshots", "DBSnapshots"):
@@ -555,7 +559,7 @@ def left_in_rds(account: Account) -> Iterator[Left]:
 
 
 def left_in_iam(account: Account) -> Iterator[Left]:
-    """IAM is global: what the same system has in another region has another tag Region."""
+    """IAM is global: resources of the same system in another region have another Region tag."""
     wanted = {"Project": account.name, "Region": account.region}
     for role in account.all("iam", "list_roles", "Roles"):
         if role["RoleName"].startswith(f"{account.name}-"):
@@ -577,16 +581,16 @@ def left_in_kms(account: Account) -> Iterator[Left]:
             continue
         try:
             tags = account.ask("kms", "list_resource_tags", KeyId=key["KeyId"])["Tags"]
-        except ClientError:  # the policy of somebody else's key lets nobody else read it
+        except ClientError:  # the key's policy does not let us read it, so it is not ours
             continue
         if pairs_of(tags).get("Project") == account.name:
             pending = about["KeyState"] == "PendingDeletion"
             until = about.get("DeletionDate", "")
-            fine = f"AWS deletes it by itself {until}".strip() if pending else ""
+            fine = f"AWS deletes it automatically {until}".strip() if pending else ""
             yield Left("kms", f"key {key['KeyId']} ({about['KeyState']})", fine)
 
 
-# What `left` asks the services themselves for.
+# `left` queries these services themselves.
 ASKED_ELSEWHERE = ("cloudformation", "ec2", "iam", "kms")
 
 
@@ -602,9 +606,9 @@ def tagged(account: Account, key: str, value: str) -> set[str]:
 
 
 def left_by_tag(account: Account) -> Iterator[Left]:
-    """What the tagging API knows, which names for a while what is gone."""
+    """Resources from the tagging API, which still lists deleted ones for a while."""
     arns = tagged(account, "Project", account.name)
-    # What controllers in the cluster make has tags of theirs.
+    # Controllers in the cluster use their own tags.
     for key, value in (
         (f"kubernetes.io/cluster/{account.name}", "owned"),
         ("elbv2.k8s.aws/cluster", account.name),
@@ -628,7 +632,7 @@ def explain(error: Exception, account: Account) -> str:
     text = str(error)
     if isinstance(error, NoCredentialsError):
         return (
-            "There are no AWS credentials. Log in (`aws sso login`), name a profile with "
+            "No AWS credentials were found. Log in (`aws sso login`), name a profile with "
             "AWS_PROFILE, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; check with "
             "`aws sts get-caller-identity`."
         )
@@ -648,8 +652,9 @@ def explain(error: Exception, account: Account) -> str:
             "AuthFailure",
         ):
             return (
-                f"AWS does not accept the credentials ({code}). Are they complete, of an account "
-                "that exists, and is the region enabled? Check with `aws sts get-caller-identity`."
+                f"AWS does not accept the credentials ({code}). Are they complete, does their "
+                "account exist, and is the region enabled? Check with "
+                "`aws sts get-caller-identity`."
             )
         if "AccessDenied" in code or "Unauthorized" in code:
             return f"{text}. The deploying user needs this permission."
@@ -685,7 +690,7 @@ def run(account: Account, arguments: argparse.Namespace) -> None:
         lines = [line for stack in arguments.stacks for line in drifted(account, stack)]
         if lines:
             sys.exit("\n".join(lines) + WHAT_TO_DO.format(region=account.region))
-        print(f"{', '.join(arguments.stacks)}: every resource is what its stack has created.")
+        print(f"{', '.join(arguments.stacks)}: every resource is as its stack created it.")
     else:
         found = list(dict.fromkeys(left(account)))
         for one in found:
@@ -693,9 +698,9 @@ def run(account: Account, arguments: argparse.Namespace) -> None:
         print(f"{len(found)} left of {account.name} in {account.region}")
         if bad := [one for one in found if not one.fine]:
             sys.exit(
-                "Left over and still costing money or in the way of the next deployment:\n"
+                "These resources are left. They cost money or block the next deployment:\n"
                 + "\n".join(f"  {one.service}: {one.what}" for one in bad)
-                + "\nRun the teardown again; delete by hand what it cannot."
+                + "\nRun the teardown again; delete by hand what it cannot delete."
             )
 
 

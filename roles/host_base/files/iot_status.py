@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Show what runs where and how many messages went through.
+"""Show the programs, their addresses and the message counts.
 
-Fails unless everything runs and the collector says that it is well.
+The exit code is 1 unless every program runs and the collector reports "ok".
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run(*command: str) -> str:
 
 
 def programs() -> list[tuple[int, str, str]]:
-    """(priority, name, URL) of every program the supervisor has been told about."""
+    """(priority, name, URL) of every program that the supervisor is configured to run."""
     found = []
     for path in (STATE / "etc/supervisor.d").glob("*.ini"):
         ini = configparser.RawConfigParser(inline_comment_prefixes=None)
@@ -49,7 +49,7 @@ def programs() -> list[tuple[int, str, str]]:
 
 
 def states() -> dict[str, tuple[str, list[str]]]:
-    """State of each program as the supervisor sees it, and the replaced files it runs from."""
+    """State of each program in the supervisor, and the replaced files that it still runs from."""
     ctl = str(STATE / "venv/bin/supervisorctl")
     found = {}
     for line in run(ctl, "-c", str(STATE / "etc/supervisord.conf"), "status").splitlines():
@@ -66,7 +66,7 @@ def read_report(answer: IO[bytes]) -> dict[str, Any]:
 
 
 def health(url: str) -> dict[str, Any]:
-    """The collector's own account of itself. A 503 carries it as well as a 200."""
+    """The collector's health report. Both a 200 and a 503 response contain it."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310 -- ours
             return read_report(answer)
@@ -81,11 +81,11 @@ def health(url: str) -> dict[str, Any]:
 
 @dataclass
 class Status:
-    """What is so now."""
+    """The state of the system at one moment."""
 
     services: dict[str, dict[str, Any]]
     report: dict[str, Any]  # the collector's
-    stored: str  # the number of rows; empty when the database does not say
+    stored: str  # the number of rows; empty if the database does not answer
 
     @property
     def running(self) -> bool:
@@ -101,7 +101,7 @@ class Status:
 
 
 def look(known: list[tuple[int, str, str]]) -> Status:
-    """Ask all that know."""
+    """Ask the supervisor, the collector and the database."""
     state = states()
     services: dict[str, dict[str, Any]] = {}
     for _, name, url in known:
@@ -120,7 +120,7 @@ def look(known: list[tuple[int, str, str]]) -> Status:
 
 
 def show(status: Status) -> None:
-    """Print the table, and what is to be said about it."""
+    """Print the table of programs, the collector's problems and the message counts."""
     rows = [("SERVICE", "STATE", "ADDRESS", "LOG")]
     rows += [(name, s["state"], s["url"], s["log"]) for name, s in status.services.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -152,7 +152,9 @@ def show_next(status: Status) -> None:
     """Print commands to try."""
     services = status.services
     if not status.running:
-        print(f"\nNext: {START} starts what does not run; the logs say why it stopped.")
+        print(
+            f"\nNext: {START} starts the programs that do not run; their logs say why they stopped."
+        )
     elif not status.well:
         print(f"\nNext: see the reasons above and {services['collector']['log']}.")
     else:
@@ -175,12 +177,16 @@ def show_next(status: Status) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--next", action="store_true", help="add commands to try")
-    parser.add_argument("--json", action="store_true", help="print what programs can read")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--wait", type=float, default=0, metavar="SECONDS", help="wait so long for all to be well"
+        "--wait",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="wait up to SECONDS until everything works",
     )
     parser.add_argument(
-        "--messages", action="store_true", help="also fail while no message is in the table"
+        "--messages", action="store_true", help="also fail if no message is in the table"
     )
     arguments = parser.parse_args()
 
@@ -219,5 +225,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `iot-status | head` is no error
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `iot-status | head` is not an error
     sys.exit(main())

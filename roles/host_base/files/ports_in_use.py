@@ -1,4 +1,4 @@
-"""Print, as JSON, which of the given ports are taken by a process that is not ours.
+"""Print as JSON which of the given ports a process that is not ours listens on.
 
 Usage: ports_in_use.py PIDFILE VARIABLE=ADDRESS=PORT...
 
@@ -41,7 +41,7 @@ def listeners() -> list[tuple[int, str, int, str]]:
 
 
 def overlap(ours: str, theirs: str) -> bool:
-    """Whether a socket on `theirs` keeps us from listening on `ours`."""
+    """Whether a socket on the address `theirs` prevents us from listening on `ours`."""
     any_address = {"0.0.0.0", "::", "*"}  # noqa: S104 -- compared with, not bound to
     if ours in any_address or theirs in any_address:
         return True
@@ -52,7 +52,7 @@ def overlap(ours: str, theirs: str) -> bool:
 
 
 def process_of(inode: str) -> int | None:
-    """The process that holds the socket, if we are allowed to see it."""
+    """ID of the process that holds the socket, if we are allowed to see it."""
     for entry in PROC.iterdir():
         if not entry.name.isdigit():
             continue
@@ -60,17 +60,17 @@ def process_of(inode: str) -> int | None:
             for fd in (entry / "fd").iterdir():
                 if str(fd.readlink()) == f"socket:[{inode}]":
                     return int(entry.name)
-        except OSError:  # gone meanwhile, or another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return None
 
 
 def ancestors(pid: int) -> list[int]:
-    """The process and its parents."""
+    """The process and its ancestors."""
     line = [pid]
     while pid > 1:
         try:
-            # The name in parentheses may hold anything; what follows the last one does not.
+            # The name in parentheses may contain any character, so split after the last one.
             pid = int((PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError):
             break
@@ -79,7 +79,7 @@ def ancestors(pid: int) -> list[int]:
 
 
 def supervisor(pidfile: Path) -> int | None:
-    """Our supervisor, unless another program has its process number by now."""
+    """Process ID of our supervisor; None if it does not run or another program has the ID."""
     try:
         pid = int(pidfile.read_text())
         command = (PROC / str(pid) / "cmdline").read_text()

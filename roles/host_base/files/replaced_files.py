@@ -1,9 +1,9 @@
-"""Print, a line each, the files that a process runs from and that have been replaced on disk.
+"""Print the files that a process runs from and that have been replaced on disk, one per line.
 
 Usage: replaced_files.py PID
 
-A package upgrade replaces programs and libraries. A process that was started before keeps the old
-ones in memory, and may fail when it loads a new one beside them.
+A package upgrade replaces programs and libraries. A process that was started before the upgrade
+keeps the old files in memory, and may fail when it loads one of the new ones.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import re
 import sys
 from pathlib import Path
 
-# Code that never was in a package: shared memory, and what libffi makes at run time.
+# Code that is in no package: shared memory, and code that libffi generates at run time.
 NOT_INSTALLED = re.compile(r"/dev/|/memfd:|/SYSV|.*/ffi\w{6}$")
 
 
 def replaced_files(pid: int) -> list[str]:
     """Return the paths, sorted; none if the process has ended or is another user's.
 
-    /proc/PID/maps is described in proc_pid_maps(5). A file that another one was renamed over, as
-    dpkg and pip do, counts as deleted there.
+    /proc/PID/maps is described in proc_pid_maps(5). dpkg and pip rename a new file over the old
+    one, which then appears there as deleted.
     """
     try:
         lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
