@@ -67,9 +67,9 @@ def test_files_differ_only_in_addresses_and_paths(rendered: dict[str, Path], nam
             # The collector has a fixed address on the host, and is discovered on Kubernetes.
             for key in ("static_configs", "kubernetes_sd_configs", "relabel_configs"):
                 jobs["collector"].pop(key, None)
-            # Only the host platform has the PostgreSQL exporter.
-            exporters = [job for job in document["scrape_configs"] if job["job_name"] == "postgres"]
-            assert len(exporters) == (target == "host")
+            # Only the host platform has the exporters of PostgreSQL and of the machine.
+            exporters = [jobs[name] for name in ("postgres", "node") if name in jobs]
+            assert len(exporters) == (2 if target == "host" else 0)
             document["scrape_configs"] = [
                 job for job in document["scrape_configs"] if job not in exporters
             ]
