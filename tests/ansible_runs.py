@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 # Mitogen keeps one Python for all tasks of a run. Ansible alone starts a Python for each task,
-# which takes more CPU time. Users do not have Mitogen, so some tests run without it: the Molecule
-# scenario of the host, the collection in an empty directory, the machine behind SSH, and on AWS the
+# which takes more CPU time. Users do not have Mitogen, so some tests run without it: the collection
+# in an empty directory, the machine behind SSH, the machine that systemd boots, and on AWS the
 # first and second run.
 _MITOGEN = find_spec("ansible_mitogen")
 assert _MITOGEN is not None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ansible_runs import playbook
+from ansible_runs import WITHOUT_MITOGEN, playbook
 from rendering import render
 
 from testing.engines import ROOT, Engine, EngineError, machine_image, start_machine
@@ -96,6 +96,7 @@ class Machine:
             *arguments,
             PATH=f"{self.folder}:{os.environ['PATH']}",
             ANSIBLE_ROLES_PATH=str(ROOT / "roles"),
+            **WITHOUT_MITOGEN,  # which does not support this connection
         )
         assert done.returncode == 0, done.stdout
         return done.stdout.strip().splitlines()[-1]

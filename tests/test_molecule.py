@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ansible_runs import MITOGEN, ROOT, WITHOUT_MITOGEN, run_ansible
+from ansible_runs import MITOGEN, ROOT, run_ansible
 
 SCENARIOS = sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.yml"))
 
@@ -17,7 +17,6 @@ SCENARIOS = sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.y
 def test_molecule_scenario_succeeds(scenario: str) -> None:
     # Molecule finds ansible-playbook on the PATH.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    strategy = WITHOUT_MITOGEN if scenario == "default" else MITOGEN
-    environment = {"PATH": path, **strategy}
+    environment = {"PATH": path, **MITOGEN}
     done = run_ansible("molecule", "test", "-s", scenario, directory=ROOT, **environment)
     assert done.returncode == 0, done.stdout
