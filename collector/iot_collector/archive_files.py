@@ -1,9 +1,9 @@
 """The archive: Parquet files of old messages, in a directory or in S3, each with a manifest.
 
 A file ``messages_2025_01.parquet`` holds rows of one month, sorted by topic, time of receipt and
-id. Its manifest ``messages_2025_01.json`` is written after it, at once or not at all: a Parquet
-file without a manifest is what an interrupted run has left, and does not count. Rows that arrive
-for a month that is archived already go to another file, ``messages_2025_01-2.parquet``.
+id. Its manifest ``messages_2025_01.json`` is written after it, atomically. A Parquet file without a
+manifest was left by an interrupted run, and is ignored. Rows that arrive for a month that is
+already archived go to another file, ``messages_2025_01-2.parquet``.
 """
 
 import hashlib
@@ -28,27 +28,27 @@ try:
     import pyarrow
     import pyarrow.fs
     import pyarrow.parquet
-except ImportError:  # pragma: no cover - said by Archive
+except ImportError:  # pragma: no cover - Archive reports it
     pyarrow = None
 
 FORMAT = 1
 SORTED_BY = ("topic", "received_at", "id")
-_GROUP_ROWS = 250_000  # in a row group of Parquet, which is held in memory while it is written
+_GROUP_ROWS = 250_000  # of a Parquet row group, which is kept in memory until it is written
 _GROUP_BYTES = 48 << 20
-_CHUNK_ROWS = 1_000  # in memory as Python's objects
+_CHUNK_ROWS = 1_000  # kept in memory as Python objects
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # Values of a row in the order of its columns: int, str, bytes, bool or None. A timestamp is
-# an int, microseconds of Unix time: it is what PostgreSQL and Parquet store.
+# an int, Unix time in microseconds, because PostgreSQL and Parquet store microseconds.
 Row = tuple[Any, ...]
 
 
 class ArchiveError(Exception):
-    """The archive cannot be written, or what it has cannot be trusted."""
+    """The archive cannot be read or written, or a file in it is damaged."""
 
 
 class Manifest(pydantic.BaseModel):
-    """What a Parquet file of the archive holds."""
+    """The description of one Parquet file of the archive."""
 
     format: int = FORMAT
     partition: str  # messages_2025_01
@@ -58,7 +58,7 @@ class Manifest(pydantic.BaseModel):
     rows: int
     received_from: datetime  # of the oldest row
     received_to: datetime  # of the newest row
-    columns: dict[str, str]  # with PostgreSQL's types
+    columns: dict[str, str]  # name -> PostgreSQL type
     written_at: datetime
     written_by: str = f"iot-collector {__version__}"
 
@@ -72,7 +72,7 @@ class Archive:
     """A directory, or a prefix of an S3 bucket.
 
     :param target: path of an existing directory, or ``s3://bucket/prefix``. Credentials and region
-        come from where every AWS program has them (AWS_REGION, profile, role of the pod, ...).
+        come from the usual sources of AWS programs (AWS_REGION, profile, role of the pod, ...).
     :raises SettingsError: pyarrow is not installed, or there is no such directory.
     :raises ArchiveError: S3 cannot be used.
     """
@@ -88,17 +88,17 @@ class Archive:
             with _explained(target):
                 self._files, self._base = pyarrow.fs.FileSystem.from_uri(target)
         else:
-            # Not created: what is missing is perhaps a volume that is not mounted.
+            # Not created, because a missing directory may be a volume that is not mounted.
             self.directory = Path(target)
             if not self.directory.is_dir():
-                raise SettingsError(f"IOT_ARCHIVE_TARGET: {target} is no directory; create it")
+                raise SettingsError(f"IOT_ARCHIVE_TARGET: {target} is not a directory; create it")
             self._files, self._base = pyarrow.fs.LocalFileSystem(), str(self.directory.absolute())
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
-        """Write a file that appears, complete and on disk, only if the block succeeds.
+        """Write a file that appears only if the block succeeds, complete and synced to disk.
 
-        S3 shows a file when its upload ends, so after an error it is deleted again.
+        In S3 an object appears when its upload ends, so it is deleted after an error.
         """
         if self.directory is None:
             with _explained(self._path(name)):
@@ -125,7 +125,7 @@ class Archive:
                 raise
 
     def check_writable(self) -> None:
-        """Write a small file and delete it, so that the fault is found before the work.
+        """Write a small file and delete it, to find an error before the work starts.
 
         :raises ArchiveError: it could not be written.
         """
@@ -167,11 +167,11 @@ class Archive:
         return f"{self._base}/{name}"
 
     def write(self, partition: str, columns: dict[str, str], rows: Iterable[Row]) -> Manifest:
-        """Write rows to another file of a partition, and then its manifest.
+        """Write rows to a new file of a partition, and then its manifest.
 
-        :param columns: their names and PostgreSQL's types.
+        :param columns: name -> PostgreSQL type.
         :param rows: at least one, in the order of `SORTED_BY`.
-        :raises ArchiveError: the file could not be written; then it does not count.
+        :raises ArchiveError: the file could not be written. It has no manifest, so it is ignored.
         """
         number = len(self.parts(partition)) + 1
         stem = partition if number == 1 else f"{partition}-{number}"
@@ -205,9 +205,9 @@ class Part:
         self._open = opener
 
     def verify(self) -> Self:
-        """Read the whole file.
+        """Read the whole file, and compare its size and SHA-256 with its manifest.
 
-        :raises ArchiveError: it is not the file that its manifest describes.
+        :raises ArchiveError: they differ, or the file cannot be read.
         """
         expected, digest, size = self.manifest, hashlib.sha256(), 0
         with _explained(expected.file), self._open() as file:
@@ -216,11 +216,11 @@ class Part:
                 size += len(block)
         if size != expected.bytes:
             raise ArchiveError(
-                f"{expected.file} has {size} bytes, its manifest says {expected.bytes}: it is"
+                f"{expected.file} has {size} bytes, but its manifest says {expected.bytes}: it is"
                 " truncated or altered"
             )
         if digest.hexdigest() != expected.sha256:
-            raise ArchiveError(f"{expected.file} is altered: its SHA-256 is not its manifest's")
+            raise ArchiveError(f"{expected.file} is altered: its SHA-256 differs from its manifest")
         return self
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
@@ -237,9 +237,9 @@ def merged(parts: Iterable[Part], columns: Sequence[str]) -> Iterator[Row]:
 
 
 def sort_key(columns: Sequence[str]) -> Callable[[Row], Any]:
-    """Return the function that sorts rows as the archive does: by `SORTED_BY`.
+    """Return a key function that sorts rows in the order of the archive, `SORTED_BY`.
 
-    Python compares text by code points, which is the order of its UTF-8 bytes, as COLLATE "C".
+    Python compares text by code points. This is the order of the UTF-8 bytes, as in COLLATE "C".
     """
     return operator.itemgetter(*(list(columns).index(name) for name in SORTED_BY))
 
@@ -247,10 +247,10 @@ def sort_key(columns: Sequence[str]) -> Callable[[Row], Any]:
 def lacking(
     rows: Iterable[Row], other: Iterable[Row], columns: Sequence[str], *, by_key: bool = False
 ) -> Iterator[Row]:
-    """Yield the rows that the others lack; both are in the order of `SORTED_BY`.
+    """Yield the rows that are missing in ``other``; both are in the order of `SORTED_BY`.
 
-    :param by_key: a row with the same topic, time and id is the same row; otherwise every column
-        has to be equal.
+    :param by_key: rows with the same topic, time and id count as equal; otherwise all columns have
+        to be equal.
     """
     key = sort_key(columns)
     others = iter(other)
@@ -274,8 +274,8 @@ def lacking(
             yield row
 
 
-# PostgreSQL's type -> Arrow's; any other is archived as its text. So are floats: NaN is not equal
-# to itself, and could not be compared.
+# PostgreSQL type -> Arrow type. All other types are archived as text. So are floats, because NaN is
+# not equal to itself and could not be compared.
 _ARROW_TYPES = {
     "smallint": "int16",
     "integer": "int32",
@@ -293,7 +293,7 @@ def _arrow_type(kind: str) -> Any:
 
 
 def sql_expression(column: str, kind: str) -> str:
-    """Return the SQL that selects a column as a value of `Row`."""
+    """Return the SQL expression that selects a column as a value of a `Row`."""
     quoted = '"' + column.replace('"', '""') + '"'
     if kind == TIMESTAMP:
         return f"(extract(epoch FROM {quoted}) * 1000000)::bigint"
@@ -305,7 +305,8 @@ def _write_parquet(
 ) -> tuple[int, int, int]:
     """Write rows as Parquet; return their number, and the oldest and newest ``received_at``."""
     schema = pyarrow.schema([(name, _arrow_type(kind)) for name, kind in columns.items()])
-    # Ids and times grow from row to row: their differences take a tenth (benchmarks/archive.py).
+    # Ids and times grow from row to row, so their differences take a tenth of the space
+    # (benchmarks/archive.py).
     growing = [name for name, kind in columns.items() if kind in ("bigint", TIMESTAMP)]
     received_at = list(columns).index("received_at")
     count, times = 0, list[int]()
@@ -363,9 +364,9 @@ def _values(batch: Any, name: str) -> list[Any]:
 
 
 class _HashingFile:
-    """A file to write to, which keeps the SHA-256 of what was written.
+    """A writable file that computes the size and SHA-256 of its content.
 
-    It has what pyarrow asks of a file object.
+    It has the methods that pyarrow needs of a file object.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -386,7 +387,7 @@ class _HashingFile:
         """Do nothing: the file is flushed when it is complete."""
 
     def close(self) -> None:
-        """Do nothing: whoever opened the file closes it."""
+        """Do nothing: `Archive.create` closes the file."""
 
     def readable(self) -> bool:
         return False
@@ -400,7 +401,7 @@ class _HashingFile:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn an error of a file system into one that says what to do."""
+    """Turn an OSError into an ArchiveError that says what to do."""
     try:
         yield
     except OSError as error:

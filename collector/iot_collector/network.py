@@ -1,7 +1,7 @@
 """The network thread: keeps a session with the broker, reads messages and acknowledges them.
 
-Only this thread uses the socket. A `ReadBatch` knows the connection that it came from, so that no
-acknowledgement crosses a reconnect.
+Only this thread uses the socket. A `ReadBatch` refers to the connection that it came from, so that
+its messages are not acknowledged on a later connection.
 """
 
 import contextlib
@@ -24,35 +24,37 @@ from .subscriptions import Subscriptions
 
 log = structlog.get_logger(__name__)
 
-# What connections fail with; the errors of TLS and WebSocket are subclasses of OSError.
+# The errors of a connection; those of TLS and WebSocket are subclasses of OSError.
 _CONNECTION_ERRORS = (OSError, MQTTException)
-# ValueError: a wrong TLS file, or a host name that cannot be one.
+# Opening one can also raise ValueError: for a wrong TLS file, or an invalid host name.
 _OPEN_ERRORS = (*_CONNECTION_ERRORS, ValueError)
 
 # Times are in seconds.
-_MAX_BACKOFF = 30.0  # between two attempts to connect; each wait is random below its limit
-_STABLE_AFTER = 10.0  # a connection that lasted this long was a good one
-_LARGE_READ = 1 << 18  # bytes of memory: there is a backlog
+_MAX_BACKOFF = 30.0  # limit of the random wait between two attempts to connect
+_STABLE_AFTER = 10.0  # a connection that lasts longer resets the backoff
+_LARGE_READ = 1 << 18  # bytes of memory; a read of this size means that there is a backlog
 _CHECK_INTERVAL = 0.5  # of keepalive and subscriptions; a check costs as much CPU as a message
 _MIN_LINGER = 0.2  # as a share of the longest linger, while there are few messages
-_MANY_MESSAGES = 50  # in a read: worth the whole linger
+_MANY_MESSAGES = 50  # in a read; from this number on, the linger is the longest
 _DISCONNECT_TIMEOUT = 5.0  # to wait until the broker has read the last acknowledgements
 
 
 def linger(limit: float, messages: int) -> float:
     """Return how long to wait before the next read, after one with this many messages.
 
-    A COMMIT costs as much CPU as about 100 rows. At 10 000 messages/s, ``limit`` (10 ms by default)
-    gathers that many, and the wait is worth it. At 1 000/s it would make each message wait for few
-    others. Where fewer than ``_MANY_MESSAGES`` come within ``limit``, each read has fewer than the
-    one before, and the wait shrinks to ``_MIN_LINGER``; above that rate it grows to the limit.
+    A COMMIT costs as much CPU as about 100 rows. At 10 000 messages/s, that many arrive within
+    ``limit`` (10 ms by default), and the wait is worth it. At 1 000 messages/s, it would delay each
+    message and save little. If fewer than ``_MANY_MESSAGES`` arrive within ``limit``, each read has
+    fewer messages than the one before, and the wait shrinks to the share ``_MIN_LINGER`` of
+    ``limit``. Above that rate it grows to ``limit``.
     """
     return limit * min(1.0, max(_MIN_LINGER, messages / _MANY_MESSAGES))
 
 
 def backoff(failures: int) -> float:
     """Return the longest wait before the next attempt, after this many failures in a row."""
-    # After 1024 failures, some hours of a broker that is away, 2**failures is no float any more.
+    # The exponent is limited: 2.0**1024 is too large for a float, and a broker that is away for
+    # some hours causes as many failures.
     return min(_MAX_BACKOFF, 0.25 * 2.0 ** min(failures, 10))
 
 
@@ -65,7 +67,7 @@ class NetworkThread(threading.Thread):
         self.subscriptions = Subscriptions(settings)
         self._buffer = buffer
         self._metrics = metrics
-        self._done: deque[ReadBatch | Event] = deque()  # by the writer, to be acted on
+        self._done: deque[ReadBatch | Event] = deque()  # finished by the writer
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
@@ -73,7 +75,7 @@ class NetworkThread(threading.Thread):
         self._stopping = threading.Event()
         self._left = threading.Event()
         self._next_read = self._next_check = 0.0
-        self._hold_until = 0.0  # for acknowledgements; never later than the next read
+        self._hold_until = 0.0  # acknowledgements wait until then, at most until the next read
         self.connection: Connection | None = None
         self.error: str | None = "not connected yet"
         self.consecutive_bugs = 0
@@ -84,7 +86,7 @@ class NetworkThread(threading.Thread):
 
     @property
     def connected(self) -> bool:
-        """Whether the broker sends the messages of all filters of the settings."""
+        """Whether there is a connection, and the broker has granted all its subscriptions."""
         return self.connection is not None and self.subscriptions.active
 
     @property
@@ -96,13 +98,13 @@ class NetworkThread(threading.Thread):
         return self.subscriptions.waiting_for if self.connection is not None else []
 
     def acknowledge(self, items: Sequence[ReadBatch | Event]) -> None:
-        """Queue what the writer has finished, to be acknowledged; any thread."""
+        """Queue what the writer has finished, to be acknowledged. Any thread may call this."""
         self._done.extend(items)
         if time.monotonic() >= self._hold_until:  # otherwise the thread wakes up by itself
             self._wake()
 
     def leave_session(self, timeout: float) -> bool:
-        """Unsubscribe, and go on until the broker has no messages left for the session.
+        """Unsubscribe, and receive until the broker has no messages left for the session.
 
         :returns: whether that succeeded within ``timeout`` seconds.
         """
@@ -117,7 +119,7 @@ class NetworkThread(threading.Thread):
         self.join(timeout)
 
     def run(self) -> None:
-        """Connect again and again, until stopped."""
+        """Connect, and connect again after each end of a connection, until stopped."""
         failures = short_connections = 0
         while not self._stopping.is_set():
             started = time.monotonic()
@@ -125,7 +127,7 @@ class NetworkThread(threading.Thread):
             bug = False
             try:
                 self._serve(connection)
-            except Exception as error:  # whatever it is, the next attempt may succeed
+            except Exception as error:  # even after a bug, the next attempt may succeed
                 self.error = f"{type(error).__name__}: {error}"
                 bug = not isinstance(error, _CONNECTION_ERRORS if self.connection else _OPEN_ERRORS)
                 if bug:
@@ -140,7 +142,7 @@ class NetworkThread(threading.Thread):
             failures = 0 if stable else failures + 1
             short_connections = short_connections + 1 if connection.accepted and not stable else 0
             if short_connections > 1:
-                # With MQTT 3.1.1, and older brokers, nothing tells why a connection was closed.
+                # With MQTT 3.1.1, and with older brokers, we do not learn why it was closed.
                 self.error = f"{self.error}; perhaps {duplicate_client_id(self._settings)}"
             wait = random.uniform(0, backoff(failures))  # noqa: S311
             wait += self._settings.connect_interval
@@ -155,8 +157,8 @@ class NetworkThread(threading.Thread):
 
     def _serve(self, connection: Connection) -> None:
         """Open a connection and move messages until it ends."""
-        # The wait since the last attempt does not count as a hang; this attempt may take as long,
-        # if none of the broker's addresses answers.
+        # The wait since the last attempt must not count as a hang: this attempt may take as long
+        # again if no address of the broker answers.
         self.last_progress = time.monotonic()
         connection.open()
         self.connection = connection
@@ -178,11 +180,11 @@ class NetworkThread(threading.Thread):
             self._send_acknowledgements(connection)
         if (sock := client.socket()) is None:
             return
-        # Not reading makes the broker wait: TCP's window fills up, and nothing is dropped.
+        # If we do not read, the TCP window fills up, and the broker waits. Nothing is dropped.
         full = self._buffer.full
         linger_left = max(0.0, self._next_read - now)
         reading = not full and not linger_left
-        # select() does not see what TLS has decrypted already.
+        # select() does not see data that TLS has already decrypted.
         pending = reading and hasattr(sock, "pending") and sock.pending() > 0
         readable, writable, _ = select.select(
             [self._wake_reader, sock] if reading else [self._wake_reader],
@@ -209,7 +211,7 @@ class NetworkThread(threading.Thread):
         self._forward_events()
 
     def _leave_session(self, connection: Connection) -> None:
-        """Take the next step to leave the session: unsubscribe, store its messages, make sure."""
+        """Take the next step to leave the session: unsubscribe, store messages, check for more."""
         if not connection.accepted:
             return
         if not connection.leaving:
@@ -219,7 +221,7 @@ class NetworkThread(threading.Thread):
         if self._done or counts.in_flight:
             connection.received_at_ping = None
         elif connection.received_at_ping != counts.received:
-            # If nothing arrives before the answer to the ping, there is nothing left.
+            # If no message arrives before the answer to the ping, none is left.
             connection.received_at_ping = counts.received
             connection.client.ping()
         elif connection.client.ping_answered:
@@ -241,16 +243,16 @@ class NetworkThread(threading.Thread):
         if read.rows:
             connection.count_received(read.tags)
             if read.size < _LARGE_READ and not connection.window_nearly_full:
-                # A wait before the read delays messages as much as one after it, and wakes both
+                # Waiting before a read delays messages as much as waiting after it, but wakes both
                 # threads once instead of once per message (benchmarks/).
                 self._next_read = read_at + linger(self._settings.batch_linger_ms / 1000, len(read))
                 # A broker that uses Nagle's algorithm (Mosquitto's default) holds messages back
-                # until TCP has acknowledged the ones before, which our system does together with
-                # our PUBACKs. PUBACKs right after COMMIT bring messages that wait in our socket
-                # until the linger ends; what is published after them waits for the next PUBACKs,
-                # and then for the end of another linger. PUBACKs right before the read halve the
-                # delay (1 000 messages/s, 10 ms: p50 6 instead of 14 ms). But a broker whose
-                # window is full must get them at once.
+                # until TCP has acknowledged the previous ones, which our kernel does together with
+                # our PUBACKs. Messages that are sent after PUBACKs right after COMMIT wait in our
+                # socket until the linger ends. Those that are published later wait for the next
+                # PUBACKs, and then for the end of another linger. PUBACKs right before the read
+                # halve the delay (1 000 messages/s, 10 ms: p50 6 instead of 14 ms). But a broker
+                # that may have filled its window must get them at once.
                 self._hold_until = self._next_read if connection.window_half_empty else 0.0
             self._buffer.put(read)
 
@@ -280,5 +282,5 @@ class NetworkThread(threading.Thread):
             connection.acknowledge(tags)
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full of wake-ups: the thread will wake up
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups that are not read yet
             self._wake_writer.send(b"\0")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import psycopg2.extensions
 
 MONTHS_AHEAD = 3
-# Comment of a restored partition, followed by a date: until then it is not archived again.
+# Start of the comment on a restored partition. A date follows, before which it is not archived.
 KEPT_UNTIL = "iot-collector: kept until "
 
 _KEPT = re.compile(re.escape(KEPT_UNTIL) + r"(\d{4}-\d\d-\d\d)")
@@ -31,16 +31,16 @@ ORDER BY 1
 
 
 class PartitionTimes(NamedTuple):
-    """What the alerts about partitions need to know, in Unix time."""
+    """The times that the alerts about partitions use, in Unix time."""
 
-    until: float  # there is a partition for each moment from now until then
-    due: float  # when the first of the partitions is to be archived; infinity if there is none
+    until: float  # partitions cover the time from now until then without a gap
+    due: float  # when the first partition is due to be archived; infinity if there is none
 
 
 def kept_until(comment: str) -> date | None:
-    """Return the day until which the comment of a partition says that it is kept."""
+    """Return the date in the comment on a partition until which it is kept, or None."""
     match = _KEPT.match(comment)
-    with suppress(ValueError):  # somebody wrote a day that does not exist
+    with suppress(ValueError):  # the date does not exist
         return date.fromisoformat(match[1]) if match else None
     return None
 
@@ -67,7 +67,7 @@ def partition_times(
 
 
 def create_partitions(cursor: psycopg2.extensions.cursor, timestamp: float) -> None:
-    """Create the partitions from a time's month (UTC) to three months later, where missing.
+    """Create the missing partitions, from the month (UTC) of a time to three months later.
 
     :param timestamp: Unix time.
     """

@@ -1,8 +1,8 @@
 """The database password in AWS Secrets Manager (``IOT_DATABASE_PASSWORD_SECRET``).
 
 It is read at the first connection and kept while the database accepts it, so that reconnects do
-not depend on AWS. When the database refuses it, it is read again: that is how a rotation reaches
-the collector without a restart, whichever of database and secret is changed first.
+not depend on AWS. When the database refuses it, it is read again. So a rotation needs no restart of
+the collector, and either the database or the secret may be changed first.
 """
 
 import json
@@ -10,20 +10,20 @@ import time
 
 from . import aws
 
-# Seconds between two reads of a secret: a database that refuses every login costs few calls.
+# Seconds between two reads of a secret. It limits the calls if the database refuses every login.
 _PAUSE = 2.0
 
 _passwords: dict[str, tuple[str, float]] = {}  # by secret: the password, and when it was read
 
 
 def password(secret: str, refused: str | None = None) -> str:
-    """Return the password, from memory where it is known.
+    """Return the password, from memory if it was read before.
 
     :param secret: ARN or name of the secret. Its text is the password, or a JSON object with the
-        key ``password``, which is how RDS writes it.
-    :param refused: a password that the database has just refused: read the secret again if that
-        is the one in memory, and not read in the last two seconds.
-    :raises aws.AwsError: it cannot be read; the text has nothing of the secret's content.
+        key ``password``, as RDS writes it.
+    :param refused: a password that the database has just refused. If it is the one in memory, the
+        secret is read again, unless it was read in the last two seconds.
+    :raises aws.AwsError: the secret cannot be read. The text has nothing of the secret's content.
     """
     known, read_at = _passwords.get(secret, (None, 0.0))
     if known is not None and (known != refused or time.monotonic() - read_at < _PAUSE):
@@ -45,9 +45,9 @@ def _read(secret: str) -> str:
     except ValueError:
         document = None
     if not isinstance(document, dict):
-        # As in files: a line break at the end is nobody's password.
+        # A line break at the end is not part of the password, as in a password file.
         return str(text).rstrip("\r\n")
     value = document.get("password")
     if not isinstance(value, str):
-        raise aws.AwsError(f"{secret} is a JSON object whose key password is missing or no text")
+        raise aws.AwsError(f"{secret} is a JSON object, but its key password is missing or no text")
     return value

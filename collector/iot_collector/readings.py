@@ -1,6 +1,6 @@
-"""What the view ``readings`` is told by the settings: topic templates and keys of device times.
+"""The settings of the view ``readings``: topic templates and device time keys.
 
-They are in two small tables, so that a change applies to all messages, old ones too.
+They are saved in two small tables, so that a change applies to all messages, also to old ones.
 """
 
 import re
@@ -16,7 +16,7 @@ _UNITS = ("iso8601", "s", "ms", "us")
 
 
 class TopicTemplate(NamedTuple):
-    """A template as it is written, and what PostgreSQL needs of it.
+    """A topic template, also as a regular expression for PostgreSQL.
 
     :param pattern: a regular expression with a group for each name.
     """
@@ -29,7 +29,7 @@ class TopicTemplate(NamedTuple):
     def parse(cls, template: str) -> Self:
         """Parse a template.
 
-        :raises ValueError: it is none.
+        :raises ValueError: it is not valid.
         """
         *parents, last = template.split("/")
         names: list[str] = []
@@ -39,16 +39,16 @@ class TopicTemplate(NamedTuple):
         else:
             pattern = "/".join([*patterns, _level_pattern(last, names)])
         if not names:
-            raise ValueError(f"{template[:80]!r} names no level, as {{device}} does")
+            raise ValueError(f"{template[:80]!r} has no named level such as {{device}}")
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"{template[:80]!r} names two levels {', '.join(sorted(twice))}")
+            raise ValueError(f"{template[:80]!r} has two levels named {', '.join(sorted(twice))}")
         return cls(template, f"^{pattern}$", names)
 
 
 def _level_pattern(level: str, names: list[str]) -> str:
     """Return the regular expression of a level; append its name, if it has one.
 
-    :raises ValueError: it is no level of a template.
+    :raises ValueError: the level is not valid.
     """
     if level == "+":
         return "[^/]*"
@@ -57,14 +57,14 @@ def _level_pattern(level: str, names: list[str]) -> str:
         return "([^/]*)"
     if set(level) & set("{}+#\0"):
         raise ValueError(
-            f"{level[:80]!r} is no topic level: {{name}}, with a name of letters, digits and _, + "
-            "and # each stand alone between slashes, # only as the last one"
+            f"{level[:80]!r} is not a valid topic level: {{name}}, + and # each have to be a whole "
+            "level, # the last one, and a name has letters, digits and _"
         )
     return _SPECIAL.sub(r"\\\g<0>", level)
 
 
 class DeviceTimeKey(NamedTuple):
-    """Where in a payload its time is, in steps of a path, and the unit of it."""
+    """The path to the device time in a payload, as its steps, and the unit of the time."""
 
     path: list[str]
     unit: str
@@ -73,7 +73,7 @@ class DeviceTimeKey(NamedTuple):
     def parse(cls, key: str) -> Self:
         """Parse ``path:unit``, with the path as in the column ``name`` of ``readings``.
 
-        :raises ValueError: it is none.
+        :raises ValueError: it is not valid.
         """
         path, _, unit = key.rpartition(":")
         if unit not in _UNITS or not _PATH.fullmatch(path):
@@ -88,17 +88,17 @@ class DeviceTimeKey(NamedTuple):
 def save(
     cursor: psycopg2.extensions.cursor, templates: list[TopicTemplate], keys: list[DeviceTimeKey]
 ) -> bool:
-    """Write both tables if they say something else; return whether that was possible.
+    """Write both tables if their rows differ; return whether that was possible.
 
-    To be called in a transaction. It is not possible if the role lacks the right, or the schema
-    the tables.
+    To be called in a transaction. It is not possible if the role lacks a privilege, or the tables
+    do not exist.
 
     :raises psycopg2.Error: nothing was changed.
     """
     cursor.execute(_MAY_WRITE)
     if cursor.fetchall() != [(True,)]:
         return False
-    # Collectors that start at the same time take turns; the last one counts.
+    # Collectors that start at the same time take turns; the last one wins.
     cursor.execute("SELECT pg_advisory_xact_lock(hashtext('iot.readings'))")
     for table, columns, rows in (
         ("topic_templates", "position, template, pattern, names", templates),

@@ -1,9 +1,9 @@
-"""Rebuild the index on topic and time of each month that is over.
+"""Rebuild the index on topic and time of each past month.
 
-Each topic inserts at a place of its own in that B-tree. So a page that is full is split in the
-middle, and its first half never fills again: the index takes 85 bytes a row, and 50 after a rebuild
-(benchmarks/LAYOUT.md). A month that is over gets no more rows, so once is enough. The comment of
-the index says that it was done.
+Each topic inserts at a different place in that B-tree. So a full page is split in the middle, and
+its first half never fills again: the index takes 85 bytes a row, and 50 after a rebuild
+(benchmarks/LAYOUT.md). A past month hardly gets new rows, so one rebuild is enough. A comment on
+the index records it.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import psycopg2.errors
 import psycopg2.extensions
 
 _REBUILT = "iot-collector: rebuilt"
-_WORTH_IT = 1 << 20  # bytes; a smaller index is left as it is
+_WORTH_IT = 1 << 20  # bytes; a smaller index is not rebuilt
 
 _FIND = """
 SELECT format('%%I.%%I', n.nspname, i.relname), t.relname, pg_relation_size(i.oid)
@@ -28,8 +28,8 @@ WHERE p.inhparent = to_regclass('messages_topic')
   AND obj_description(i.oid, 'pg_class') IS DISTINCT FROM %s
 ORDER BY t.relname
 """
-# What an interrupted REINDEX CONCURRENTLY has left, by the names that PostgreSQL gives it: the new
-# index, not complete, or the old one.
+# The invalid index that an interrupted REINDEX CONCURRENTLY leaves, by the suffix that PostgreSQL
+# gives it: _ccnew for the new index, which is not complete, or _ccold for the old one.
 _LEFT_OVER = """
 SELECT format('%I.%I', n.nspname, i.relname)
 FROM pg_inherits p
@@ -44,13 +44,13 @@ WHERE p.inhparent = 'messages'::regclass
 def rebuild_indexes(
     cursor: psycopg2.extensions.cursor, *, dry_run: bool
 ) -> Iterator[tuple[bool, str]]:
-    """Rebuild them with REINDEX CONCURRENTLY, which holds up neither INSERT nor SELECT.
+    """Rebuild the indexes with REINDEX CONCURRENTLY, which blocks neither INSERT nor SELECT.
 
-    :param cursor: outside of any transaction; of a session that `retention.prepare` has set up.
-    :returns: for each month, whether all is well, and what was done.
-    :raises psycopg2.Error: an index could not be rebuilt; it is as it was.
+    :param cursor: outside a transaction, in a session that `retention.prepare` has set up.
+    :returns: for each month, True and a text that says what was done.
+    :raises psycopg2.Error: an index could not be rebuilt; the old index is still in use.
     """
-    month = "a month that is over"
+    month = "a past month"
     try:
         cursor.execute(_LEFT_OVER)
         for (index,) in [] if dry_run else cursor.fetchall():
@@ -67,4 +67,8 @@ def rebuild_indexes(
             yield True, f"{month}: index rebuilt, {before} bytes before and {after} after"
     except psycopg2.errors.LockNotAvailable:
         # A dump of the database may take hours.
-        yield True, f"{month}: index not rebuilt, another transaction takes too long: see next run"
+        yield (
+            True,
+            f"{month}: index not rebuilt: waited too long for another transaction;"
+            " the next run tries again",
+        )

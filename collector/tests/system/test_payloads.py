@@ -140,7 +140,7 @@ def test_readings_have_topic_levels_and_device_time(
     settings["IOT_TOPIC_TEMPLATES"] = "plant/{site}/#,{device.}"
     failed = make_collector(broker, database, **settings).launch()
     assert failed.wait() == 2
-    assert "IOT_TOPIC_TEMPLATES: '{device.}' is no topic level" in failed.log()
+    assert "IOT_TOPIC_TEMPLATES: '{device.}' is not a valid topic level" in failed.log()
     settings |= {"IOT_TOPIC_TEMPLATES": "plant/{site}/#", "IOT_DEVICE_TIME_KEYS": ""}
     make_collector(broker, database, **settings).start()
     assert found() == [(1, {"site": "north"}, None), (2, {"site": "north"}, None), (3, None, None)]

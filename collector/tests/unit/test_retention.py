@@ -176,7 +176,7 @@ def test_missing_target_directory_is_not_created(database: Database, target: Pat
     make_month(database, 3)
     done = archive(database, target / "missing")
     assert done.returncode == 2
-    assert "is no directory" in done.stderr
+    assert "is not a directory" in done.stderr
     assert old_partitions(database) == [TABLE]
 
 
@@ -282,7 +282,7 @@ def test_tables_that_are_no_partitions_stay(database: Database, target: Path) ->
 
 DAMAGE = {
     "truncated": "it is truncated or altered",
-    "altered": "its SHA-256 is not its manifest's",
+    "altered": "its SHA-256 differs from its manifest",
     "deleted": "No such file",
     "manifest": "is not a manifest",
 }
@@ -599,7 +599,7 @@ def test_archive_every_hours_runs_again_after_errors(
         make_month(database, 5)
         eventually(lambda: "5 rows archived, read back and dropped" in archiver.log())
         target.rename(tmp_path / "away")
-        eventually(lambda: "is no directory" in archiver.log())
+        eventually(lambda: "is not a directory" in archiver.log())
         (tmp_path / "away").rename(target)
         make_month(database, 6)
         eventually(lambda: "6 rows archived, read back and dropped" in archiver.log())
