@@ -1,24 +1,26 @@
-"""Brings back what the collector missed from the replay queue, each message once.
+"""Stores the messages that the collector missed, from the replay queue, each message once.
 
 The queue (replay_queue.py) has a copy of every message of the last 14 days, and the collector has
-stored most of them. SQS cannot be searched: to see a copy is to receive it, and after 120 000
-messages that were received and not deleted (its quota) it delivers no more. So a run empties it:
+stored most of them. SQS cannot be searched: a copy can only be read by receiving it, and after
+120 000 messages that were received and not deleted (its quota) SQS delivers no more. So a run
+empties the queue:
 
 1. *Take.* Copies go into the table ``replay_copies``; after COMMIT they are deleted from the queue.
-   ``trace_id`` is the table's key: what SQS delivers twice, or two rules copied, is there once.
+   ``trace_id`` is the key of the table, so copies that SQS delivers twice, or that two rules made
+   of one message, are in it once.
 2. *Compare.* Copies and stored rows (messages and dead letters) with the same topic and payload are
-   paired, those closest in time first. A row accounts for one copy only, so equal payloads that
-   were sent twice are both kept. A copy without a row is of a missing message. With
+   paired, those closest in time first. A row is paired with one copy only, so equal payloads that
+   were sent twice are both kept. The message of a copy without a row is missing. With
    IOT_MESSAGE_ID_KEY, its id is looked up as well, which is exact.
 3. *Settle.* In batches, one transaction each: missing messages are stored as the collector stores
    them, with the time when IoT Core received them, and all copies of the batch lose their payload.
 
 At any moment a message is in the queue, in ``replay_copies`` or in its table, and every step can be
-repeated: after a crash, or after credentials have expired, the next run goes on.
+repeated: after a crash, or after credentials have expired, the next run continues.
 
 A row can be later than its copy: the collector may get a message from its session in IoT Core hours
-after it was published, see `longest_delay`. A younger copy without an id may still be on its way,
-so it stays in ``replay_copies`` until a later run.
+after it was published, see `longest_delay`. If a copy without an id is younger than that, its
+message may still be in the session, so the copy stays in ``replay_copies`` until a later run.
 """
 
 import hashlib
@@ -52,23 +54,22 @@ from .summaries import summarize_again
 log = structlog.get_logger(__name__)
 
 Cursor = psycopg2.extensions.cursor
-Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
+Progress = Callable[[str, int, int], None]  # name of the step, number done, total
 
 DAY = 86400.0
-_RECEIVERS = 16  # threads that receive and delete: a call to SQS is mostly waiting
-_BATCH = 500  # copies in a transaction; 64 MB with the largest payloads that IoT Core takes
+_RECEIVERS = 16  # threads that receive and delete; a call to SQS mostly waits
+_BATCH = 500  # copies in a transaction; 64 MB with the largest payloads that IoT Core accepts
 # Seconds by which the clocks of IoT Core and the collector may differ.
 _CLOCKS = 60.0
-# How long the messages of a full session take to be delivered, in lengths of the session: they come
-# in at up to 70 a second, which a collector is planned for, and go out at 10 a second.
+# How long the delivery of all messages of a session takes, as a multiple of its expiry: a collector
+# is planned for up to 70 messages a second, and IoT Core delivers 10 a second from the session.
 _DELIVERY = 7
 _KEPT_DAYS = 15  # a day more than the queue keeps copies
-_PATIENCE = 120.0  # seconds without any progress after which a database that is away ends the run
+_PATIENCE = 120.0  # seconds without progress after which a database error ends the run
 _QUIET_ROUNDS = 3
-_LEAST_SECONDS = (
-    HIDDEN_SECONDS + 5.0
-)  # after this long, nothing is hidden that a killed run received
-# Kinds of database errors that go away by themselves, or by what somebody does meanwhile.
+# After this time, copies that a killed run had received are visible again.
+_LEAST_SECONDS = HIDDEN_SECONDS + 5.0
+# Kinds of database errors that may go away, by themselves or when somebody fixes the cause.
 _PASSING = {
     *("authentication", "conflict", "connection", "disk_full", "password", "read_only"),
     *("resources", "shutdown", "timeout", "too_many_connections"),
@@ -81,7 +82,8 @@ FROM unnest(%s::text[], %s::float8[], %s::bytea[], %s::boolean[], %s::text[], %s
     AS copies (i, r, d, n, t, p)
 ON CONFLICT DO NOTHING
 """
-# Copies with trace_id and whether they are still to be settled, rows without both; by digest.
+# Copies and stored rows, ordered by digest. Only copies have trace_id, named, and whether they are
+# still to be settled.
 _COMPARE = """
 WITH wanted AS MATERIALIZED (SELECT DISTINCT digest FROM replay_copies WHERE payload IS NOT NULL),
 span AS MATERIALIZED (
@@ -108,7 +110,7 @@ ORDER BY 1
 
 
 class ReplayError(Exception):
-    """The run cannot go on; nothing is lost."""
+    """The run cannot continue; nothing is lost."""
 
 
 class Entry(NamedTuple):
@@ -123,31 +125,32 @@ class Entry(NamedTuple):
 
 @dataclass
 class Summary:
-    """What a run did, in messages; what an earlier run did is not counted again."""
+    """What a run did, in messages. What an earlier run did is not counted."""
 
     restored: int = 0
     stored_already: int = 0
     dead_letters: Counter[str] = field(default_factory=Counter)
     repeated: int = 0  # copies whose trace id was known
     unread: int = 0  # deleted from the queue because they are older than `since`
-    left: int = 0  # in replay_copies, too young to be decided about
+    left: int = 0  # in replay_copies, because they are too young to be settled
     malformed: dict[str, str] = field(default_factory=dict)  # message id -> why; left in the queue
 
 
 def longest_delay(settings: Settings) -> float:
-    """Return after how many seconds, at most, the collector stores a message of its session."""
+    """Return the longest time, in seconds, until the collector stores a message of its session."""
     return min(settings.mqtt_session_expiry_seconds * (1 + _DELIVERY), 14 * DAY)
 
 
 def missing(copies: list[float], rows: list[float], longest: float) -> set[int]:
-    """Return the indexes of the copies that no row accounts for.
+    """Return the indexes of the copies that have no row.
 
-    All are of one topic and payload. Copies and rows that are neighbours in time are paired, the
-    closest first, and then what has become neighbours by that. It is the true pairing unless
-    messages overtake each other, and then the number of missing ones is still right.
+    All copies and rows have the same topic and payload. A copy and a row that are neighbours in
+    time are paired, the closest first. Then those between which a pair was removed are neighbours.
+    The pairs are right unless messages overtake each other, and even then the number of missing
+    messages is right.
 
     :param copies: when IoT Core received them, Unix time in seconds.
-    :param rows: when the collector did.
+    :param rows: when the collector received them.
     :param longest: how much later a row can be than its copy, in seconds.
     """
     points = sorted([(at, i) for i, at in enumerate(copies)] + [(at, -1) for at in rows])
@@ -183,10 +186,10 @@ def missing(copies: list[float], rows: list[float], longest: float) -> set[int]:
 class Replay:
     """A run.
 
-    :param since: delete copies from before this time unread, but for those whose late rows may
-        be from after it. Unix time in seconds; None compares all.
-    :param until: decide about all copies until this time, and leave the younger ones; None decides
-        about those with an id, and those that are older than `longest_delay`.
+    :param since: Unix time in seconds. Delete older copies without comparing them, except those
+        whose rows may be up to `longest_delay` later. None: compare all copies.
+    :param until: Unix time in seconds. Settle all copies until then, and leave the younger ones.
+        None: settle copies with an id, and copies older than `longest_delay`.
     """
 
     def __init__(
@@ -204,7 +207,7 @@ class Replay:
         self._until = until
         self._progress = progress
         self._binary_topics = BinaryTopics(settings)
-        self._prefixes = RowPrefixes(0x32)  # QoS 1: the rule does not say which
+        self._prefixes = RowPrefixes(0x32)  # QoS 1, because the rule does not copy the QoS
         self._months: set[str] = set()
         self._started = time.time()
         self._moved_at = time.monotonic()
@@ -213,14 +216,14 @@ class Replay:
 
     @property
     def decided_until(self) -> float:
-        """Copies without an id are left when they are younger than this Unix time."""
+        """The Unix time after which copies without an id are left for a later run."""
         return self._started - self._longest - _CLOCKS if self._until is None else self._until
 
     def run(self) -> Summary:
         """Take, compare and settle.
 
         :raises aws.AwsError: the queue cannot be used.
-        :raises psycopg2.Error: the database cannot, and has not come back for two minutes.
+        :raises psycopg2.Error: the database cannot be used, or was away for two minutes.
         :raises ReplayError: another run is in progress.
         """
         retrying = tenacity.Retrying(
@@ -237,7 +240,7 @@ class Replay:
 
     def _run_once(self) -> None:
         with closing(connect(self._settings)) as connection, connection.cursor() as cursor:
-            # What is slow here hinders nobody, and no two runs may pair the same row.
+            # Slow statements disturb nobody here. Two runs must not pair the same row.
             cursor.execute(
                 "SET statement_timeout = 0; SELECT pg_try_advisory_lock(hashtext('iot.replay'))"
             )
@@ -257,9 +260,10 @@ class Replay:
     # Take -------------------------------------------------------------------------------------
 
     def _take_all(self, cursor: Cursor) -> None:
-        """Empty the queue of all that was sent until now, while more arrives.
+        """Take all copies that were sent until now from the queue, while more arrive.
 
-        It takes at least as long as copies can be hidden that a killed run had received.
+        This takes at least `_LEAST_SECONDS`, until copies that a killed run had received are
+        visible again.
         """
         quiet = 0
         total = self._taken + sum(self._queue.size())
@@ -306,7 +310,7 @@ class Replay:
         return self._parsed(copy)[1] is not None
 
     def _parsed(self, copy: Copy) -> tuple[bytes | None, str | None]:
-        """Return the fields of a copy, and the id that the device gave it."""
+        """Return the fields of a copy, and the message id in its payload, if any."""
         decoder = self._binary_topics.decoder_of(copy.topic.encode())
         decoders = {0: decoder} if decoder else {}
         [fields], ids = fields_and_ids([copy.payload], self._settings.message_id_key, decoders)
@@ -333,7 +337,7 @@ class Replay:
                 self._progress("settling", done, total)
 
     def _decide(self, entries: Iterator[Entry]) -> Iterator[tuple[str, bool]]:
-        """Yield the trace id of each copy that can be decided about, and whether it is missing."""
+        """Yield the trace id of each copy that can be settled; whether its message is missing."""
         until = self.decided_until
         for _, group in itertools.groupby(entries, lambda entry: bytes(entry.digest)):
             both = list(group)
@@ -346,7 +350,7 @@ class Replay:
                     yield str(copy.trace_id), i in alone
 
     def _settle(self, cursor: Cursor, batch: dict[str, bool]) -> None:
-        """Store what is missing of a batch, in one transaction."""
+        """Store the missing messages of a batch, in one transaction."""
         wanted = [trace_id for trace_id, alone in batch.items() if alone]
         cursor.execute(
             "SELECT trace_id, extract(epoch FROM received_at)::float8, topic, payload"
@@ -357,7 +361,7 @@ class Replay:
         self._create_partitions(cursor, copies)
         letters: Counter[str] = Counter()
         try:
-            # What is checked only at COMMIT could not be found by bisection.
+            # Bisection could not find a row that a deferred constraint refuses at COMMIT.
             cursor.execute("BEGIN; SET CONSTRAINTS ALL IMMEDIATE")
             reads = [self._read_batch(copy) for copy in copies]
             if self._settings.message_id_key is not None:

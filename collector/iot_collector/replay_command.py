@@ -20,16 +20,16 @@ INCOMPLETE = 1
 QUEUE_FAILED = 4
 DATABASE_FAILED = 8
 
-_LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
-_SAFE = "Nothing is lost. Run `iot-collector replay` again: it goes on from here."
+_LINE_SECONDS = 10.0  # between two lines of progress without a terminal
+_SAFE = "Nothing is lost. Run `iot-collector replay` again: it continues from here."
 
 
 def _time(text: str) -> float:
-    """Return the Unix time of a time of the past in ISO 8601; without an offset it is UTC."""
+    """Parse a past time in ISO 8601, in UTC if it has no offset; return its Unix time."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no time such as 2026-11-25T14:00Z") from None
+        raise click.BadParameter(f"{text!r} is not a time such as 2026-11-25T14:00Z") from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     if moment.timestamp() > time.time():
@@ -42,31 +42,31 @@ def _time(text: str) -> float:
     "--since",
     type=_time,
     metavar="TIME",
-    help="Delete older copies unread, and do not compare them; some time before the outage.",
+    help="Delete older copies without comparing them. Give a time before the outage.",
 )
 @click.option(
     "--until",
     type=_time,
     metavar="TIME",
-    help="Decide about the copies until then. Without it: about those with an id "
-    "(IOT_MESSAGE_ID_KEY), and those so old that the session has no such message any more "
-    "(8 times IOT_MQTT_SESSION_EXPIRY_SECONDS).",
+    help="Settle all copies until this time. Without it, only copies with an id "
+    "(IOT_MESSAGE_ID_KEY) are settled, and copies so old that their message cannot be in the "
+    "session any more (8 times IOT_MQTT_SESSION_EXPIRY_SECONDS).",
 )
 def replay(since: float | None, until: float | None) -> None:
     """Store the messages that the collector missed, from the replay queue.
 
     Takes all copies from the queue that IOT_REPLAY_QUEUE names, compares them with the database,
-    and stores what is missing, each message once. Can be stopped and run again at any time.
+    and stores the missing messages, each once. It can be stopped and run again at any time.
     docs/replay.md says what to do after an outage.
 
-    The exit status is 0 if all was done, 1 if something needs a look (malformed copies, another
-    run in progress), 2 for settings, 4 if the queue failed, 8 if the database failed.
+    The exit status is 0 if everything was done, 1 if somebody has to act (malformed copies,
+    another run in progress), 2 for wrong settings, 4 if the queue failed, 8 if the database failed.
     """
     from .cli import load_settings
 
     settings = load_settings()
     if settings.replay_queue is None:
-        raise SettingsError("IOT_REPLAY_QUEUE: is not set; it is the ARN of the replay queue")
+        raise SettingsError("IOT_REPLAY_QUEUE: is not set; set it to the ARN of the replay queue")
     if since is not None and until is not None and since >= until:
         raise click.UsageError("--since is not before --until")
     with _progress() as progress:
@@ -78,7 +78,7 @@ def replay(since: float | None, until: float | None) -> None:
 def _run(
     settings: Settings, arn: str, since: float | None, until: float | None, progress: Progress
 ) -> tuple[int, str]:
-    """Return the exit status, and what to say."""
+    """Return the exit status, and the text to print."""
     run = None
     try:
         run = Replay(settings, Queue(arn), since, until, progress)
@@ -104,7 +104,7 @@ def _text(summary: Summary, decided_until: float | None = None) -> str:
         f"restored        {summary.restored}",
         f"stored already  {summary.stored_already}",
         f"dead letters    {summary.dead_letters.total()}{dead}",
-        f"repeated        {summary.repeated}, copies of a message that was copied already",
+        f"repeated        {summary.repeated}, second copies of a message",
         f"unread          {summary.unread}, older than --since, deleted from the queue",
     ]
     if decided_until is not None:
@@ -121,7 +121,7 @@ def _text(summary: Summary, decided_until: float | None = None) -> str:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """Show progress on standard error: a bar on a terminal, else a line now and then."""
+    """Show progress on standard error: a bar on a terminal, otherwise a line every 10 s."""
     if not sys.stderr.isatty():
         yield _lines()
         return
@@ -130,7 +130,7 @@ def _progress() -> Iterator[Progress]:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in bars:
-                stack.close()  # the bar before it
+                stack.close()  # ends the previous bar
                 made = click.progressbar(length=total, label=what, show_pos=True, file=sys.stderr)
                 bars[what] = stack.enter_context(made)
             bars[what].length = total

@@ -1,8 +1,8 @@
 """The replay queue: an SQS queue to which an AWS IoT rule copies every message.
 
-roles/iot_core/files/stack.yml makes both. A copy is a JSON object with ``payload`` (base64),
-``topic``, ``received_ms`` (Unix time in milliseconds) and ``trace_id``, which IoT Core gives each
-message: copies of one message by several rules have the same.
+roles/iot_core/files/stack.yml creates both. A copy is a JSON object with ``payload`` (base64),
+``topic``, ``received_ms`` (Unix time in milliseconds) and ``trace_id``. IoT Core gives each message
+a trace id, so copies of one message by several rules have the same.
 """
 
 import base64
@@ -14,12 +14,12 @@ import orjson
 
 from . import aws
 
-RECEIVE_MAX = 10  # messages a call, the most that SQS allows
-# Seconds for which SQS hides a message that was received and not deleted. A batch is stored in far
-# less; if not, the copy is delivered again and recognised.
+RECEIVE_MAX = 10  # messages in a call; SQS allows no more
+# The visibility timeout in seconds: how long SQS hides a message that was received and not deleted.
+# A batch is stored much faster. If not, the copy is delivered again and recognised by its trace id.
 HIDDEN_SECONDS = 30
 _WAIT_SECONDS = 1  # long polling, because short polling asks only some of SQS's servers
-_YEAR_2015 = 1_420_000_000_000  # AWS IoT is younger
+_YEAR_2015 = 1_420_000_000_000  # Unix time in milliseconds; AWS IoT did not exist before
 _DAY = 86_400_000
 
 
@@ -33,7 +33,7 @@ class Copy(NamedTuple):
 
 
 class Received(NamedTuple):
-    """A message of the queue, not deleted yet."""
+    """A message that was received from the queue, and is not deleted yet."""
 
     id: str
     handle: str
@@ -44,7 +44,7 @@ class Received(NamedTuple):
 class Queue:
     """The queue. Methods may be called by several threads.
 
-    :param arn: its ARN, which has region, account and name.
+    :param arn: its ARN, which contains region, account and name.
     """
 
     def __init__(self, arn: str) -> None:
@@ -52,13 +52,13 @@ class Queue:
         _, _, _, region, account, name = arn.split(":")
         with aws.explained("sqs:ReceiveMessage", arn):
             self._client = aws.client("sqs", region)
-        # Composed, because asking for it takes one more permission.
+        # Built from the ARN, because sqs:GetQueueUrl would be one more permission.
         self._url = f"{self._client.meta.endpoint_url.rstrip('/')}/{account}/{name}"
 
     def size(self) -> tuple[int, int]:
-        """Return about how many messages can be received, and how many are hidden.
+        """Return about how many messages are visible, and how many are hidden.
 
-        :raises aws.AwsError: the queue cannot be asked.
+        :raises aws.AwsError: the call failed.
         """
         names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
         with aws.explained("sqs:GetQueueAttributes", self._arn):
@@ -67,9 +67,9 @@ class Queue:
         return visible, hidden
 
     def receive(self) -> list[Received]:
-        """Return up to ten messages, none when there is none within a second.
+        """Return up to ten messages, or none if none arrives within a second.
 
-        :raises aws.AwsError: the queue cannot be read.
+        :raises aws.AwsError: the call failed.
         """
         with aws.explained("sqs:ReceiveMessage", self._arn):
             answer = self._client.receive_message(
@@ -97,9 +97,9 @@ def _received(message: dict[str, Any]) -> Received:
 
 
 def parse(body: str) -> Copy:
-    """Return the copy in the body of a queue's message.
+    """Return the copy in the body of a message of the queue.
 
-    :raises ValueError: it is not what the rule writes; the text says why.
+    :raises ValueError: the rule does not write such a body; the text says why.
     """
     try:
         document = orjson.loads(body)
@@ -109,14 +109,14 @@ def parse(body: str) -> Copy:
         raise ValueError("it is not a JSON object")  # noqa: TRY004
     trace_id, topic = document.get("trace_id"), document.get("topic")
     received = document.get("received_ms")
-    # A rule leaves out what has no value, and an empty payload may be such.
+    # A rule leaves out keys without a value, perhaps also that of an empty payload.
     payload = document.get("payload", "")
     if not isinstance(trace_id, str) or not 0 < len(trace_id) <= 128 or "\0" in trace_id:
-        raise ValueError("trace_id is missing or no short text")
+        raise ValueError("trace_id is missing, or is not a text of up to 128 characters")
     if not isinstance(topic, str) or not 0 < len(topic.encode()) <= 65_535 or "\0" in topic:
-        raise ValueError("topic is missing or none that MQTT allows")
+        raise ValueError("topic is missing, or is not a valid MQTT topic")
     if type(received) is not int or not _YEAR_2015 < received < time.time() * 1000 + _DAY:
-        raise ValueError("received_ms is missing or no time in milliseconds")
+        raise ValueError("received_ms is missing, or is not a time in milliseconds")
     if not isinstance(payload, str):
         raise ValueError("payload is not base64")  # noqa: TRY004
     try:

@@ -37,17 +37,17 @@ def restore(
 ) -> str:
     """Bring a month back, and keep it from being archived again for some days.
 
-    Ids stay as they were. What is in the table already is not stored again, so the command can be
-    repeated.
+    Rows keep their ids. Rows that are already in the table are not stored again, so the command can
+    be repeated.
 
     :param month: ``2025-01``.
     :returns: what was done.
     :raises ArchiveError: the archive is truncated or altered, or cannot be read.
     :raises RetentionError: the month cannot be restored.
-    :raises psycopg2.Error: the database did not do it. After any error, no row was restored.
+    :raises psycopg2.Error: a statement failed. After any error, no row was restored.
     """
     if settings.archive_target in (None, NO_ARCHIVE):
-        raise RetentionError("IOT_ARCHIVE_TARGET is not set to an archive: set it, or --target")
+        raise RetentionError("IOT_ARCHIVE_TARGET is not set to an archive: set it, or use --target")
     table = f"messages_{month.replace('-', '_')}"
     archive = Archive(str(settings.archive_target))
     parts = [part.verify() for part in archive.parts(table)]
@@ -57,16 +57,20 @@ def restore(
         if cursor is None:
             raise RetentionError("another archive or restore is running; try again later")
         if left_over(cursor, table):
-            raise RetentionError(f"{table} is half archived: run iot-collector archive, then again")
+            raise RetentionError(
+                f"{table} is half archived: run iot-collector archive first, then restore again"
+            )
         columns = _columns(cursor, parts)
         cursor.execute("SELECT ensure_partitions(%s, 0)", (f"{month}-01 00:00+00",))
         if not is_partition(cursor, table):
-            raise RetentionError(f"{table} is there, but is no partition of messages: rename it")
-        # Before the rows are there, so that they are not archived again at once.
+            raise RetentionError(
+                f"a table {table} exists, but is not a partition of messages: rename it"
+            )
+        # Set before the rows are stored, so that they are not archived again at once.
         until = datetime.now(UTC).date() + timedelta(days=keep_days)
         cursor.execute(f"COMMENT ON TABLE {table} IS '{KEPT_UNTIL}{until}'")
         with transaction(cursor):
-            # Rows that arrive for this month meanwhile wait.
+            # Inserts into this month wait until COMMIT.
             cursor.execute(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
             count = _load(settings, cursor, table, columns, parts, progress)
         _advance_ids(cursor, table)
@@ -75,17 +79,17 @@ def restore(
 
 
 def _columns(cursor: Cursor, parts: list[Part]) -> dict[str, str]:
-    """Return the columns that the archive has, with their types.
+    """Return the columns of the archive: name -> PostgreSQL type.
 
-    :raises RetentionError: the table does not have them.
+    :raises RetentionError: a column is missing in the table, or has another type there.
     """
     archived = {name: kind for part in parts for name, kind in part.manifest.columns.items()}
     present = columns_of(cursor, "messages")
     for name, kind in archived.items():
         if present.get(name) != kind:
             raise RetentionError(
-                f"the archive has a column {name} of type {kind}, the table messages"
-                f" {'one of type ' + present[name] if name in present else 'has none'}:"
+                f"the archive has a column {name} of type {kind}, but in the table messages it"
+                f" {'has type ' + present[name] if name in present else 'is missing'}:"
                 " this archive does not fit this schema"
             )
     return archived
@@ -110,7 +114,7 @@ def _load(
             count += 1
             yield row
 
-    # COPY occupies one connection, so the rows that are there are read with another.
+    # COPY occupies one connection, so existing rows are read on another.
     with closing(connect(settings)) as other, other.cursor() as reader:
         prepare(reader, settings)
         with transaction(reader, "READ ONLY"):
@@ -121,9 +125,9 @@ def _load(
             copy_pieces(cursor, f"COPY {table} ({names}) FROM STDIN".encode(), lines)
     archived = progress(merged(parts, list(columns)), f"comparing {table}", total)
     present = rows_of(cursor, table, columns)
-    # A row that was there before may have been changed by somebody, and is left as it is.
+    # Somebody may have changed a row that was in the table before. It is left as it is.
     for _ in lacking(archived, present, list(columns), by_key=had_rows):
-        raise RetentionError(f"{table}: what was restored is not what the archive has")
+        raise RetentionError(f"{table}: the restored rows differ from those of the archive")
     return count
 
 
@@ -151,7 +155,7 @@ def _encoder(kind: str) -> Callable[[Any], str]:
 
 
 def _advance_ids(cursor: Cursor, table: str) -> None:
-    """Have new rows get ids beyond the restored ones, which may be of another database."""
+    """Make new rows get ids above the restored ones, which may come from another database."""
     cursor.execute(
         "SELECT setval(s, top) FROM pg_get_serial_sequence('messages', 'id') s,"  # noqa: S608
         f" (SELECT max(id) AS top FROM {table}) t"

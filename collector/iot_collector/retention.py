@@ -1,19 +1,19 @@
-"""Retention: months older than IOT_ARCHIVE_KEEP_MONTHS leave the database, archived first.
+"""Retention: months older than IOT_ARCHIVE_KEEP_MONTHS are archived, and then dropped.
 
 For each partition, in this order:
 
 1. Write its rows to the archive, and read the file back (`archive_files.Archive.write`). Until here
    nothing has changed in the database.
-2. Detach the partition: DETACH CONCURRENTLY holds up no insert. From here on no row can reach it
-   through ``messages``, and queries do not see it any more.
-3. Lock the detached table, read the archive and the table again, row by row. If the archive lacks a
-   row (one that arrived between 1 and 2), write that to another file, and begin 3 again.
+2. Detach the partition. DETACH CONCURRENTLY blocks no INSERT. From now on no row can be inserted
+   into it through ``messages``, and queries do not see its rows any more.
+3. Lock the detached table, and compare the archive with the table row by row. If a row is missing
+   in the archive (it arrived between 1 and 2), write it to another file, and repeat 3.
 4. Drop the table, in the transaction of the comparison.
 
-The archive comes before the detachment, so that the rows can be queried until they are in the
-archive; the comparison after it, so that a row that arrives late is not lost. A run that ends
-anywhere leaves either an attached partition, or a detached table whose comment says that it is
-being archived: the next run goes on with both.
+Rows are archived before the partition is detached, so that they can be queried until they are in
+the archive. They are compared afterwards, so that a row that arrives late is not lost. A run that
+is interrupted leaves either an attached partition, or a detached table with a comment that says
+that it is being archived. The next run continues with both.
 """
 
 import re
@@ -39,10 +39,10 @@ log = structlog.get_logger(__name__)
 Cursor = psycopg2.extensions.cursor
 Progress = Callable[[Iterable[Row], str, int], Iterable[Row]]
 
-NO_ARCHIVE = "none"  # the value of IOT_ARCHIVE_TARGET that means: drop without archiving
+NO_ARCHIVE = "none"  # value of IOT_ARCHIVE_TARGET: drop months without archiving them
 NAME = re.compile(r"messages_(\d{4})_(\d\d)")  # of a partition, see ensure_partitions
 _ARCHIVING = "iot-collector: being archived"
-_DETACHED = "_detached"  # end of the name of a detached table, so that its month is free again
+_DETACHED = "_detached"  # suffix of a detached table, so that its month can have a new partition
 _CLOCKS_DIFFER = 86_400  # seconds
 _FETCH_ROWS = 500
 
@@ -53,7 +53,7 @@ class RetentionError(Exception):
 
 @dataclass
 class Partition:
-    """A month's table that is due to be archived, attached or detached by an interrupted run."""
+    """The table of a month that is due to be archived. An interrupted run may have detached it."""
 
     oid: int
     table: str  # quoted, with its schema
@@ -65,9 +65,9 @@ class Partition:
 
 @contextmanager
 def only_one(settings: Settings) -> Iterator[Cursor | None]:
-    """Yield a cursor; None if another process archives or restores at this moment.
+    """Yield a cursor, or None while another process archives or restores.
 
-    :raises psycopg2.Error: the database is not reached.
+    :raises psycopg2.Error: the database cannot be reached.
     """
     with closing(connect(settings)) as connection, connection.cursor() as cursor:
         prepare(cursor, settings)
@@ -77,7 +77,7 @@ def only_one(settings: Settings) -> Iterator[Cursor | None]:
 
 
 def prepare(cursor: Cursor, settings: Settings) -> None:
-    """Set up a session in which statements take their time, but do not wait for locks for ever."""
+    """Set up a session without a limit for statements, but with a limit for waiting for locks."""
     cursor.execute(
         "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0;"
         "SET timezone = 'UTC'; SET bytea_output = 'hex'; SET extra_float_digits = 1;"
@@ -108,7 +108,7 @@ def transaction(cursor: Cursor, mode: str = "") -> Iterator[None]:
 
 
 def columns_of(cursor: Cursor, table: str) -> dict[str, str]:
-    """Return the columns of a table, with their types."""
+    """Return the columns of a table: name -> PostgreSQL type."""
     cursor.execute(
         "SELECT attname, format_type(atttypid, NULL) FROM pg_attribute"
         " WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
@@ -143,13 +143,14 @@ def no_progress(rows: Iterable[Row], _what: str, _total: int) -> Iterable[Row]:
 def archive(
     settings: Settings, *, dry_run: bool = False, progress: Progress = no_progress
 ) -> Iterator[tuple[bool, str]]:
-    """Archive and drop what is older than the retention; rebuild the index of months that are over.
+    """Archive and drop the months that are due, and rebuild the indexes of past months.
 
-    :returns: for each month, whether all is well, and what was done.
+    :returns: for each month, whether it succeeded, and a text that says what was done.
     :raises SettingsError: IOT_ARCHIVE_TARGET is wrong.
-    :raises ArchiveError: the archive cannot be used; nothing was dropped that is not in it.
-    :raises RetentionError: the clocks of the database and of this machine differ.
-    :raises psycopg2.Error: the database did not do it; the next run goes on.
+    :raises ArchiveError: the archive cannot be used. Only archived rows were dropped.
+    :raises RetentionError: IOT_ARCHIVE_TARGET is not set, the clocks of the database and of this
+        machine differ, or what is read back from the archive differs from the table.
+    :raises psycopg2.Error: a statement failed; the next run continues.
     """
     target = settings.archive_target
     if not target:
@@ -174,7 +175,7 @@ def archive(
                 yield (
                     False,
                     f"{partition.name}: not archived and not dropped, because"
-                    f" {', '.join(blockers)} depends on it; remove or change that first",
+                    f" {', '.join(blockers)} depends on it; drop or change that first",
                 )
             elif dry_run:
                 yield True, _plan(cursor, partition, target)
@@ -184,7 +185,7 @@ def archive(
 
 
 def archive_for_ever(settings: Settings, hours: float) -> NoReturn:
-    """Archive again and again, so many hours apart; an hour after a failure."""
+    """Archive every ``hours`` hours; after a failure, again within an hour."""
     while True:
         failed = False
         try:
@@ -205,8 +206,8 @@ def _check_clocks(cursor: Cursor) -> None:
     [(there,)] = cursor.fetchall()
     if abs(there - time.time()) > _CLOCKS_DIFFER:
         raise RetentionError(
-            f"the clock of this machine says {_day(time.time())}, that of the database"
-            f" {_day(there)}: nothing was archived; set the wrong clock"
+            f"the clock of this machine says {_day(time.time())}, but that of the database"
+            f" {_day(there)}: nothing was archived; correct the wrong clock"
         )
 
 
@@ -223,7 +224,7 @@ JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_inherits i ON i.inhrelid = c.oid AND i.inhparent = 'messages'::regclass
 WHERE c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'messages'::regclass)
   AND c.relname ~ '^messages_[0-9]{4}_[0-9]{2}' AND c.relkind IN ('r', 'p', 'f')
-ORDER BY i.inhrelid IS NOT NULL, c.relname  -- what an interrupted run has left comes first
+ORDER BY i.inhrelid IS NOT NULL, c.relname  -- tables that an interrupted run has left come first
 """
 
 
@@ -272,7 +273,7 @@ def _today() -> date:
 
 
 def _blockers(cursor: Cursor, partition: Partition) -> list[str]:
-    """Return what would keep DROP TABLE from dropping it, or be dropped although it is not ours."""
+    """Return the objects that prevent DROP TABLE, or that it would drop although not ours."""
     cursor.execute(
         "SELECT DISTINCT CASE WHEN d.classid = 'pg_rewrite'::regclass"
         "   THEN (SELECT CASE relkind WHEN 'm' THEN 'materialized view ' ELSE 'view ' END"
@@ -281,7 +282,7 @@ def _blockers(cursor: Cursor, partition: Partition) -> list[str]:
         "   ELSE pg_describe_object(d.classid, d.objid, d.objsubid) END"
         " FROM pg_depend d WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = %s"
         "   AND d.deptype = 'n'"
-        # Its own CHECK constraints, one of which DETACH CONCURRENTLY adds, go with it.
+        # CHECK constraints of the table itself are dropped with it. DETACH CONCURRENTLY adds one.
         "   AND NOT EXISTS (SELECT FROM pg_constraint k WHERE d.classid = 'pg_constraint'::regclass"
         "     AND k.oid = d.objid AND k.conrelid = d.refobjid) "
         "UNION SELECT 'table ' || inhrelid::regclass FROM pg_inherits WHERE inhparent = %s "
@@ -326,17 +327,17 @@ def _archive(
                 done = "dropped" if store is None else "archived, read back and dropped"
                 return f"{partition.name}: {count} rows {done}"
     raise RetentionError(
-        f"{partition.name}: what was read back from the archive is not what was written; the table"
-        f" is kept as {partition.table}"
+        f"{partition.name}: the rows that were read back from the archive differ from those that"
+        f" were written; the table is kept as {partition.table}"
     )
 
 
 def _export(
     cursor: Cursor, partition: Partition, store: Archive, progress: Progress, what: str
 ) -> bool:
-    """Write the rows that the archive lacks; return whether there were any.
+    """Write the rows that are missing in the archive; return whether there were any.
 
-    :raises ArchiveError: the archive could not be written, or what it has is altered.
+    :raises ArchiveError: the archive cannot be read or written, or a file in it is damaged.
     """
     columns = columns_of(cursor, partition.table)
     parts = [part.verify() for part in store.parts(partition.name)]
@@ -356,9 +357,10 @@ def _export(
 
 
 def _detach(cursor: Cursor, partition: Partition) -> None:
-    """Detach a partition and give its table another name, so that a late row can have a new one.
+    """Detach a partition and rename its table, so that a new partition can take a late row.
 
-    :raises psycopg2.Error: a query has used the partition for too long; the next run goes on.
+    :raises psycopg2.Error: for example, a query used the partition for too long. The next run
+        continues.
     """
     if partition.pending:
         cursor.execute(f"ALTER TABLE messages DETACH PARTITION {partition.table} FINALIZE")

@@ -453,7 +453,7 @@ def test_wrong_settings_and_options_are_explained(monkeypatch: pytest.MonkeyPatc
     assert "not the ARN of an SQS standard queue" in output(IOT_REPLAY_QUEUE="iot-system-replay")
     assert "not the ARN of an SQS standard queue" in output(IOT_REPLAY_QUEUE=f"{ARN}.fifo")
     one = {"IOT_REPLAY_QUEUE": ARN}
-    assert "no time such as" in output("--since", "yesterday", **one)
+    assert "not a time such as" in output("--since", "yesterday", **one)
     assert "in the future" in output("--until", "2100-01-01", **one)
     assert "--since is not before --until" in output(
         "--since", "2026-02-02", "--until", "2026-02-01", **one

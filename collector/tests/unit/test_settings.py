@@ -122,11 +122,7 @@ WRONG = [
     ("IOT_REPLAY_QUEUE", "iot-system-replay", "not the ARN of an SQS standard queue"),
     ("IOT_CBOR_TOPICS", "a/b+", "no topic filter"),
     ("IOT_TOPIC_TEMPLATES", "plant/device", "has no named level"),
-    (
-        "IOT_TOPIC_TEMPLATES",
-        "plant/{site}/dev-{device}",
-        "'dev-{device}' is not a valid topic",
-    ),
+    ("IOT_TOPIC_TEMPLATES", "plant/{site}/dev-{device}", "'dev-{device}' is not a valid topic"),
     ("IOT_TOPIC_TEMPLATES", "plant/{1st}", "is not a valid topic level"),
     ("IOT_TOPIC_TEMPLATES", "{a}/#/{b}", "'#' is not a valid topic level"),
     ("IOT_TOPIC_TEMPLATES", "{a}/{b}/{a}", "has two levels named a"),
