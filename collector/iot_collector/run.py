@@ -19,9 +19,9 @@ from .writer import WriterThread
 
 log = structlog.get_logger(__name__)
 
-# After this many checks of /livez in a row, a second apart, that failed, the process exits.
+# The process exits after more failed checks of /livez in a row than this; one check a second.
 MAX_FAILED_CHECKS = 60
-_DISCONNECT_SECONDS = 6.0  # more than the network thread takes at most to disconnect
+_DISCONNECT_SECONDS = 6.0  # longer than the network thread takes to disconnect
 
 
 def run(settings: Settings) -> int:
@@ -60,7 +60,7 @@ def run(settings: Settings) -> int:
     while not stop.wait(1.0):
         writer.break_if_overdue()
         problems = health.live()["problems"]
-        # Counted, not timed, so that a process that was suspended does not exit when it goes on.
+        # Counted, not timed, so that a process that was suspended does not exit when it resumes.
         failures = failures + 1 if problems else 0
         if failures > MAX_FAILED_CHECKS or not (network.is_alive() and writer.is_alive()):
             log.critical("exiting to be restarted", problems=problems)
@@ -70,7 +70,7 @@ def run(settings: Settings) -> int:
     deadline = time.monotonic() + settings.drain_seconds
     if settings.leave_on_stop and not network.leave_session(settings.drain_seconds):
         log.warning("session kept: the broker still has messages for it")
-    # What is not stored in time is not acknowledged, so the broker keeps it.
+    # Messages that are not stored in time are not acknowledged, so the broker keeps them.
     writer.stop(max(0.0, deadline - time.monotonic()))
     network.stop(max(0.0, deadline - time.monotonic()) + _DISCONNECT_SECONDS)
     if broker_metrics is not None:

@@ -25,17 +25,17 @@ def serve(settings: Settings, health: Health) -> None:
     """
     host, port = settings.http_host, settings.http_port
     options: dict[str, Any] = {
-        "threads": 2 + explorer.THREADS,  # two that viewers of the page cannot take from probes
+        "threads": 2 + explorer.THREADS,  # two are left for probes when the page uses the others
         "channel_timeout": 10,
         "ident": "iot-collector",
         "max_request_body_size": 1 << 18,
-        "log_socket_errors": False,  # it logs each page that is closed
+        "log_socket_errors": False,  # otherwise each closed page is logged
         # Notice at once that a viewer has left; queue little for one that reads too slowly.
         "channel_request_lookahead": 1,
         "outbuf_high_watermark": 1 << 19,
     }
-    # Give up a viewer that vanished after 20 s (tcp(7)). waitress has no option for it, only this
-    # attribute.
+    # Close the connection of a viewer that has not answered for 20 s (tcp(7)). waitress has no
+    # option for it, only this attribute.
     Adjustments.socket_options = [
         *Adjustments.socket_options,
         (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000),
@@ -47,7 +47,7 @@ def serve(settings: Settings, health: Health) -> None:
     except OSError as error:
         raise SettingsError(
             f"IOT_HTTP_PORT: cannot listen on {host}:{port} ({error.strerror}); "
-            "stop what uses it or choose another port, for example 3100"
+            "stop the program that uses it or choose another port, for example 3100"
         ) from error
     threading.Thread(target=server.run, name="http", daemon=True).start()
 

@@ -1,9 +1,9 @@
-"""The table ``sessions``: which topic filters the broker's session of each client id has.
+"""The table ``sessions``: the topic filters that the session of each client id is subscribed to.
 
 A filter has two forms: plain (``iot/data``: every message) and shared (``$share/<group>/iot/data``:
 each message to one member). While one pod of a StatefulSet has one form and another pod the other,
 both get the same messages. So a pod claims its filters here before it subscribes to them, and it
-waits while another pod has another form of one of them.
+waits while another pod has a different form of one of them.
 
 Pod 0 always keeps its session, so that the broker queues messages while no pod runs. The other pods
 therefore wait for pod 0 to change its form, and pod 0 waits for the others to stop. Nothing is lost
@@ -50,13 +50,13 @@ def conflicts(one: list[str], other: list[str]) -> bool:
 
 
 def claim(cursor: Cursor, settings: Settings, *, present: bool, force: bool = False) -> Claim:
-    """Save the filters of the settings in our row, unless another session is in the way.
+    """Save the filters of the settings in our row, unless we have to wait for another session.
 
     :param present: whether the broker has kept our session; if not, it has no subscription.
     :param force: do not wait for any other session.
     :raises psycopg2.Error: nothing was claimed.
     """
-    # Two that claim at once take turns; otherwise neither would see the other's claim.
+    # Pods that claim at the same time take turns; otherwise neither would see the other's claim.
     cursor.execute("SELECT pg_advisory_xact_lock(hashtext('iot.sessions'))")
     cursor.execute("SELECT client_id, filters FROM sessions")
     rows: dict[str, list[str]] = dict(cursor.fetchall())

@@ -1,10 +1,10 @@
 """The signed WebSocket to AWS IoT Core.
 
-The URL is signed with Signature Version 4 for the service ``iotdevicegateway``, anew for each
-connection, with credentials as they are then. The session token of temporary credentials is no part
-of what is signed: it is appended afterwards
+The URL is signed with Signature Version 4 for the service ``iotdevicegateway``. Each connection has
+a new signature, with the current credentials. The session token of temporary credentials is not
+signed: it is appended afterwards
 (https://docs.aws.amazon.com/iot/latest/developerguide/protocols.html). The signature covers the
-header ``Host``, which therefore has to be the endpoint's name alone; paho would add the port.
+header ``Host``, which therefore has to be the endpoint's name without a port; paho would add one.
 """
 
 import ssl
@@ -17,9 +17,9 @@ from .iot_core import PATH
 from .settings import Settings
 
 _SERVICE = "iotdevicegateway"
-_EXPIRES = 300  # seconds; as far as our clock may be behind AWS's
-# Seconds that a request for credentials may take, and attempts. botocore's own limits, a minute and
-# five, would make /livez fail.
+_EXPIRES = 300  # seconds; our clock may be behind that of AWS by at most this
+# Seconds and attempts that a request for credentials may take. The defaults of botocore, a minute
+# and five attempts, would make /livez fail.
 _TIMEOUT, _ATTEMPTS = 5, 2
 
 CREDENTIALS_HINT = (
@@ -28,22 +28,22 @@ CREDENTIALS_HINT = (
 )
 _REFUSED_HINT = (
     "AWS IoT Core refuses the signature: check the clock of this machine, whether the credentials "
-    "are still valid, and the region (AWS_REGION, for a domain of your own)"
+    "are still valid, and the region (AWS_REGION, for a custom domain)"
 )
 
 
 class CredentialsError(OSError):
-    """There are no AWS credentials now. Like a broker that is away, this may pass."""
+    """There are no AWS credentials at the moment. This may be temporary, as for a broker."""
 
 
 class Handshake:
-    """The answer to the WebSocket handshake, of which paho only says that it was no success."""
+    """The response to the WebSocket handshake. paho only says that the handshake failed."""
 
     def __init__(self) -> None:
         self.answer = bytearray()  # its first line
 
     def context(self, ca_file: str | None) -> ssl.SSLContext:
-        """Return a TLS context for one connection, whose first line is kept."""
+        """Return a TLS context for one connection, which keeps the first line that is received."""
         answer = self.answer
 
         class Socket(ssl.SSLSocket):
@@ -58,13 +58,13 @@ class Handshake:
         return context
 
     def explain(self, error: OSError) -> OSError:
-        """Return the error to raise when the handshake failed with this one."""
+        """Return the error to raise instead of this error of the handshake."""
         status = self.answer.decode("latin-1").strip()
         if not status:
             return error
         text = f"{error}: {status[:80]}"
         if " 403" in status:
-            # Credentials without an expiry, as in a file, are read once: there may be new ones.
+            # Credentials without an expiry, as in a file, are cached. There may be new ones.
             session.cache_clear()
             text = f"{text}; {_REFUSED_HINT}"
         return ConnectionRefusedError(text)
@@ -103,7 +103,7 @@ def signed_path(host: str, region: str) -> str:
 
 
 def _credentials(region: str) -> tuple[str, str, str | None]:
-    """Return access key, secret key and session token, renewed if need be."""
+    """Return access key, secret key and session token, renewed if necessary."""
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -112,7 +112,7 @@ def _credentials(region: str) -> tuple[str, str, str | None]:
         retries = {"total_max_attempts": _ATTEMPTS}
         config = Config(connect_timeout=_TIMEOUT, read_timeout=_TIMEOUT, retries=retries)
         aws.set_default_client_config(config)
-    if aws.get_config_variable("region") is None:  # in which STS is asked
+    if aws.get_config_variable("region") is None:  # for calls to STS
         aws.set_config_variable("region", region)
     try:
         credentials = aws.get_credentials()

@@ -1,4 +1,4 @@
-"""Simulated devices that publish, for a first try, for tests and for load."""
+"""Simulated devices that publish, for a first try, for tests and for load tests."""
 
 import random
 import sys
@@ -100,7 +100,7 @@ class Publisher:
         return self.error
 
     def publish(self, topic: str, payload: bytes, qos: int, deadline: float) -> bool:
-        """Publish as soon as the window has room; return whether it had before the deadline."""
+        """Publish as soon as the window has room; return False if it has none by the deadline."""
         if not self._room.acquire(timeout=max(0.0, deadline - time.monotonic())):
             return False
         self._client.publish(topic, payload, qos)
@@ -135,7 +135,7 @@ class Publisher:
 
 
 def simulate(settings: Settings, plan: Plan) -> int:
-    """Publish as planned, print what was acknowledged; return 0 if everything was."""
+    """Publish as planned and print the counts; return 0 if all was acknowledged, else 1."""
     name = f"iot-simulator-{random.getrandbits(32):08x}"
     try:
         publishers = [Publisher(settings, f"{name}-{i}") for i in range(plan.connections)]

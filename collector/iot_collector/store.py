@@ -1,4 +1,4 @@
-"""Batches in the database: one batch, one transaction, with its entry in the ledger."""
+"""Stores batches: each in one transaction, together with its entry in the ledger."""
 
 import math
 import time
@@ -51,7 +51,7 @@ class Store:
         :raises psycopg2.Error: it does not.
         """
         with self._cursor() as cursor:
-            cursor.execute("SELECT 'messages'::regclass")  # needs no right to read the table
+            cursor.execute("SELECT 'messages'::regclass")  # needs no privilege on the table
             if time.monotonic() > self._next_look:
                 self._look_at_partitions(cursor)
 
@@ -77,9 +77,9 @@ class Store:
     def write(self, batch: list[ReadBatch]) -> Outcome:
         """Store a batch in one transaction; return what became of its messages, after COMMIT.
 
-        :raises psycopg2.Error: nothing was stored, as far as is known. Call it again with the same
-            batch: it then checks first whether it was. An error of the kind "data" is raised only
-            if ``dead_letters_fallback`` refused what ``dead_letters`` refused.
+        :raises psycopg2.Error: as far as is known, nothing was stored. Call this again with the
+            same batch: it first checks whether the batch was stored. An error of the kind "data" is
+            raised only if both ``dead_letters`` and ``dead_letters_fallback`` refused a message.
         """
         return self._ledger.store(batch, self._cursor, self._write)
 
@@ -114,7 +114,7 @@ class Store:
         """Store the messages that PostgreSQL accepts, and the others as dead letters."""
         with self._cursor() as cursor:
             begin = b"BEGIN; " + self._ledger.insert_sql(cursor, entry)
-            # A constraint that is only checked at COMMIT could not be traced to a row.
+            # An error of a constraint that is only checked at COMMIT would not show which row.
             cursor.execute(begin + b"SET CONSTRAINTS ALL IMMEDIATE")
             if self._settings.message_id_key is not None:
                 batch, known = self._drop_known(cursor, batch)
@@ -150,7 +150,7 @@ class Store:
 
     @contextmanager
     def _cursor(self) -> Iterator[Cursor]:
-        """A cursor outside of any transaction. An error in the block rolls back what it began."""
+        """A cursor outside a transaction. An error rolls back what the block has begun."""
         if self._connection is None or self._connection.closed:
             self._connection = connect(self._settings)
             self._connection.watchdog = self.watchdog
@@ -179,7 +179,7 @@ class Store:
                     "synchronous_commit is off: a crash of PostgreSQL can lose acknowledged "
                     "messages; set it to on for this role or database"
                 )
-            # A role that may only insert is not required to be able to read this table.
+            # A role that may only insert does not need the privilege to read this table.
             cursor.execute("SELECT has_table_privilege(to_regclass('schema_migrations'), 'SELECT')")
             if cursor.fetchone() == (True,):
                 missing_migrations(cursor)  # raises an error if the schema is newer
@@ -187,7 +187,7 @@ class Store:
             self._save_readings()
 
     def _save_readings(self) -> None:
-        """Tell the view ``readings`` what the settings say; once, so that the last start counts."""
+        """Save the settings of the view ``readings``; only once, so that the last start wins."""
         templates, keys = self._settings.topic_templates, self._settings.device_time_keys
         with self._transaction() as cursor:
             saved = readings.save(cursor, templates, keys)
@@ -224,7 +224,7 @@ class Store:
         self._days_prepared = days
 
     def _look_at_partitions(self, cursor: Cursor) -> None:
-        """Read what the metrics say about partitions: daily, and every hour while idle."""
+        """Read the times of partitions for the metrics: daily, and every hour while idle."""
         months = self._settings.archive_keep_months
         times = partition_times(cursor, time.time(), months)
         # Without an archive, no month is due.

@@ -1,14 +1,14 @@
 """Subscribes the broker's session to the filters of the settings, and to nothing else.
 
 A session outlives the process, and so does a subscription to a filter that is no longer in the
-settings. Such a subscription is *replaced*: there must be no moment without either of the two, so
-there is one with both, in which the broker sends each message twice. One SUBSCRIBE, which the
-broker carries out as a whole, adds the new filter and lowers the old one to QoS 0. From then on the
-copy for the old filter has QoS 0 and is dropped; the one for the new filter has its QoS and packet
-id. docs/adr/0002-changing-subscriptions.md has the reasons and the limits.
+settings. Such a subscription is *replaced*. There must be no gap between the old and the new
+subscription, so for a moment the session has both, and the broker sends each message twice. One
+SUBSCRIBE, which the broker carries out as a whole, adds the new filter and lowers the old one to
+QoS 0. From then on the copy for the old filter has QoS 0 and is dropped; the one for the new filter
+has its QoS and packet id. docs/adr/0002-changing-subscriptions.md has the reasons and the limits.
 
-On AWS IoT Core a new subscription may take effect some time after the SUBACK. There, nothing is
-lowered and nothing is dropped: both filters keep their QoS for a while, and what comes twice
+On AWS IoT Core a new subscription may take effect some time after the SUBACK. There, no filter is
+lowered and no copy is dropped: both filters keep their QoS for a while. A message that comes twice
 meanwhile is recognised by its message id (IOT_MESSAGE_ID_KEY), or stored twice.
 """
 
@@ -32,27 +32,27 @@ log = structlog.get_logger(__name__)
 
 # All times are in seconds.
 _RETRY_REFUSED = 15.0  # until a refused subscription is tried again
-_RETRY_CLAIM = 1.0  # between two attempts to claim filters that another session is in the way of
-# How long the database may take to answer what the session may be subscribed to. Then it is
-# subscribed without an answer: an unavailable database must not cost messages. A session that the
-# broker kept loses nothing while it waits; a new one does. For other pods than pod 0 of a
-# StatefulSet, pod 0 has a session.
+_RETRY_CLAIM = 1.0  # between two attempts to claim filters while another session blocks them
+# How long to wait for the database to answer a claim. Then we subscribe without an answer, because
+# messages must not be lost while the database is unavailable. A session that the broker kept loses
+# nothing while it waits; a new one does. The other pods of a StatefulSet can wait for long, because
+# the session of pod 0 gets the messages.
 _NEW_SESSION_TIMEOUT, _KEPT_SESSION_TIMEOUT, _OTHER_POD_TIMEOUT = 2.0, 10.0, 600.0
-# How long to wait for other sessions. Pods get 50 s to stop (terminationGracePeriodSeconds). Pod 0
-# is replaced, which may include pulling an image.
+# How long to wait for the sessions of other pods. Pods have 50 s to stop
+# (terminationGracePeriodSeconds). Pod 0 is replaced, which may include an image pull.
 _WAIT_FOR_PODS, _WAIT_FOR_POD_0 = 60.0, 600.0
 
 
 @dataclass(slots=True)
 class _Request:
-    """A SUBSCRIBE without an answer yet; it lowers the ``stale`` filters to QoS 0."""
+    """A SUBSCRIBE that has no SUBACK yet; it lowers the ``stale`` filters to QoS 0."""
 
     filters: list[str]
     stale: list[str]
 
 
 class Subscriptions:
-    """The subscriptions of one session, over one connection after the other.
+    """The subscriptions of one session, over successive connections.
 
     Used by the network thread only; other threads may read the public attributes.
     """
@@ -68,7 +68,7 @@ class Subscriptions:
         self._waiting_since = math.inf
         self.active = False  # all filters of the settings are subscribed to
         self.refused: dict[str, str]  # filter -> why the broker refused it
-        self.waiting_for: list[str]  # client ids of the sessions that are in the way
+        self.waiting_for: list[str]  # client ids of the sessions to wait for
         self.events: list[Event]  # to be put into the buffer
         self.reset()
 
@@ -80,14 +80,15 @@ class Subscriptions:
         self._leave: int | None = None  # packet id of the UNSUBSCRIBE of `unsubscribe_all`
         self._due: list[str] = []  # the filters of the next SUBSCRIBE, to be sent at `_due_at`
         self._due_at = 0.0
-        self._requested = self._left = False  # the filters of the settings; that of all
+        self._requested = False  # a SUBSCRIBE with the filters of the settings was sent
+        self._left = False  # the UNSUBSCRIBE of `unsubscribe_all` was sent
         self._held: list[str] = []
         self._stale: list[str] = []
         self._removed: list[str] = []  # stale filters of the UNSUBSCRIBE, without their group
         self._overlapping: list[str] = []  # stale filters that stay until `_overlap_ends`
         self._overlap_ends = math.inf
         self._claim_at = math.inf
-        # In the messages that the client holds now, where the copies start and end: `drop_copies`.
+        # Where copies start and end among the messages that the client holds, see `drop_copies`.
         self._copies_start: int | None = None
         self._copies_end: int | None = None
         self._dropped: bytes | None = None  # the row of the last copy
@@ -100,7 +101,7 @@ class Subscriptions:
         self._up_to_date = self._up_to_date and session_present
         if not self._up_to_date:
             # The database has to clear the ledger of a new session before the broker sends its
-            # first message; otherwise a process could take that for one of the old session.
+            # first message; otherwise a process could take it for a message of the old session.
             timeout = _KEPT_SESSION_TIMEOUT if session_present else _NEW_SESSION_TIMEOUT
             self._due_at = time.monotonic() + (_OTHER_POD_TIMEOUT if self._another_pod else timeout)
         self.check_due()
@@ -127,7 +128,7 @@ class Subscriptions:
             self._remove(self._overlapping)
 
     def handle_claim(self, claim: Claim) -> None:
-        """Go on with the answer of the database."""
+        """Continue with the database's answer to a claim."""
         if self._left:
             return
         self.waiting_for = [] if self._requested else claim.waiting_for
@@ -185,8 +186,8 @@ class Subscriptions:
         """Send a SUBSCRIBE and return its packet id."""
         qos = min(self._settings.mqtt_qos, self._client.max_qos)
         if self._v5:
-            # Retained messages are wanted for a new subscription only: not at each reconnect, and
-            # not for a filter that replaces another, which got them already.
+            # Request retained messages for a new subscription only: not at each reconnect, and not
+            # for a filter that replaces another one, for which they have already arrived.
             replaced = {without_share(f) for f in stale}
             if_new, never = (
                 SubscribeOptions.RETAIN_SEND_IF_NEW_SUB,
@@ -199,8 +200,8 @@ class Subscriptions:
                 [(f, SubscribeOptions(qos=q, retainHandling=retain)) for f, retain, q in options]
             )
         else:
-            # With MQTT 3.1.1, Mosquitto sends a message once, whatever matches it. If the old
-            # filter were lowered to QoS 0, that one message might have it.
+            # With MQTT 3.1.1, Mosquitto sends a message once, even if several filters match it. If
+            # the old filter were lowered to QoS 0, the message might be sent with QoS 0.
             _, packet_id = self._client.subscribe([(f, qos) for f in filters])
         return packet_id
 
@@ -213,7 +214,9 @@ class Subscriptions:
         for topic_filter, reason in zip(request.filters, reasons, strict=False):
             if reason.is_failure:
                 refused[topic_filter] = str(reason)
-                fault = "broker refused the subscription; check IOT_MQTT_TOPICS and its ACL"
+                fault = (
+                    "broker refused the subscription; check IOT_MQTT_TOPICS and the broker's ACL"
+                )
                 log.error(fault, filter=topic_filter, reason=str(reason))
             elif reason.value == 0:
                 log.warning("broker granted QoS 0 only: it may lose messages", filter=topic_filter)
@@ -233,9 +236,9 @@ class Subscriptions:
         missing = {without_share(f) for f in self.refused}
         self._stale = [f for f in stale if without_share(f) in missing]
         if self._stale:
-            self._subscribe(self._stale, [])  # with their QoS again
+            self._subscribe(self._stale, [])  # restores their QoS
         if removed := [f for f in stale if f not in self._stale]:
-            log.info("unsubscribing from topics that are no longer set", filters=removed)
+            log.info("unsubscribing from filters not in the settings any more", filters=removed)
             self._removed = [without_share(f) for f in removed]
             self._copies_start = self._client.message_count if self._lowers else None
             _, self._removal = self._client.unsubscribe(removed)

@@ -1,13 +1,13 @@
 """The summaries thread: latest values, topics and rollups, a few seconds behind the messages.
 
 The summaries are computed in the database, from messages that are stored, by the function
-``update_summaries`` of migrations/0007_summaries.sql. So they cost the message path nothing,
-however fast messages come, and a crash at any moment leaves them right: every step is one
-transaction, which moves on by a stretch of time.
+``update_summaries`` of migrations/0007_summaries.sql. So they do not slow down the storing of
+messages, at any rate, and a crash at any moment leaves them right: each step is one transaction,
+which processes the next time range.
 
-A stretch may be processed when nothing in it is still to be stored. Each collector says so for its
-own messages, with a *bound*; the lowest bound of all collectors counts. A message that is stored
-after its stretch was processed has its whole hour processed again.
+A time range may be processed when all its messages are stored. Each collector reports a *bound*,
+before which all its own messages are stored; the lowest bound of all collectors counts. If a
+message is stored after its time range was processed, its whole hour is processed again.
 """
 
 import threading
@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 # Longer than the network thread takes from a message's timestamp until it is in the buffer.
 _MARGIN_SECONDS = 2.0
-# At most this part of the time is spent with updates.
+# Updates take at most this share of the time.
 _SHARE = 0.2
 _RETRY_SECONDS = 60.0
 _PERMISSION_HINT = (
@@ -41,15 +41,16 @@ _COUNT_SECONDS = 60.0
 
 
 def summarize_again(cursor: psycopg2.extensions.cursor, first: float, last: float) -> None:
-    """Have the hours of messages that are stored late processed again, if they are already.
+    """Have the hours of late messages processed again, if they were already processed.
 
-    :param first: Unix time of the earliest of them; ``last``, of the latest.
+    :param first: Unix time of the earliest late message.
+    :param last: Unix time of the latest one.
     """
     cursor.execute("SELECT summarize_again(to_timestamp(%s), to_timestamp(%s))", (first, last))
 
 
 class SummariesThread(threading.Thread):
-    """Updates the summaries every ``summary_seconds``, on a connection of its own."""
+    """Updates the summaries every ``summary_seconds``, on its own connection."""
 
     def __init__(self, settings: Settings, buffer: Buffer, metrics: Metrics) -> None:
         super().__init__(name="summaries", daemon=True)
@@ -71,7 +72,7 @@ class SummariesThread(threading.Thread):
                 pause = _RETRY_SECONDS
                 hint = _PERMISSION_HINT if kind_of(error) == "permission" else None
                 log.warning(
-                    "summaries are not updated, will retry; messages are stored all the same",
+                    "summaries are not updated, will retry; messages are still stored",
                     error=one_line(error),
                     hint=hint,
                 )
@@ -92,7 +93,7 @@ class SummariesThread(threading.Thread):
             self._stop.wait(pause)
 
     def _update(self, cursor: psycopg2.extensions.cursor) -> float:
-        """Take a step, of ten minutes at most; return how many seconds are left to process."""
+        """Process at most ten minutes of messages; return how many seconds are left to process."""
         bound = time.time() - self._buffer.oldest_age() - _MARGIN_SECONDS
         cursor.execute(
             "SELECT update_summaries(%s, to_timestamp(%s))", (self._settings.mqtt_client_id, bound)

@@ -1,8 +1,8 @@
 """Follows one message through the running system, to prove that all of it works.
 
-The message is published as a device publishes, must be in the table exactly once, must be counted
-by the collector, and must be seen by Prometheus. The settings say where broker and database are;
-their account at the broker has to be allowed to publish, and the one in the database to read.
+The message is published as by a device. It must be in the table exactly once, be counted by the
+collector, and be seen by Prometheus. The settings say where broker and database are. The broker
+must allow its user to publish, and the database role must be allowed to read.
 """
 
 import json
@@ -36,7 +36,7 @@ _ACCOUNTED = {
 
 
 class VerificationError(Exception):
-    """A step did not happen; the text says which, and where to look."""
+    """A step failed; the text says which, and where to look."""
 
 
 def verify(
@@ -52,7 +52,7 @@ def verify(
     try:
         before, _ = _message_counts(collector)
     except OSError as error:
-        raise VerificationError(f"the collector at {collector} is not reached: {error}") from error
+        raise VerificationError(f"the collector at {collector} does not answer: {error}") from error
 
     if published is None:
         payload = f"verify:{secrets.token_hex(10)}".encode()
@@ -77,7 +77,7 @@ def verify(
     )
     _wait_until(
         lambda: len({*_message_counts(collector)}) == 1,
-        "what the collector received and what it accounts for differ",
+        "the collector does not account for every message that it received",
     )
     yield "the collector has counted it and accounts for every message"
 
@@ -121,13 +121,13 @@ def _publish(settings: Settings, payload: bytes) -> str:
     try:
         client.connect(broker.host, broker.port)
     except OSError as error:
-        raise VerificationError(f"the broker {broker} is not reached: {error}") from error
+        raise VerificationError(f"cannot connect to the broker {broker}: {error}") from error
     client.loop_start()
     try:
         info = client.publish(topic, payload, qos=1)
         info.wait_for_publish(_TIMEOUT)
     except RuntimeError as error:
-        raise VerificationError(f"the broker {broker} took no message: {error}") from error
+        raise VerificationError(f"cannot publish to the broker {broker}: {error}") from error
     finally:
         client.disconnect()
         client.loop_stop()
@@ -145,7 +145,7 @@ def _count_rows(settings: Settings, payload: bytes) -> int:
 def _message_counts(collector: str) -> tuple[float, float]:
     """Return how many messages all collectors have received, and how many they account for.
 
-    :raises OSError: one of them is not reached.
+    :raises OSError: one of them cannot be reached.
     """
     host, _, port = collector.rpartition(":")
     found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
@@ -166,7 +166,7 @@ def _scraped_count(prometheus: str) -> float:
 
 
 def _query(prometheus: str, path: str, **parameters: str) -> dict[str, Any]:
-    """Return the ``data`` of an answer of Prometheus's HTTP API."""
+    """Return the ``data`` of a response of the HTTP API of Prometheus."""
     answer = _get(prometheus, f"/api/v1/{path}?{urllib.parse.urlencode(parameters)}")
     data: dict[str, Any] = json.loads(answer)["data"]
     return data

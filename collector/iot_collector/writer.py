@@ -1,4 +1,4 @@
-"""The writer thread: takes batches, stores them, and only then has them acknowledged."""
+"""The writer thread: stores batches, and only then has them acknowledged."""
 
 import contextlib
 import threading
@@ -18,9 +18,9 @@ from .store import Store
 
 log = structlog.get_logger(__name__)
 
-# How often an idle writer pings the database, so that /health tells the truth.
+# How often an idle writer pings the database, so that /health is up to date.
 _PING_SECONDS = 5.0
-# About the most in a transaction.
+# Approximate limits of a transaction.
 _BATCH_ROWS = 5_000
 _BATCH_BYTES = 8 << 20
 
@@ -42,7 +42,7 @@ class WriterThread(threading.Thread):
         self._buffer = buffer
         self._metrics = metrics
         self._store = Store(settings)
-        # With half the window in a transaction, the broker goes on sending the other half.
+        # While half the window is in a transaction, the broker can send the other half.
         self._batch_rows = min(_BATCH_ROWS, max(1, settings.mqtt_max_inflight // 2))
         self._giving_up = threading.Event()
         self._retrying = tenacity.Retrying(
@@ -62,11 +62,11 @@ class WriterThread(threading.Thread):
 
     @property
     def progress_timeout(self) -> float:
-        """Seconds without progress after which the thread hangs; longer than all timeouts."""
+        """Seconds without progress after which the thread is hung; longer than all timeouts."""
         return 60 + 2 * self._store.watchdog.limit
 
     def break_if_overdue(self) -> None:
-        """Break the connection if the database does not answer any more; any thread."""
+        """Break the connection if the database does not answer. Any thread may call this."""
         if self._store.watchdog.break_if_overdue():
             log.warning("the database does not answer, breaking the connection")
 
@@ -86,7 +86,7 @@ class WriterThread(threading.Thread):
                 elif not self._buffer.finished:
                     self._ping()
         except tenacity.RetryError:
-            log.warning("drain time is over; the broker keeps and sends again what is not stored")
+            log.warning("drain time is over; the broker keeps the messages that are not stored")
         finally:
             self._store.close()
 
@@ -128,7 +128,7 @@ class WriterThread(threading.Thread):
         try:
             return self._attempt(step)
         except Exception:  # noqa: BLE001 - even after a bug, the next attempt may succeed
-            # Only now, because tenacity costs as much CPU as storing five messages (benchmarks/).
+            # Not for the first attempt: tenacity costs as much CPU as five messages (benchmarks/).
             result: T = self._retrying(self._attempt, step)
             return result
 
