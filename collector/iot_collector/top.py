@@ -42,26 +42,26 @@ def default_url(settings: Settings) -> str:
 def valid_url(url: str) -> str:
     """Return the URL of a live page without the slash at its end.
 
-    :raises ValueError: it is none.
+    :raises ValueError: it is not valid.
     """
     parts = urlsplit(url)
     _ = parts.port  # urllib checks it only on access
     if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable():
-        raise ValueError(f"{visible(url)!r} is no URL like http://127.0.0.1:3000")
+        raise ValueError(f"{visible(url)!r} is not a URL such as http://127.0.0.1:3000")
     if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("there can be no user name, query or fragment in it")
+        raise ValueError("the URL must not have a user name, query or fragment")
     return url.rstrip("/")
 
 
 def top(url: str, topic_filter: str, sort: str, interval: float, *, once: bool) -> None:
-    """Show the topics of a collector until Ctrl-C or q; once, if standard output is no terminal.
+    """Show the topics of a collector until Ctrl-C or q; only once without a terminal.
 
     :param interval: seconds between two pictures.
-    :raises TopError: at the start, the collector does not answer, or refuses.
+    :raises TopError: the collector does not answer at the start, or refuses the request.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # terminals whose encoding is not UTF-8
         sys.stdout.reconfigure(errors="replace")
-    # Text that comes from devices has no markup, and :smile: stays what it is.
+    # Text from devices must not be read as markup, nor :smile: as an emoji.
     console = Console(markup=False, highlight=False, emoji=False)
     layout, feed = Layout(topic_filter, sort), Feed(url)
     if once or not console.is_terminal or console.is_dumb_terminal:
@@ -120,7 +120,7 @@ def _suspend(*_: object) -> NoReturn:
 
 @contextlib.contextmanager
 def _keyboard() -> Iterator[Callable[[float], str]]:
-    """Give a function that waits for keys, so many seconds at most."""
+    """Yield a function that waits some seconds for keys, and returns them."""
     if not sys.stdin.isatty():
 
         def wait(seconds: float) -> str:
@@ -148,7 +148,7 @@ def _keyboard() -> Iterator[Callable[[float], str]]:
 
 
 class _Keys:
-    """What the keys do."""
+    """Handles the keys."""
 
     def __init__(self, feed: Feed, layout: Layout) -> None:
         self.quit = False
@@ -160,14 +160,14 @@ class _Keys:
     def line(self, width: int) -> Text:
         """Return the last line of the screen."""
         if self._typed is not None:
-            prompt = "Topic filter, as plant/+/temp or plant/#: " if width >= 80 else "Filter: "
+            prompt = "Topic filter, e.g. plant/+/temp or plant/#: " if width >= 80 else "Filter: "
             return Text(prompt + cut_start(self._typed + "▏", width - len(prompt)), style="bold")
         if self._fault:
             return Text(self._fault, style="red")
         return Text("q quit  / filter  sort by: r rate, t topic, a age", style="dim")
 
     def press(self, keys: str) -> None:
-        """Handle what was typed, a key or several; a key such as an arrow is a sequence."""
+        """Handle one or more typed keys; an arrow key, for example, is an escape sequence."""
         if keys.startswith(_ESCAPE):
             self._typed = None
             return

@@ -14,18 +14,18 @@ from .explorer.flat_list import MOST_ROWS
 from .top_stream import Picture, Row
 from .top_text import age_text, cut, cut_middle, delay_text, rate_text, visible
 
-_OLD_SECONDS = 600.0  # without a message, until a topic's numbers are dim
+_OLD_SECONDS = 600.0  # after this time without a message, a topic's numbers are dim
 _MOST_TOPIC, _MOST_VALUE = 1000, 100  # cells
-_MOST_INDENT = 40  # of the tree; what is below is not indented more
+_MOST_INDENT = 40  # of the tree; deeper levels are not indented further
 _FEWEST_ROWS = 3
 _MOST_FAULT = 300  # characters
 _NARROW = 60  # cells; then the count of messages is left out
-_CONSOLE = Console(width=80)  # Text.wrap wants one
+_CONSOLE = Console(width=80)  # needed by Text.wrap
 
 
 @dataclass
 class Layout:
-    """What is shown, and in how much room; without a width, lines are as long as they need."""
+    """What is shown, and the space for it. Without a width, lines have any length."""
 
     filter: str
     sort: str
@@ -34,7 +34,7 @@ class Layout:
 
 
 def draw(picture: Picture, layout: Layout) -> list[Text]:
-    """Return the lines of a picture; with a height, one line less than it."""
+    """Return the lines of a picture; with a height, one line fewer than that."""
     lines = [*_wrapped(_header(picture), layout.width), Text(_about(picture, layout), style="bold")]
     room = MOST_ROWS
     if layout.height is not None:
@@ -57,25 +57,25 @@ def _wrapped(lines: list[Text], width: int | None) -> list[Text]:
 
 
 def _header(picture: Picture) -> list[Text]:
-    """Return the state of the pipeline in words, those of the live page (pipeline.js)."""
+    """Return the state of the pipeline, in the words of the live page (pipeline.js)."""
     health = picture.health
     if health is None:
         return [Text(picture.lost or "Waiting for the collector …", style="bold")]
     broker, database, counts = health["broker"], health["database"], health["accounting"]
     faults = [*health["problems"], *health["warnings"]]
     if picture.unread is not None:
-        faults.append(f"topics are as last read from the database: {picture.unread}")
+        faults.append(f"topics may be out of date, the database cannot be read: {picture.unread}")
     if picture.lost is not None:
-        faults = [f"what follows is old: {picture.lost}"]
+        faults = [f"the values below are old: {picture.lost}"]
         status = Text("No connection to the collector", style="bold red")
     elif health["status"] == "ok":
         status = Text("Every message is being stored", style="bold green")
         if picture.unread is not None:
             status = Text("The database cannot be read", style="bold yellow")
     elif not database["connected"]:
-        status = Text("The database is not reached: messages wait", style="bold red")
+        status = Text("The database cannot be reached: messages wait", style="bold red")
     elif not broker["connected"]:
-        status = Text("The broker is not reached", style="bold red")
+        status = Text("The broker cannot be reached", style="bold red")
     else:
         status = Text("Something is wrong", style="bold red")
     totals = f"{counts['inserted']:,} stored of {counts['received']:,} received"
@@ -150,13 +150,13 @@ def _why_empty(picture: Picture, layout: Layout) -> str:
         return "No topic matches: + stands for one level, # for the rest"
     stored = ", ".join(picture.health["broker"]["topics"]) if picture.health else ""
     return (
-        "No message has been stored since the start of last month; the collector stores what is "
-        f"published under {visible(stored[:_MOST_FAULT])}"
+        "No message has been stored since the start of last month; the collector subscribes to "
+        f"{visible(stored[:_MOST_FAULT])}"
     )
 
 
 def _numbers(rows: list[Row | None], window: int, now: float, *, narrow: bool) -> list[str]:
-    """Return the head of the columns of numbers, and a line for each row."""
+    """Return the headings of the columns of numbers, and a line for each row."""
     cells = [(f"LAST {window} s", "RATE", "AGE")]
     for row in rows:
         if row is None:
@@ -174,9 +174,9 @@ def _right(column: tuple[str, ...]) -> list[str]:
 
 
 def _entries(rows: list[Row], sort: str) -> Iterator[tuple[str, Row | None]]:
-    """Yield labels with the topic that they stand for, if they do; by topic they are a tree."""
+    """Yield labels with their row, if they are a topic. Sorted by topic, they are a tree."""
     if sort == "topic":
-        levels = sorted((row.topic.split("/"), row) for row in rows)  # topics differ
+        levels = sorted((row.topic.split("/"), row) for row in rows)
         yield from _tree(levels, 0)
         return
     if sort == "age":
@@ -194,7 +194,8 @@ def _tree(
         if len(found) == 1 or len(indent) >= _MOST_INDENT:
             yield from ((indent + "/".join(levels[depth:]), row) for levels, row in found)
             continue
-        # Levels with nothing to choose from are in one line. The rows are in order.
+        # Levels with a single child share a line with it. Rows are sorted, so the levels that the
+        # first and the last have in common are those of all.
         (first, row), (last, _) = found[0], found[-1]
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
         common = [level for level, _ in same]

@@ -1,4 +1,4 @@
-"""What `iot-collector top` shows, from the stream of the live page (explorer/stream.py)."""
+"""The data of `iot-collector top`, from the stream of the live page (explorer/stream.py)."""
 
 import contextlib
 import http.client
@@ -19,7 +19,7 @@ _WAITS = (0.3, 1.0, 2.0, 4.0)  # seconds before another attempt
 
 
 class TopError(Exception):
-    """There is no stream; the text says why, and what to change."""
+    """The stream cannot be read; the text says why, and what to change."""
 
 
 class Row(NamedTuple):
@@ -33,13 +33,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """What the collector has said last."""
+    """The latest data from the collector."""
 
     health: dict[str, Any] | None = None
     sample: list[Any] | None = None  # the newest one of explorer/rates.py
     offset: float = 0.0  # seconds that the collector's clock is ahead of ours
     rows: list[Row] | None = None
-    window: int = 0  # seconds that messages are counted over
+    window: int = 0  # seconds in which messages are counted
     matching: int = 0
     complete: bool = False
     unread: str | None = None  # why the database cannot be read
@@ -71,8 +71,8 @@ class Picture:
                 matching=max(found["matching"], len(found["rows"])),
                 complete=content["complete"],
             )
-        if name == "activity":  # in place of the list that was asked for
-            raise ValueError("it has another version")
+        if name == "activity":  # sent instead of the requested list
+            raise ValueError("the collector has another version")
         return self
 
 
@@ -83,14 +83,14 @@ class Feed:
         self.picture = Picture()
         self._url = url
         self._viewer = secrets.token_hex(12)
-        # Directly: a proxy of the environment does not reach our loopback address.
+        # Without a proxy that the environment names: it cannot reach our loopback address.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._number = 0
 
     def pictures(self, flat: dict[str, Any]) -> Iterator[Picture]:
-        """Open a stream for a list (explorer/flat_list.py); return the pictures that it gives.
+        """Open a stream for a list (explorer/flat_list.py); return an iterator of its pictures.
 
-        :raises TopError: now or later, the collector does not answer, or refuses.
+        :raises TopError: the collector does not answer, or refuses; the iterator raises it, too.
         """
         view = {"viewer": self._viewer, "open": [], "flat": flat}
         request = urllib.request.Request(  # noqa: S310 - valid_url has checked the scheme
@@ -101,13 +101,13 @@ class Feed:
         with self._errors_explained():
             answer = self._opener.open(request, timeout=_SILENCE)
             if answer.headers.get_content_type() != "text/event-stream":
-                raise ValueError("what answers is none")
+                raise ValueError("another program answers")
         return self._read(answer)
 
     def follow(self, flat: dict[str, Any], pictures: Iterator[Picture] | None = None) -> None:
-        """Keep `picture` up to date, in a thread; the collector ends the stream of the one before.
+        """Keep `picture` up to date in a new thread; the collector ends the previous stream.
 
-        :param pictures: those of a stream that is open already.
+        :param pictures: the pictures of a stream that is already open.
         """
         self._number += 1
         arguments = (self._number, flat, pictures)
@@ -142,7 +142,7 @@ class Feed:
 
     @contextlib.contextmanager
     def _errors_explained(self) -> Iterator[None]:
-        """Turn what can go wrong between us and the collector into a TopError."""
+        """Turn errors of the connection to the collector into a TopError."""
         try:
             yield
         except urllib.error.HTTPError as error:
@@ -160,15 +160,17 @@ class Feed:
         fix = ""
         if reason.endswith("IOT_LIVE_PAGE") or "IOT_LIVE_PAGE=" in reason:
             fix = "; set IOT_LIVE_PAGE=full for it and restart it, see docs/explorer.md"
-        return TopError(f"the collector at {self._url} refuses: {visible(reason[:500])}{fix}")
+        return TopError(
+            f"the collector at {self._url} refuses the request: {visible(reason[:500])}{fix}"
+        )
 
     def _no_collector(self, reason: str) -> TopError:
         return TopError(
-            f"no collector answers at {self._url} ({visible(reason[:200])}); start it, or say with "
-            "--url where it is: IOT_HTTP_HOST and IOT_HTTP_PORT in its settings"
+            f"no collector answers at {self._url} ({visible(reason[:200])}); start it, or give its "
+            "address with --url: IOT_HTTP_HOST and IOT_HTTP_PORT in its settings"
         )
 
 
 def _integer(digits: str) -> int | float:
-    # Devices send numbers of more digits than Python converts.
+    # Devices may send numbers with more digits than Python converts to int.
     return int(digits) if len(digits) < 20 else float(digits)

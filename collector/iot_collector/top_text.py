@@ -15,9 +15,10 @@ _DEEPEST = 50
 
 
 def visible(text: str) -> str:
-    """Return a text whose characters can all be seen.
+    """Return a text in which all characters are visible.
 
-    Control characters, and those that change the direction of text, become their number: ⟨202E⟩.
+    Control characters, and those that change the direction of text, are replaced by their code
+    point: ⟨202E⟩.
     """
     if text.isprintable():
         return text
@@ -25,7 +26,7 @@ def visible(text: str) -> str:
 
 
 def value_text(fields: Any, payload: str, size: int) -> str:
-    """Return what a message says: its fields, else its payload as text or in hexadecimal.
+    """Return the content of a message: its fields, else its payload as text or in hexadecimal.
 
     :param fields: of a small message, else None.
     :param payload: its first bytes, in base64.
@@ -50,7 +51,7 @@ def value_text(fields: Any, payload: str, size: int) -> str:
 
 
 def _leaves(name: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
-    """Yield the values of a document with their paths, which are those of the view readings."""
+    """Yield the values of a document with their paths, as in the view readings."""
     if depth > _DEEPEST:
         yield name, "…"
     elif isinstance(value, dict):
@@ -66,7 +67,7 @@ def _leaves(name: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def rate_text(per_second: float) -> str:
-    """Return a rate; one below 0.1/s is per minute."""
+    """Return a rate per second, or per minute below 0.1/s."""
     if not per_second:
         return "0/s"
     if per_second < 0.1:
@@ -85,23 +86,23 @@ def age_text(seconds: float) -> str:
 
 
 def delay_text(seconds: float) -> str:
-    """Return a time that something takes."""
+    """Return a duration."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def cut(text: str, width: int) -> str:
-    """Return a visible text for ``width`` cells of a terminal; its end is left out."""
+    """Return a visible text of at most ``width`` terminal cells, without its end if too long."""
     text = visible(text[: width + 1])
     return text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
 
 
 def cut_start(text: str, width: int) -> str:
-    """The same; its start is left out."""
+    """Like `cut`, but without the start of the text if too long."""
     return _end(visible(text[-width - 1 :]), width, "…")
 
 
 def cut_middle(text: str, width: int) -> str:
-    """The same; its middle is left out, because topics differ at their end."""
+    """Like `cut`, but without the middle of the text, because topics differ at their end."""
     if len(text) <= width and cell_len(whole := visible(text)) <= width:
         return whole
     start = cut(text, max(1, width // 3))  # ends in the dots
@@ -109,7 +110,7 @@ def cut_middle(text: str, width: int) -> str:
 
 
 def _end(text: str, width: int, dots: str) -> str:
-    """Return as much of the end of a text as fits, after dots if it is not all of it."""
+    """Return as much of the end of a text as fits, with dots before it if it was cut."""
     if cell_len(text) <= width:
         return text
     width -= len(dots)

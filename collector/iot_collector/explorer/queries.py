@@ -1,13 +1,14 @@
-"""What the explorer asks PostgreSQL. Each question is bounded by an index and a LIMIT.
+"""The queries of the explorer. An index with a LIMIT, or a short time window, bounds each one.
 
-Answers are JSON made by PostgreSQL, which is handed to the browser as it is: reading it here would
-cost the collector more than all the rest. Times are in Unix seconds. Payloads are in base64.
-Messages of one read from the broker have the same time, and are in the order of their ids.
+Results are JSON made by PostgreSQL, which is sent to the browser unchanged: parsing it here would
+cost the collector more than everything else. Times are Unix times in seconds. Payloads are in
+base64. Messages of one read from the broker have the same time, and are in the order of their ids.
 """
 
-# Topics in the order of the index (topic, received_at DESC): jump from each to the next one, so
-# that the work is proportional to topics and not to messages. `oldest` is the start of a
-# partition: later inside one, topics that are silent since would be walked through.
+# Topics in the order of the index (topic, received_at DESC). The query jumps from each topic to the
+# next one, so its cost grows with the topics, not with the messages. `oldest` is the start of a
+# partition. With a time within a partition, the query would walk through the messages of topics
+# that have been silent since then.
 TOPICS = """
 WITH RECURSIVE topics AS (
     (SELECT topic, received_at FROM messages
@@ -23,7 +24,7 @@ SELECT max(topic), json_object_agg(topic, round(extract(epoch FROM received_at),
 FROM (SELECT * FROM topics LIMIT %(limit)s) found
 """
 
-# Messages of a recent window by topic: of all nodes that are shown, and the busiest topics.
+# Numbers of messages in a recent window: of each node that is shown, and of the busiest topics.
 ACTIVITY = """
 WITH recent AS MATERIALIZED (
     SELECT topic, count(*) AS n FROM messages
@@ -51,7 +52,7 @@ _PREVIEW = """
     octet_length(m.payload)
 """
 
-# Topics with their last message: the busiest of those that match, and others.
+# Topics with their last message: the busiest topics that match, and the topics of `others`.
 FLAT_LIST = f"""
 WITH recent AS MATERIALIZED (
     SELECT topic, count(*) AS n FROM messages
@@ -103,7 +104,7 @@ SELECT m.id, {_MESSAGE} FROM (
 ORDER BY m.received_at DESC, m.id DESC
 """  # noqa: S608 - no value in it
 
-# Arrays of ten thousand numbers are no readings to chart, and reading many of them takes long.
+# Arrays of thousands of numbers are not useful in a chart, and reading many of them takes long.
 _SMALL_FIELDS = "CASE WHEN octet_length(payload) <= 16384 THEN fields END AS fields"
 _NUMBERS = """
     (SELECT name, value FROM json_leaves(%(topic)s, m.fields)
@@ -122,7 +123,8 @@ SELECT json_build_object('sampled', %(step)s > 0, 'step', %(step)s,
 FROM (SELECT) nothing
 """
 
-# All readings of the newest messages in a span. It also answers whether these are all.
+# All readings of the newest messages in a time span. The number of messages is in the result: if it
+# is the limit, there may be more.
 READINGS = f"""
 WITH found AS MATERIALIZED (
     SELECT received_at, {_SMALL_FIELDS} FROM messages
@@ -135,8 +137,8 @@ WITH found AS MATERIALIZED (
 ), {_SERIES}
 """  # noqa: S608 - no value in it
 
-# A span in steps: of each step the newest few messages, which bounds the work however many there
-# are. A point is [time, mean, least, most].
+# A time span in steps, with the newest few messages of each step. This bounds the cost for any
+# number of messages. A point is [time, mean, min, max].
 SAMPLED_READINGS = f"""
 WITH found AS MATERIALIZED (
     SELECT b.at, m.fields
@@ -155,8 +157,7 @@ WITH found AS MATERIALIZED (
 ), {_SERIES}
 """  # noqa: S608 - no value in it
 
-# The newest dead letters of both tables. The second has no index: it is empty, or somebody is busy
-# emptying it.
+# The newest dead letters of both tables. The second one has no index, because it is usually empty.
 DEAD_LETTERS = """
 SELECT coalesce(json_agg(json_build_object(
     'at', round(extract(epoch FROM received_at), 3), 'reason', left(reason, 500),

@@ -18,7 +18,7 @@ _NAMES = {
 
 
 class Rates(threading.Thread):
-    """Samples the metrics; a sample every few seconds costs nothing that could be measured."""
+    """Samples the metrics every few seconds, which costs no measurable CPU time."""
 
     def __init__(self) -> None:
         super().__init__(name="rates", daemon=True)

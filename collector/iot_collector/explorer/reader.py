@@ -13,7 +13,7 @@ from ..database import read_password
 from ..settings import Settings
 
 _QUERY_SECONDS = 2.0  # then the server cancels a query
-_ANSWER_SECONDS = 3.0  # then we give up on the server, or on reaching it
+_ANSWER_SECONDS = 3.0  # then we stop waiting for an answer or a connection
 _RETRY_SECONDS = 1.0  # after a failed connection, until the next attempt
 _SET_UP = f"""
 SET default_transaction_read_only = on;
@@ -27,13 +27,13 @@ Rows = list[tuple[Any, ...]]
 
 
 class UnavailableError(Exception):
-    """The database did not answer a question; the text says why, for people."""
+    """The database did not answer a query; the text tells viewers why."""
 
 
 class Reader:
-    """Asks the database one question at a time, for all viewers.
+    """Sends the queries of all viewers to the database, one at a time.
 
-    The connection is asynchronous, because only then a wait for a server that hangs can end.
+    The connection is asynchronous, because only then can we stop waiting for a hanging server.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -49,7 +49,7 @@ class Reader:
         :raises UnavailableError: there is no answer within a few seconds.
         """
         if not self._lock.acquire(timeout=_ANSWER_SECONDS):
-            raise UnavailableError("the database is busy with the questions of other viewers")
+            raise UnavailableError("the database is busy with the queries of other viewers")
         try:
             connection = self._connect()
             with connection.cursor() as cursor:
@@ -57,7 +57,7 @@ class Reader:
                 _wait(connection)
                 return cursor.fetchall()
         except psycopg2.errors.QueryCanceled:
-            raise UnavailableError(f"the database needs more than {_QUERY_SECONDS:g} s") from None
+            raise UnavailableError(f"a query took more than {_QUERY_SECONDS:g} s") from None
         except psycopg2.Error as error:
             if not error.pgcode or error.pgcode[:2] == "57":  # not about the query
                 self._close()
@@ -66,7 +66,7 @@ class Reader:
             self._lock.release()
 
     def close(self) -> None:
-        """Close the connection; the next question opens another."""
+        """Close the connection; the next query opens another."""
         with self._lock:
             self._close()
 
@@ -97,7 +97,7 @@ class Reader:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    """Return what to connect with: the settings of the page, else those of the collector itself.
+    """Return the connection parameters: those of the page, else those of the collector.
 
     :raises OSError: the file with the password cannot be read.
     :raises PasswordError: the password of the collector cannot be read.
@@ -112,15 +112,15 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 
 def _wait(connection: psycopg2.extensions.connection) -> None:
-    """Wait for the answer to what was sent (psycopg2's documentation, "Asynchronous support").
+    """Wait for the server's answer (psycopg2's documentation, "Asynchronous support").
 
-    :raises psycopg2.OperationalError: there was none in time.
+    :raises psycopg2.OperationalError: there was no answer in time.
     """
     until = time.monotonic() + _ANSWER_SECONDS
     poll = select.poll()
     while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
         wanted = select.POLLIN if state == psycopg2.extensions.POLL_READ else select.POLLOUT
-        # libpq may try one address after the other, each with a socket of its own.
+        # libpq may try one address after the other, each with a new socket.
         number = connection.fileno()
         poll.register(number, wanted)
         ready = poll.poll(max(0.0, until - time.monotonic()) * 1000)

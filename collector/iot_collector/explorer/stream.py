@@ -1,4 +1,4 @@
-"""What one viewer sees, as a stream of server-sent events."""
+"""The stream of server-sent events for one viewer."""
 
 import threading
 import time
@@ -15,24 +15,25 @@ from .rates import EVERY, Rates
 from .reader import Reader, UnavailableError
 from .topics import Topics, oldest
 
-_TICK = 0.5  # seconds between two looks at the database
-_LIFE = 600.0  # of a stream; then the page opens another
+_TICK = 0.5  # seconds between two rounds of queries
+_LIFE = 600.0  # seconds that a stream lasts; then the page opens another
 _MOST_NODES = 200  # below one node
 _MOST_LATEST = 200
 _MOST_MESSAGES = 50  # of the chosen topic at once
-_OVERLAP = timedelta(seconds=15)  # how late messages may be stored, and clocks of collectors differ
+_OVERLAP = timedelta(seconds=15)  # for messages that are stored late, and clocks that differ
 _DEAD_LETTERS = 20
 _DEAD_LETTERS_EVERY = 3.0
-# The rate is counted over the longest of these in which not more messages came: they are read.
+# Messages are counted in the longest of these windows with at most _MOST_COUNTED messages, because
+# the query reads all of them.
 _WINDOWS = (60, 30, 10, 5)  # seconds
 _MOST_COUNTED = 20_000
-_SHARE = 0.03  # of the time that the database may be busy with counting
+_SHARE = 0.03  # largest share of the time that counting may keep the database busy
 _EVER = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _no_nul(text: str) -> str:
     if "\0" in text:
-        raise ValueError("there is no U+0000 in a topic")
+        raise ValueError("a topic must not contain U+0000")
     return text
 
 
@@ -46,7 +47,7 @@ class View(pydantic.BaseModel):
     open: list[Topic] = pydantic.Field(max_length=40)  # prefixes: empty, or ending in a slash
     watch: list[Topic] = pydantic.Field(default=[], max_length=50)  # topics outside of the tree
     topic: Topic | None = None
-    flat: FlatList | None = None  # in place of the tree
+    flat: FlatList | None = None  # instead of the tree
 
 
 class Stream:
@@ -77,7 +78,7 @@ class Stream:
         self._failure: str | None = None
 
     def events(self, stopped: threading.Event) -> Iterator[bytes]:
-        """Yield events until ``stopped``, or until the stream has lived long enough."""
+        """Yield events until ``stopped``, or for `_LIFE` seconds."""
         end = time.monotonic() + _LIFE
         while not stopped.is_set() and time.monotonic() < end:
             began = time.monotonic()
@@ -90,7 +91,8 @@ class Stream:
                     self._failure = None
                     yield _event("database", b'{"error":null}')
             except UnavailableError as error:
-                self._since = _EVER  # what is stored after an outage may have come before it
+                # Messages that are stored after an outage may have been received before it.
+                self._since = _EVER
                 if self._version != self._topics.version:
                     yield self._tree()
                 if str(error) != self._failure:
@@ -115,7 +117,7 @@ class Stream:
         return _event("pipeline", orjson.dumps(content))
 
     def _from_database(self) -> Iterator[bytes]:
-        """Yield what is new in the database.
+        """Yield events for new data in the database.
 
         :raises UnavailableError: it does not answer.
         """
@@ -130,7 +132,7 @@ class Stream:
             [[latest]] = self._reader.ask(queries.LATEST, values)
             if latest != "[]":
                 yield _event("latest", latest.encode())
-        # Of the time before only what was late.
+        # The next round overlaps with this one, for messages that are stored late.
         self._since = asked - _OVERLAP / 5
         if self._is_due("activity", 1.0):
             yield self._activity() if self._view.flat is None else self._flat(self._view.flat)
@@ -150,7 +152,7 @@ class Stream:
             yield _event("messages", f"[{','.join(new)}]".encode())
 
     def _tree(self) -> bytes:
-        """Return the children of the nodes that are open; note what of them is shown."""
+        """Return the children of the open nodes; remember which nodes are shown."""
         self._version = self._topics.version
         branches: dict[str, Any] = {}
         self._shown, self._leaves = [], list(self._view.watch)
@@ -171,7 +173,7 @@ class Stream:
         return _event("tree", orjson.dumps(content))
 
     def _activity(self) -> bytes:
-        # A topic that is found by search counts as a child of the node above it.
+        # A topic that was found by search is counted as a child of its parent node.
         prefixes = {*self._view.open, *(t[: t.rfind("/") + 1] for t in self._view.watch)}
         values = {"open": list(prefixes), "shown": [*self._shown, *self._view.watch]}
         return _event("activity", self._count(queries.ACTIVITY, values))
@@ -183,7 +185,7 @@ class Stream:
         return _event("flat", b'{"complete":%b,"list":%b}' % (complete, content))
 
     def _count(self, query: str, values: dict[str, Any]) -> bytes:
-        """Return what a query counts in the window; choose the next window."""
+        """Return the result of a query that counts in the window; choose the next window."""
         began, window = time.monotonic(), self._window
         [[count, content]] = self._reader.ask(query, {"window": window, **values})
         rate = count / window
@@ -194,5 +196,5 @@ class Stream:
 
 
 def _event(name: str, content: bytes) -> bytes:
-    """Return a server-sent event; JSON has no line breaks outside of its escapes."""
+    """Return a server-sent event. Line breaks in JSON are escaped, so the content is one line."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), content)

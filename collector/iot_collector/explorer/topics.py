@@ -1,4 +1,4 @@
-"""The topics that the database knows, as a tree. Kept in memory, up to a limit."""
+"""The topics in the database, as a tree. They are kept in memory, up to a limit."""
 
 import heapq
 import threading
@@ -13,14 +13,14 @@ from .queries import TOPICS
 from .reader import Reader
 
 MOST = 50_000  # topics, some 10 MB
-SILENT_SECONDS = 600.0  # without a message, until a topic is listed as silent
+SILENT_SECONDS = 600.0  # after this time without a message, a topic is listed as silent
 _AT_ONCE = 5_000
-_SHARE = 0.03  # of the time that the database may be busy with this list
-_SHORTEST, _LONGEST = 1.0, 60.0  # seconds between two readings of the list
+_SHARE = 0.03  # largest share of the time that this list may keep the database busy
+_SHORTEST, _LONGEST = 1.0, 60.0  # seconds between two reads of the list
 
 
 class Topics:
-    """All topics of this and the last month with the time of their last message."""
+    """All topics of this and the last month, with the time of their last message."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -37,7 +37,7 @@ class Topics:
         self.cut = False
 
     def refresh(self) -> None:
-        """Read the list, or its next part, if it is time to; one viewer does it for all.
+        """Read the list, or its next part, if it is due; one viewer does it for all.
 
         :raises UnavailableError: the database does not answer.
         """
@@ -67,8 +67,8 @@ class Topics:
         """Return the nodes below a prefix (empty, or ending in a slash), and how many are left out.
 
         A node is its ``path`` to the end of the level, ``topic``, ``below`` (how many topics are
-        under it) and ``last``, the time of its last message. ``topic`` is the name that messages
-        come under, if it is one: the path, or the only topic below it.
+        under it) and ``last``, the time of its last message. ``topic`` is the path if that is a
+        topic, else the only topic below it, or None if there are several.
         """
         names, last = self.names, self.last
         at, end = bisect_left(names, prefix), _end(names, prefix)
@@ -84,7 +84,7 @@ class Topics:
                 found, below = names[at:after], after - at
             path = name if slash < 0 else name[:slash]
             at = after
-            # A topic and what is below it are apart in the list: "a", "a b", "a/b".
+            # A topic may be apart from the topics below it in the list: "a", "a b", "a/b".
             if path not in nodes and len(nodes) >= limit:
                 left_out += 1
                 continue
@@ -99,7 +99,7 @@ class Topics:
         return list(nodes.values()), left_out
 
     def search(self, text: str, limit: int) -> tuple[list[dict[str, Any]], int]:
-        """Return the topics that contain a text in any case, and how many are left out."""
+        """Return the topics that contain a text, ignoring case, and how many are left out."""
         text = text.casefold()
         found = [name for name in self.names if text in name.casefold()]
         last = self.last
@@ -110,7 +110,7 @@ class Topics:
         return nodes, len(found) - len(nodes)
 
     def silent(self, limit: int) -> dict[str, Any]:
-        """Return how many topics are silent, and those that fell silent last."""
+        """Return how many topics are silent, and those that became silent last."""
         before = time.time() - SILENT_SECONDS
         silent = [(at, name) for name, at in self.last.items() if at < before]
         latest = [[name, at] for at, name in heapq.nlargest(limit, silent)]
@@ -118,14 +118,14 @@ class Topics:
 
 
 def oldest() -> datetime:
-    """Return from when on topics are listed: the start of last month's partition."""
+    """Return the time from which topics are listed: the start of last month's partition."""
     this_month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     return (this_month - timedelta(days=1)).replace(day=1)
 
 
 def _end(names: list[str], prefix: str) -> int:
-    """Return the place behind the last name with a prefix."""
+    """Return the index after the last name with a prefix."""
     if not prefix:
         return len(names)
-    # Prefixes end in a slash, and what follows it in order is the digit zero.
+    # Prefixes end in a slash, and the next character in the order is the digit zero.
     return bisect_left(names, prefix[:-1] + "0")

@@ -1,4 +1,4 @@
-"""The pages over HTTP: assets, the stream of events, and questions about one topic."""
+"""The pages over HTTP: assets, the stream of events, and requests about one topic."""
 
 import contextlib
 import hashlib
@@ -24,8 +24,8 @@ from .stream import Stream, View
 from .topics import Topics
 
 VIEWERS = 8
-_STREAMS = VIEWERS + 2  # at one time; a viewer's last one may not have ended when the next begins
-_QUESTIONS = 4  # at one time, besides
+_STREAMS = VIEWERS + 2  # at a time; a viewer's previous stream may end after its next one begins
+_QUESTIONS = 4  # other requests at a time
 THREADS = _STREAMS + _QUESTIONS  # that are busy at most
 _MOST_BODY = 1 << 18
 
@@ -36,7 +36,7 @@ _TYPES = {
     "svg": "image/svg+xml",
 }
 _JSON = "application/json"
-_BUSY = "too much is asked at one time; try again"
+_BUSY = "too many requests at a time; try again"
 _HEADERS = [
     (
         "Content-Security-Policy",
@@ -47,11 +47,12 @@ _HEADERS = [
     ("Referrer-Policy", "no-referrer"),
     ("X-Content-Type-Options", "nosniff"),
 ]
-# Span of a chart in seconds -> how it is thinned where there are too many messages.
+# A chart of more than _MOST_READINGS messages has _STEPS steps, with the last _EACH messages of
+# each.
 _MOST_READINGS = 2_000
 _STEPS = 240
 _EACH = 8
-_MOST_SPAN = 31 * 86400
+_MOST_SPAN = 31 * 86400  # seconds
 
 
 class _RefusedError(Exception):
@@ -63,7 +64,7 @@ class _RefusedError(Exception):
 class Explorer:
     """Answers `/` and everything below `/explorer/` (WSGI).
 
-    :param report: what `/health` answers.
+    :param report: returns the content of `/health`.
     """
 
     def __init__(self, settings: Settings, report: Callable[[], dict[str, Any]]) -> None:
@@ -101,7 +102,7 @@ class Explorer:
     def _answer(self, environ: WSGIEnvironment) -> tuple[Any, ...]:
         """Return content type, body, and headers.
 
-        :raises _RefusedError: the request is not one that is answered.
+        :raises _RefusedError: the request is refused.
         :raises UnavailableError: the database does not answer.
         """
         path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
@@ -132,13 +133,13 @@ class Explorer:
             self._questions.release()
 
     def _refuse_foreign(self, environ: WSGIEnvironment) -> None:
-        """Refuse what pages of other sites ask.
+        """Refuse requests from pages of other sites.
 
-        They may not read an answer anyhow (there are no CORS headers), unless their name is made
-        to mean this address (DNS rebinding); then the request has their name in it.
+        They cannot read a response anyway, because there are no CORS headers. With DNS rebinding,
+        where their host name resolves to this address, they could. Then the request has that name.
         """
         if environ.get("HTTP_SEC_FETCH_SITE", "same-origin") not in ("same-origin", "none"):
-            raise _RefusedError(HTTPStatus.FORBIDDEN, "asked by a page of another site")
+            raise _RefusedError(HTTPStatus.FORBIDDEN, "requested by a page of another site")
         hosts = self._settings.live_page_hosts
         if not hosts and not self._settings.http_on_loopback:
             return
@@ -148,12 +149,12 @@ class Explorer:
                 return
         raise _RefusedError(
             HTTPStatus.FORBIDDEN,
-            "this name is not one of this machine; behind a reverse proxy, set "
-            "IOT_LIVE_PAGE_HOSTS to the names in the browser's address bar",
+            "this host name is not allowed; behind a reverse proxy, set "
+            "IOT_LIVE_PAGE_HOSTS to the host names in the browser's address bar",
         )
 
     def _stream(self, environ: WSGIEnvironment) -> tuple[Any, ...]:
-        # A page of another site would have to ask first whether it may send this type.
+        # A page of another site may send this content type only after a CORS preflight request.
         if environ.get("CONTENT_TYPE", "").partition(";")[0] != _JSON:
             raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"send {_JSON}")
         try:
@@ -163,19 +164,19 @@ class Explorer:
         stopped = self._enter(view.viewer)
         stream = Stream(view, self._reader, self._topics, self._rates, self._report)
         body = _Body(stream.events(stopped), lambda: self._leave(view.viewer, stopped))
-        # X-Accel-Buffering: nginx would collect the events before it hands them on.
+        # X-Accel-Buffering: nginx would buffer the events.
         more = ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")
         return "text/event-stream", body, *more
 
     def _enter(self, viewer: str) -> threading.Event:
-        """Note a viewer; the stream that it had ends."""
+        """Register a viewer, and end its previous stream."""
         with self._lock:
             if viewer in self._viewers:
                 self._viewers[viewer].set()
             elif len(self._viewers) >= VIEWERS:
                 raise _RefusedError(
                     HTTPStatus.SERVICE_UNAVAILABLE,
-                    f"{VIEWERS} people look at this page already; close one of theirs",
+                    f"this page is already open {VIEWERS} times; close one of them",
                 )
             if not self._streams.acquire(blocking=False):
                 raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY)
@@ -221,18 +222,18 @@ class _Query:
     """The parameters of a request."""
 
     def __init__(self, environ: WSGIEnvironment) -> None:
-        # Of a WSGI server, the bytes of the request as ISO-8859-1.
+        # A WSGI server decodes the bytes of the request as ISO-8859-1 (PEP 3333).
         text = environ.get("QUERY_STRING", "").encode("latin-1").decode("utf-8", "replace")
         self._values: dict[str, list[str]] = parse_qs(text, keep_blank_values=True)
 
     def text(self, name: str) -> str:
         """Return a parameter.
 
-        :raises _RefusedError: it is missing, or nothing that PostgreSQL could compare to a topic.
+        :raises _RefusedError: it is missing, or contains U+0000, which PostgreSQL does not accept.
         """
         value = self._values.get(name, ["\0"])[0]
         if "\0" in value:
-            raise _RefusedError(HTTPStatus.BAD_REQUEST, f"{name}: missing, or has U+0000")
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, f"{name}: missing, or contains U+0000")
         return value
 
     def number(self, name: str) -> float:
@@ -248,7 +249,7 @@ class _Query:
 
 
 class _Body:
-    """An iterable of events that calls back at its end, even if it was never begun."""
+    """An iterable of events that calls ``at_end`` when it is closed, even if never iterated."""
 
     def __init__(self, events: Iterator[bytes], at_end: Callable[[], None]) -> None:
         self._events = events

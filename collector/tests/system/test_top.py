@@ -154,7 +154,7 @@ def test_terminal_is_updated_and_reacts_to_keys(filled: Collector, broker: Mosqu
 def test_errors_are_explained_in_one_line(
     make_collector: Callable[..., Collector], broker: Mosquitto, database: Database
 ) -> None:
-    collector = make_collector(broker)  # the database is not reached
+    collector = make_collector(broker)  # the database cannot be reached
     collector.settings |= {"IOT_DATABASE_URL": f"postgresql://127.0.0.1:{free_port()}/iot"}
 
     def error_line(*arguments: str) -> str:
@@ -169,7 +169,7 @@ def test_errors_are_explained_in_one_line(
         collector.settings["IOT_LIVE_PAGE"] = mode
         collector.launch().wait_listening()
         assert re.search(
-            f"the collector at {url} refuses: .*IOT_LIVE_PAGE.*; set IOT_LIVE_PAGE=full",
+            f"the collector at {url} refuses the request: .*IOT_LIVE_PAGE.*; set IOT_LIVE_PAGE=",
             error_line(),
         )
         collector.kill()

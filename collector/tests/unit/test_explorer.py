@@ -439,7 +439,7 @@ def test_number_of_viewers_is_limited(watch: Callable[..., Viewer], collector: C
         viewer.last("pipeline")
     ninth = watch("ninth")
     assert ninth.answer.status == 503
-    assert "8 people" in json.loads(ninth.answer.read())["error"]
+    assert "already open 8 times" in json.loads(ninth.answer.read())["error"]
     assert collector.get("/readyz").status == 200
     # A viewer that connects again does not count twice, and its first stream ends.
     again = watch("viewer-0")

@@ -191,20 +191,20 @@ def test_head_describes_the_state() -> None:
         "oldest_unacked_seconds": 12.3,
     }
     found = lines(picture(row("a"), **failing), filter="plant/#")
-    assert found[:2] == ["The database is not reached: messages wait", "database: it is down"]
+    assert found[:2] == ["The database cannot be reached: messages wait", "database: it is down"]
     assert found[3].endswith(
         "60 in flight, the oldest for 12.3 s; 1,234 stored of 1,300 received, 2 sent again, "
         "4 dead letters"
     )
     assert found[4] == "1 topic of all collectors matching plant/#, by rate"
     away = {"status": "failing", "broker": HEALTH["broker"] | {"connected": False}}
-    assert lines(picture(**away))[0] == "The broker is not reached"
+    assert lines(picture(**away))[0] == "The broker cannot be reached"
     assert "Measuring the rates" in lines(Picture(HEALTH))[2]
 
 
 def test_empty_list_is_explained() -> None:
     assert "No topic matches" in lines(picture(), filter="plant/#")[-1]
-    assert lines(picture())[-1].endswith("stores what is published under iot/data, plant/#")
+    assert lines(picture())[-1].endswith("collector subscribes to iot/data, plant/#")
     assert lines(Picture(HEALTH))[-1] == "Reading the topics …"
     assert lines(Picture(HEALTH, unread="it is down"))[-1] == "The topics cannot be read"
     assert lines(Picture(lost="no collector answers"))[0] == "no collector answers"

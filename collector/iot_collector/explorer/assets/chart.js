@@ -1,8 +1,8 @@
-// The readings of a topic: a small chart for each name, with history, to which new points are added.
+// The readings of a topic: a small chart for each name, with history and live values.
 
 import { cut, element, isolated, number, visible } from "./text.js";
 
-const MOST = 6000; // points of a chart
+const MOST = 6000; // points in a chart
 const COLOURS = 6;
 
 export class Charts {
@@ -18,7 +18,7 @@ export class Charts {
     this.place.replaceChildren();
   }
 
-  // series: name -> points [time, value] or [time, mean, least, most]
+  // series: name -> points [time, value] or [time, mean, min, max]
   show(series, span) {
     this.clear();
     this.span = span;
@@ -54,7 +54,7 @@ export class Charts {
     return new uPlot(options, [chart.times, chart.values], chart.box);
   }
 
-  // Points that have come: [[time, [[name, value]]]], old ones first.
+  // Adds new points: [[time, [[name, value]]]], the oldest first.
   append(messages) {
     const changed = new Set();
     for (const [at, readings] of messages) {
@@ -65,7 +65,7 @@ export class Charts {
           this.add(name, [], []);
         }
         const chart = this.charts.get(name), { times, values } = chart;
-        // In its place: several collectors may store out of order.
+        // Inserted by time, because several collectors may store out of order.
         let place = times.length;
         while (place > 0 && times[place - 1] > at) place--;
         if (times[place - 1] === at && values[place - 1] === value) continue;
@@ -86,13 +86,13 @@ export class Charts {
     chart.last.textContent = value === undefined || value === null ? "" : number(value);
   }
 
-  // From the first point of all charts on, so that a device that has just begun is not a thin line.
+  // The axis starts at the first point of all charts, so that new points are not squeezed together.
   range() {
     const now = Date.now() / 1000, first = Math.min(...Array.from(this.charts.values(), chart => chart.times[0] ?? now));
     return [Math.max(now - this.span, Math.min(first, now - 60)), now];
   }
 
-  // Let time go on.
+  // Moves the time axis on.
   tick() {
     const [min, max] = this.range();
     for (const { plot } of this.charts.values()) plot.setScale("x", { min, max });
@@ -124,7 +124,7 @@ function padded(low, high) {
 
 const SVG = "http://www.w3.org/2000/svg";
 
-// A line without axes, of values from old to new; `most` places.
+// Draws a line without axes. Values are from old to new; `most` of them fit.
 export function sparkline(place, values, most) {
   const width = 240, height = 40, top = Math.max(1e-9, ...values);
   const points = values.map((value, i) => [width * (most - values.length + i) / (most - 1), height - 2 - (height - 5) * value / top]);

@@ -1,4 +1,4 @@
-// The page: what is chosen, and where each event goes.
+// The page: the chosen topic, and what each event updates.
 
 import { Charts } from "./chart.js";
 import { Messages } from "./messages.js";
@@ -48,7 +48,7 @@ function showTree(content) {
   if (empty) showFirstSteps();
   const since = new Date(content.since * 1000).toLocaleDateString("en", { day: "numeric", month: "long", timeZone: "UTC" });
   $("topics-note").textContent = empty ? "" : !content.complete && !content.topics ? "Reading the topics from the database …"
-    : `${plural(content.topics, "topic")} with messages since ${since}${content.cut ? ": not all, only so many are listed" : ""}.`;
+    : `${plural(content.topics, "topic")} with messages since ${since}${content.cut ? "; further topics are not listed" : ""}.`;
   showSilent(content.silent);
   stream.restart(); // a level may have opened by itself
 }
@@ -61,7 +61,7 @@ function showFirstSteps() {
   const example = filter === "#" ? "iot/data" : filter.replace(/[+#]/g, "test");
   $("empty-one").textContent = `mosquitto_pub -h ${host} -p ${port} -q 1 -t '${visible(example)}' -m temperature:23`;
   $("empty-many").textContent = `iot-collector simulate --topic '${visible(example)}' --count 100`;
-  $("empty-filters").textContent = `The collector stores what is published under ${broker.topics.map(t => visible(t)).join(", ")}.`;
+  $("empty-filters").textContent = `The collector subscribes to ${broker.topics.map(t => visible(t)).join(", ")}.`;
 }
 
 function showActivity(content) {
@@ -87,7 +87,7 @@ function showSilent(silent) {
     return;
   }
   $("silent-note").textContent = silent.count
-    ? `${plural(silent.count, "topic")} without a message for ${after}${silent.count > silent.latest.length ? "; those that fell silent last" : ""}.`
+    ? `${plural(silent.count, "topic")} without a message for ${after}${silent.count > silent.latest.length ? "; the list has those that became silent last" : ""}.`
     : `Every topic had a message in the last ${after}.`;
   $("silent").replaceChildren(...silent.latest.map(([name, at]) => entry(name, age(now() - at))));
 }
@@ -101,7 +101,7 @@ function entry(name, text, ...more) {
 }
 
 function showLetters() {
-  $("letters-note").textContent = letters.length ? "Messages that PostgreSQL refused, with the reason. They are kept." : "None: PostgreSQL has taken every message.";
+  $("letters-note").textContent = letters.length ? "Messages that PostgreSQL refused, with the reason. They are kept." : "None: PostgreSQL has accepted every message.";
   $("letters").replaceChildren(...letters.map(letter => {
     const name = new TextDecoder().decode(bytesOf(letter.topic));
     const { text } = payloadText(letter.payload, letter.size);
@@ -174,13 +174,13 @@ async function readings() {
     const found = await ask("readings", { topic: asked, seconds: span }, abort.signal);
     if (abort.signal.aborted || asked !== topic) return;
     charts.show(found.series, span);
-    // What has come since the database was asked.
+    // Add the messages that have arrived since the query.
     const last = Math.max(0, ...Object.values(found.series).map(points => points.at(-1)[0]));
     charts.append(Array.from(messages.known.values(), m => [m.at, leaves(m.fields, topic)]).filter(([at]) => at > last));
     const shown = Object.keys(found.series).length;
     const parts = [];
-    if (!found.names) parts.push(found.messages ? "No numbers in these messages, so there is no chart." : "No message in this time.");
-    else if (found.sampled) parts.push("Averages: of each 240th part of the time, the last 8 messages.");
+    if (!found.names) parts.push(found.messages ? "No numbers in these messages, so there is no chart." : "No message in this time range.");
+    else if (found.sampled) parts.push("Averages of the last 8 messages in each of 240 time steps.");
     else parts.push(`Every reading of ${plural(found.messages, "message")}.`);
     if (found.names > shown) parts.push(`${found.names - shown} more names are not shown.`);
     $("chart-note").textContent = parts.join(" ");
@@ -230,7 +230,7 @@ function chosenInAddress() {
 
 // Time ----------------------------------------------------------------------------------------
 
-// The clocks of this machine and the collector's may differ.
+// The clocks of this machine and of the collector may differ.
 function now() {
   return Date.now() / 1000 + pipeline.offset;
 }

@@ -18,7 +18,7 @@ export class Messages {
     return Math.min(...Array.from(this.known.values(), message => message.at));
   }
 
-  // Returns those that were not known, old ones first.
+  // Returns the messages that were not known, the oldest first.
   add(messages, older = false) {
     const fresh = messages.filter(message => !this.known.has(message.id)).sort((a, b) => a.at - b.at || a.id - b.id);
     for (const message of fresh) {
@@ -54,7 +54,7 @@ function show(message) {
     const body = element("dl", "");
     const add = (name, content) => content && body.append(element("dt", "", name), element("dd", "", content));
     add("Received", new Date(message.at * 1000).toISOString());
-    add("Payload", `${size(message.size)}${binary ? ", in hexadecimal" : ""}${message.size > 4096 ? ", the first 4 KiB of it" : ""}`);
+    add("Payload", `${size(message.size)}${binary ? ", in hexadecimal" : ""}${message.size > 4096 ? ", only the first 4 KiB shown" : ""}`);
     add("", block(visible(text, true), binary));
     if (message.fields !== null && typeof message.fields === "object") add("Fields", table(message.fields));
     if (message.properties) add("Properties", block(visible(pretty(message.properties), true)));
@@ -87,6 +87,6 @@ function pretty(json) {
   try {
     return JSON.stringify(JSON.parse(json), null, 2);
   } catch {
-    return json; // it is cut
+    return json; // truncated, so not valid JSON
   }
 }

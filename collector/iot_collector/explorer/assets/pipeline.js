@@ -4,7 +4,7 @@ import { sparkline } from "./chart.js";
 import { age, duration, number, plural, visible } from "./text.js";
 
 const $ = id => document.getElementById(id);
-const FEWEST = 12; // samples that the line of the rate has room for; later there are 180 of them
+const FEWEST = 12; // samples that the rate line has room for at first; later there are up to 180
 
 export class Pipeline {
   constructor() {
@@ -19,13 +19,13 @@ export class Pipeline {
     if (rates) sparkline($("rate-spark"), rates.map(sample => sample[2]), Math.max(FEWEST, rates.length));
   }
 
-  // The stream is cut; reason is why, if the collector said it.
+  // The stream is lost; reason is the text of the collector, if it refused the request.
   lost(reason) {
     this.reason = reason;
     this.draw();
   }
 
-  // The pages's own reading of the database failed (or works: null).
+  // error: why the topics and messages cannot be read from the database, or null.
   read(error) {
     this.readError = error;
     this.draw();
@@ -40,8 +40,8 @@ export class Pipeline {
     $("status").className = `pill ${failing ? "bad" : this.readError ? "" : "good"}`;
     $("status").textContent = this.reason !== undefined ? "No connection to the collector"
       : !failing ? this.readError ? "The database cannot be read" : "Every message is being stored"
-        : !database.connected ? "The database is not reached: messages wait"
-          : !broker.connected ? "The broker is not reached" : "Something is wrong";
+        : !database.connected ? "The database cannot be reached: messages wait"
+          : !broker.connected ? "The broker cannot be reached" : "Something is wrong";
     state("broker", broker.connected, "Connected", "Not connected");
     $("broker-note").textContent = broker.connected ? broker.address : `${broker.address}: ${short(broker.error ?? "not subscribed yet")}`;
     state("database", database.connected, "Connected", "Not connected");
@@ -53,21 +53,21 @@ export class Pipeline {
     $("delay").textContent = delays.length ? duration(delays.at(-1)[4]) : "–";
     $("delay-note").textContent = "from receipt to COMMIT, on average";
     $("in-flight").textContent = number(accounting.in_flight);
-    $("in-flight-note").textContent = accounting.in_flight ? `the oldest has waited ${duration(health.oldest_unacked_seconds)}` : "nothing waits for its COMMIT";
+    $("in-flight-note").textContent = accounting.in_flight ? `the oldest has waited ${duration(health.oldest_unacked_seconds)}` : "no message waits for its COMMIT";
     $("stored").textContent = accounting.inserted.toLocaleString("en");
     const more = [`of ${accounting.received.toLocaleString("en")} received`];
     if (accounting.duplicates) more.push(`${accounting.duplicates.toLocaleString("en")} sent again`);
     if (accounting.dead_letters) more.push(plural(accounting.dead_letters, "dead letter"));
     $("stored-note").textContent = more.join(", ");
-    $("footer").textContent = `Counters, delay and connections are those of this collector (${visible(broker.client_id)}, version ${health.version}) since its start. Topics, messages and dead letters are those of the whole database, whichever collector stored them.`;
+    $("footer").textContent = `Counters, delay and connections are those of this collector (${visible(broker.client_id)}, version ${health.version}) since its start. Topics, messages and dead letters are those of the whole database, from all collectors.`;
   }
 
   notice() {
     const { health } = this, texts = [];
-    const ago = this.at ? `What you see is ${age((Date.now() - this.at) / 1000)} old. ` : "";
-    if (this.reason !== undefined) texts.push(this.reason ? `The collector refuses: ${this.reason}.` : `The collector does not answer. ${ago}Trying again.`);
+    const ago = this.at ? `The values shown are ${age((Date.now() - this.at) / 1000)} old. ` : "";
+    if (this.reason !== undefined) texts.push(this.reason ? `The collector refuses the request: ${this.reason}.` : `The collector does not answer. ${ago}Trying again.`);
     else if (health && health.status !== "ok") texts.push(...health.problems.map(short));
-    if (this.reason === undefined && this.readError) texts.push(`Topics and messages are as last read from the database, which cannot be read now: ${short(this.readError)}`);
+    if (this.reason === undefined && this.readError) texts.push(`Topics and messages may be out of date, because the database cannot be read: ${short(this.readError)}`);
     texts.push(...health?.warnings ?? []);
     const text = texts.map(part => visible(part)).join(" · ");
     if ($("notice").textContent !== text) $("notice").textContent = text;

@@ -1,18 +1,20 @@
-// The stream of server-sent events, read with fetch: the view is sent with it, and the reason of a
-// refusal can be read; EventSource offers neither.
+// The stream of server-sent events, read with fetch. It can send the view, and read the reason of a
+// refusal; EventSource can do neither.
 
 const viewer = Array.from(crypto.getRandomValues(new Uint8Array(12)), b => b.toString(16).padStart(2, "0")).join("");
-const WAITS = [0.3, 1, 2, 4]; // seconds before another attempt
+const WAITS = [0.3, 1, 2, 4]; // seconds before the next attempt
 const SILENCE = 8000; // milliseconds; the server sends something every second
 
 export class Stream {
-  // view() gives what is on the screen; handle(name, content) gets events; lost(reason) an outage.
+  // view() returns what is on the screen; handle(name, content) is called for each event, and
+  // lost(reason) when the stream is lost.
   constructor(view, handle, lost) {
     Object.assign(this, { view, handle, lost, failures: 0, timer: 0, abort: null, sent: "" });
     document.addEventListener("visibilitychange", () => document.hidden ? this.stop() : this.restart(true));
   }
 
-  // Ask again because the view has changed. Soon, not at once: somebody may hold down an arrow key.
+  // Opens another stream because the view has changed. It waits a moment, because somebody may hold
+  // down an arrow key.
   restart(always = false) {
     if (document.hidden || (!always && this.sent === JSON.stringify(this.view()))) return;
     this.again(0.12);
@@ -52,8 +54,8 @@ export class Stream {
       reason = error;
     }
     clearTimeout(watchdog);
-    if (this.abort !== abort) return; // another one has taken its place
-    if (reason === null) return this.again(0.05); // its time was over
+    if (this.abort !== abort) return; // a newer stream has replaced it
+    if (reason === null) return this.again(0.05); // the server ended it after its lifetime
     const wait = WAITS[Math.min(this.failures++, WAITS.length - 1)];
     this.lost(reason instanceof Refusal ? reason.message : null);
     this.again(wait);

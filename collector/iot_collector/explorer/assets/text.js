@@ -1,6 +1,6 @@
-// Turns what devices sent into text that is safe to show, and numbers into words.
+// Turns data from devices into text that is safe to show, and formats numbers.
 
-// Characters that cannot be seen, or that would reorder or break the text around them.
+// Invisible characters, and characters that reorder or break the text around them.
 const UNSEEN = /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g;
 const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
@@ -18,8 +18,8 @@ export function bytesOf(base64) {
   return Uint8Array.from(atob(base64), c => c.charCodeAt(0));
 }
 
-// Payload as text where it is UTF-8, else in hexadecimal. Where it is cut, the last character may
-// be cut as well.
+// A payload as text if it is UTF-8, else in hexadecimal. If it is truncated, its last character may
+// be incomplete.
 export function payloadText(base64, size) {
   const bytes = bytesOf(base64);
   for (let spare = 0; spare < (size > bytes.length ? 4 : 1) && spare <= bytes.length; spare++) {
@@ -46,7 +46,7 @@ export function leaves(document, topic = "", most = 200) {
   return found;
 }
 
-// What a message says, on one line.
+// The content of a message, on one line.
 export function valueText(fields, base64, size) {
   if (fields !== null) {
     const entries = leaves(fields);
@@ -105,7 +105,7 @@ export function plural(count, what) {
   return `${count.toLocaleString("en")} ${what}${count === 1 ? "" : "s"}`;
 }
 
-// An element with text in it: the only way in which text gets into the page.
+// An element with text in it. Text is never parsed as HTML.
 export function element(name, className, ...content) {
   const made = document.createElement(name);
   if (className) made.className = className;

@@ -1,11 +1,11 @@
-// The topic tree, after the tree pattern of WAI-ARIA: one place for Tab, arrow keys inside.
+// The topic tree, after the tree view pattern of WAI-ARIA: one tab stop, and arrow keys inside.
 
 import { age, cut, element, isolated, plural, rate, valueText, visible } from "./text.js";
 
-const FEW = 40; // topics, of which all are shown
+const FEW = 40; // topics; up to this number, all levels are expanded at first
 
 export class Tree {
-  // changed() is called when other nodes are open; choose(topic) when a topic is chosen.
+  // changed() is called when a node is expanded or collapsed; choose(topic) when a topic is chosen.
   constructor(list, changed, choose) {
     Object.assign(this, {
       list, changed, choose, branches: {}, open: new Set([""]), found: null,
@@ -16,7 +16,7 @@ export class Tree {
     this.typed = ""; this.typedAt = 0;
   }
 
-  // Prefixes whose children are shown, each only if those above it are open as well.
+  // Prefixes whose children are shown: those of open nodes whose ancestors are open as well.
   prefixes() {
     if (this.found) return [];
     const shown = [];
@@ -29,7 +29,7 @@ export class Tree {
     return shown.slice(0, 40);
   }
 
-  // Levels with nothing to choose from open by themselves, and all where there are few topics.
+  // Expands a level with a single node by itself, and with few topics every level.
   setBranches(branches, topics) {
     for (const [prefix, branch] of Object.entries(branches)) {
       this.branches[prefix] = branch;
@@ -71,7 +71,7 @@ export class Tree {
     for (const row of this.rows.values()) this.fill(row);
   }
 
-  // Ages grow without the server.
+  // Updates the ages between two events of the server.
   tick(offset) {
     this.offset = offset;
     for (const row of this.rows.values()) this.fillAge(row);
@@ -102,7 +102,7 @@ export class Tree {
     this.topics = new Map();
     for (const item of this.nodes()) {
       if (item.more) {
-        const more = element("li", "more note", `and ${plural(item.more, "more node")}: search finds them`);
+        const more = element("li", "more note", `and ${plural(item.more, "more node")}: use the search to find them`);
         more.setAttribute("role", "none");
         inOrder.push(more);
         continue;
@@ -124,7 +124,7 @@ export class Tree {
       inOrder.push(line);
     }
     const hadFocus = this.list.contains(document.activeElement);
-    // Only what differs: focus, selection and scrolling stay.
+    // Only rows that differ are moved, so that focus, selection and scroll position stay.
     inOrder.forEach((line, i) => {
       if (this.list.children[i] !== line) this.list.insertBefore(line, this.list.children[i] ?? null);
     });
@@ -223,7 +223,7 @@ export class Tree {
     event.preventDefault();
   }
 
-  // Typing goes to the next node whose name begins so.
+  // Typing moves the focus to the next node whose name begins with the typed text.
   type(letter, paths, at) {
     const now = Date.now();
     this.typed = now - this.typedAt < 700 ? this.typed + letter.toLowerCase() : letter.toLowerCase();
