@@ -194,7 +194,7 @@ def archive_for_ever(settings: Settings, hours: float) -> NoReturn:
                 (log.info if done else log.error)(text)
         except psycopg2.Error as error:
             failed = True
-            log.error("archive: database", error=explain(error))  # noqa: TRY400 - no bug
+            log.error("archive failed: database error", error=explain(error))  # noqa: TRY400
         except (ArchiveError, RetentionError, SettingsError) as error:
             failed = True
             log.error("archive failed", error=str(error))  # noqa: TRY400

@@ -42,7 +42,7 @@ class Plan:
 
 
 def messages(plan: Plan) -> Iterator[tuple[str, bytes]]:
-    """Yield (topic, payload) of each message, device after device, for ever."""
+    """Yield (topic, payload) of messages without end, one device after the other."""
     rng = random.Random(plan.seed)  # noqa: S311
     shapes = ["text", "json", "garbage"] if plan.payload == "mix" else [plan.payload]
     sequence = 0

@@ -150,7 +150,7 @@ class Store:
 
     @contextmanager
     def _cursor(self) -> Iterator[Cursor]:
-        """A cursor outside a transaction. An error rolls back what the block has begun."""
+        """Yield a cursor outside a transaction. An error rolls back what the block has begun."""
         if self._connection is None or self._connection.closed:
             self._connection = connect(self._settings)
             self._connection.watchdog = self.watchdog

@@ -107,7 +107,7 @@ class Subscriptions:
         self.check_due()
 
     def check_due(self) -> None:
-        """Send what is due; called at least once a second."""
+        """Send the claims, SUBSCRIBE and UNSUBSCRIBE that are due; called at least once a second."""
         now = time.monotonic()
         if now >= self._claim_at:
             self._claim_at = math.inf
@@ -267,7 +267,7 @@ class Subscriptions:
         """
         start = self._copies_start or 0
         end = len(read) if self._copies_end is None else self._copies_end
-        # The copies go on in the next read, or have ended.
+        # Without an UNSUBACK, the next read may start with copies.
         self._copies_start = 0 if self._copies_end is None else None
         self._copies_end = None
         kept = list(range(start))

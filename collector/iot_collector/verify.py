@@ -59,7 +59,7 @@ def verify(
         topic = _publish(settings, payload)
         yield f"published {payload.decode()} to {topic}"
     else:
-        # It may have been counted before we looked.
+        # It may have been counted before our first look at the counts.
         payload, before = published.encode(), 0.0
 
     _wait_until(
@@ -81,7 +81,7 @@ def verify(
     )
     yield "the collector has counted it and accounts for every message"
 
-    if published is not None:  # whatever is in the table has been counted
+    if published is not None:  # it is in the table, so it is counted in this number
         before = _message_counts(collector)[0] - 1
     _wait_until(
         lambda: _scraped_count(prometheus) > before,

@@ -57,7 +57,7 @@ class WriterThread(threading.Thread):
 
     @property
     def last_progress(self) -> float:
-        """When the thread last sent a statement, got an answer, or looked for work (monotonic)."""
+        """When the thread last sent a statement, got an answer, or took work (monotonic clock)."""
         return max(self._last_progress, self._store.watchdog.last_progress)
 
     @property
