@@ -107,7 +107,7 @@ class Subscriptions:
         self.check_due()
 
     def check_due(self) -> None:
-        """Send the claims, SUBSCRIBE and UNSUBSCRIBE that are due; called at least once a second."""
+        """Send a due claim, SUBSCRIBE or UNSUBSCRIBE; called at least once a second."""
         now = time.monotonic()
         if now >= self._claim_at:
             self._claim_at = math.inf
