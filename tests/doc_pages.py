@@ -206,7 +206,7 @@ def check_command(command: list[str], *, marked: bool) -> Iterator[str]:
 def check_commands(text: str) -> Iterator[str]:
     needs = re.compile(r"\bneeds?\b")
     head = text.partition("\n## ")[0]
-    head = without_code(head) if re.search(r"commands on\s+this page\s+need", head) else ""
+    head = without_code(head) if re.search(r"commands\s+on\s+this\s+page\s+need", head) else ""
     for block in blocks(text):
         if block.language not in SHELLS or block.body.startswith((" ", "devices", "broker")):
             continue  # another language, or a diagram
