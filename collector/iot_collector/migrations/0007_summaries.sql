@@ -1,5 +1,5 @@
 -- Summaries of messages and readings. The collectors keep them, some seconds behind: see
--- iot_collector/summaries.py, which calls update_summaries, and docs/data.md.
+-- iot_collector/summaries.py, which calls update_summaries, and docs/queries.md.
 
 -- Every topic. A message that the broker had retained is no sign of life, and is not counted.
 CREATE TABLE topics (
