@@ -33,14 +33,16 @@ Written by `tests/configuration_page.py` from `collector/iot_collector/settings.
 
 The collector reads environment variables that begin with `{{ prefix }}`.
 
-* With the playbooks, set the variables of the roles, in the inventory or with `-e`. A setting of
-  the collector that has no variable there goes into `collector_environment`, under its name here.
-  [architecture.md](architecture.md#one-settings-way) shows the way from inventory to process.
+* With the playbooks, set the variables of the roles, in the inventory or with `-e`. If a setting of
+  the collector has no variable, put it into `collector_environment` under its name on this page.
+  [architecture.md](architecture.md#the-path-of-a-setting) shows how a value gets from the inventory
+  to the process.
 * A variable that is set to the empty string counts as not set.
-* A wrong value stops the start with the setting's name, the fault and an example. So does an
-  unknown variable that begins with `{{ prefix }}`.
-* `iot-collector run --help` prints this list, and `iot-collector check` tries broker and database.
-* Passwords belong into files. A file is read again at every connection, so that a rotated password
+* A wrong value stops the start. The error has the setting's name, the fault and an example. An
+  unknown variable that begins with `{{ prefix }}` also stops the start.
+* `iot-collector run --help` prints this list. `iot-collector check` connects to the broker and the
+  database.
+* Put passwords into files. A file is read again at every connection, so that a rotated password
   needs no restart.
 
 {% for title, settings in groups.items() %}

@@ -172,3 +172,17 @@ def test_sql_for_the_fallback_table_moves_its_rows(database: Database) -> None:
         (b"b", "reason")
     ]
     assert database.count("dead_letters_fallback") == 0
+
+
+def test_privileges_for_the_collector_are_sufficient(database: Database) -> None:
+    """The GRANT statements of docs/collector.md include the functions that `run` calls."""
+    role = f"{database.name}_granted"
+    database.query(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
+    page = (ROOT / "docs/collector.md").read_text()
+    (grants,) = [block.body for block in blocks(page) if block.language == "sql"]
+    database.query(grants.replace("TO collector", f"TO {role}"))
+    user = Database(database.server, database.name, role, "x")
+    user.query("SELECT ensure_partitions(now(), 1)")
+    user.query("SELECT update_summaries('a', now())")
+    user.query("SELECT summarize_again(now(), now())")
+    user.query("SELECT count_silent_topics(10)")
