@@ -62,7 +62,8 @@ def test_queries_are_correct_and_read_few_rows(own_database: Database) -> None:
     assert found[12][:4] == (DEVICE, "on", 1, "true")
     assert own_database.query(RECIPES["Who is silent"]) == []
     hours = own_database.query(RECIPES["Hourly averages"])
-    assert len(hours) in (718, 719, 720)  # a gap of two hours
+    # A gap of two hours, and the last message is ten minutes old: the current hour may have none.
+    assert 717 <= len(hours) <= 720
     assert {row[1:] for row in hours} == {(27.0, 27.0, 27.0)}
     day = own_database.query(RECIPES["A day of one device"])
     assert len(day) in (2 * 143, 2 * 144)
