@@ -54,7 +54,7 @@ def store_valid(
         stored = store_valid(cursor, tuples[:middle], dead_letters)
         return stored + store_valid(cursor, tuples[middle:], dead_letters)
     if (raw := without_fields(tuples[0])) != tuples[0]:
-        # PostgreSQL may have refused only the fields that we parsed from the payload.
+        # PostgreSQL may have refused only the fields that were parsed from the payload.
         return store_valid(cursor, [raw], dead_letters)
     dead_letters[_insert_dead_letter(cursor, tuples[0], refusal)] += 1
     return 0

@@ -202,7 +202,7 @@ class Settings(BaseSettings):
     mqtt_client_id: str = _setting(
         f"iot-collector-{socket.gethostname()}", "Client id, which names the session at the "
         "broker; each collector needs its own", "iot-collector-0", min_length=1)
-    mqtt_version: Literal["5", "3.1.1"] = _setting("5", "MQTT version")
+    mqtt_version: Literal["5", "3.1.1"] = _setting("5", "MQTT version: 5 or 3.1.1")
     mqtt_keepalive_seconds: int = _setting(
         30, "Keep alive interval of the connection", ge=5, le=65535)
     # Far below 65 535, so that no packet id is reused while the ledger still needs it.
@@ -310,9 +310,10 @@ class Settings(BaseSettings):
     drain_seconds: float = _setting(
         20, "After SIGTERM, longest time to store the messages that were received", ge=0)
 
-    log_format: Literal["json", "console"] = _setting("console", "Format of the log")
+    log_format: Literal["json", "console"] = _setting(
+        "console", "Format of the log: json or console")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        "info", "Lowest level that is logged")
+        "info", "Lowest level to log: debug, info, warning or error")
     # fmt: on
 
     @pydantic.model_validator(mode="before")
