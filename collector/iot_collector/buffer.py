@@ -31,7 +31,7 @@ _OVERHEAD = 80  # bytes of memory per message besides the bytes of its row: two 
 class ReadBatch:
     """The messages of one read from the broker, in order.
 
-    :param connection: the connection they came from; they may be acknowledged on no other.
+    :param connection: the connection they came from; they are acknowledged only on it.
     :param rows: the messages as rows of the binary COPY format, see copy_format.py.
     :param tags: the tag of each message, see above.
     :param read_at: when they were read, by ``time.monotonic()``.

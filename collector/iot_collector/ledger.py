@@ -132,8 +132,7 @@ class Entry:
 class Ledger:
     """The table ``ledger`` for one client id, and what this process knows of it.
 
-    :param window: see `PacketHistory`; with 0, the table is only used to find out whether a
-        transaction was committed.
+    :param window: see `PacketHistory`; with 0, no message is dropped as a duplicate.
     """
 
     def __init__(self, client_id: str, window: int) -> None:
