@@ -105,7 +105,7 @@ def page() -> str:
         if str(example).startswith("("):
             meaning += f" {example}"
         elif default in (None, "", []):
-            meaning += f", for example {code(example)}"
+            meaning += f". Example: {code(example)}"
         schema = schemas[name.removeprefix(PREFIX).lower()]
         row = {"allowed": allowed(schema), "default": code(default), "meaning": meaning}
         groups[title].append({"name": name, **row})

@@ -1,8 +1,8 @@
-"""AWS for the settings that use it: botocore's session, which finds credentials and renews them.
+"""The botocore session, AWS clients and AWS errors, for the settings that use AWS.
 
-botocore comes with the extra ``iot-collector[aws]``. It takes credentials from where every AWS
-program does (environment, profile, IRSA, EKS Pod Identity, instance role) and renews those that
-expire (https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html).
+botocore comes with the extra ``iot-collector[aws]``. It finds credentials as every AWS SDK does
+(environment, profile, IRSA, EKS Pod Identity, instance role) and renews those that expire
+(https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html).
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 from .log import one_line
 from .settings import SettingsError
 
-# Error codes of AWS's services; some services give the same error under several names.
+# Error codes of AWS services. Some services have several codes for one error.
 _DENIED = {"AccessDenied", "AccessDeniedException"}
 _EXPIRED = {
     *("ExpiredToken", "ExpiredTokenException", "RequestExpired", "InvalidClientTokenId"),
@@ -27,12 +27,12 @@ _MISSING = {
 
 
 class AwsError(Exception):
-    """AWS did not do what was asked. The text says what to do."""
+    """A call to AWS failed. The text says what to do."""
 
 
 @functools.cache
 def session() -> Any:
-    """Return the process's botocore session.
+    """Return the botocore session of this process.
 
     :raises SettingsError: botocore is not installed.
     """
@@ -40,9 +40,9 @@ def session() -> Any:
         import botocore.session
     except ImportError:
         raise SettingsError(
-            "a setting names AWS, and botocore is not installed; pip install 'iot-collector[aws]'"
+            "a setting needs AWS, but botocore is not installed; pip install 'iot-collector[aws]'"
         ) from None
-    # At the level debug they log signatures and whole answers, which may hold a password.
+    # At level debug they log signatures and complete responses, which may contain a password.
     for name in ("botocore", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return botocore.session.get_session()
@@ -50,10 +50,11 @@ def session() -> Any:
 
 @functools.cache
 def client(service: str, region: str | None = None) -> Any:
-    """Return a client of an AWS service, ``AWS_ENDPOINT_URL`` honoured.
+    """Return a client for an AWS service.
 
-    Its calls end within a minute, whatever the network does. Where no region is given,
-    AWS_REGION or the profile names it.
+    ``AWS_ENDPOINT_URL`` is respected. Each call ends within a minute, even if the network hangs.
+
+    :param region: None for the region in AWS_REGION or in the profile.
 
     :raises SettingsError: botocore is not installed.
     """
@@ -74,10 +75,10 @@ def client(service: str, region: str | None = None) -> Any:
 
 @contextlib.contextmanager
 def explained(action: str, resource: str) -> Iterator[None]:
-    """Make an `AwsError` of botocore's errors in the block.
+    """Turn a botocore error in the block into an `AwsError`.
 
     :param action: the IAM action that the block needs, for example ``sqs:ReceiveMessage``.
-    :param resource: what it needs it on: an ARN, or a name.
+    :param resource: the ARN or the name of the resource that the action is for.
     """
     session()
     from botocore.exceptions import BotoCoreError, ClientError, NoRegionError
@@ -87,9 +88,9 @@ def explained(action: str, resource: str) -> Iterator[None]:
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
         if error.operation_name.startswith("AssumeRole"):
-            hint = "check AWS_ROLE_ARN, and whom the trust policy of that role names"
+            hint = "check AWS_ROLE_ARN and the trust policy of that role"
         elif code in _DENIED:
-            hint = f"the credentials must be allowed {action} on {resource}"
+            hint = f"the credentials need permission for {action} on {resource}"
         elif code in _EXPIRED:
             hint = "the AWS credentials are expired or wrong: renew them"
         elif code in _MISSING:
@@ -100,5 +101,5 @@ def explained(action: str, resource: str) -> Iterator[None]:
     except NoRegionError as error:
         raise AwsError(f"no region for {resource}: give its ARN, or set AWS_REGION") from error
     except BotoCoreError as error:  # credentials not found, or endpoint not reached
-        hint = "check the AWS credentials, and the network's way to AWS or its VPC endpoint"
+        hint = "check the AWS credentials, and the network route to AWS or to its VPC endpoint"
         raise AwsError(f"{one_line(error)}; {hint}") from error

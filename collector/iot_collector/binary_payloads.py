@@ -1,8 +1,9 @@
-"""CBOR and MessagePack as JSON, for the column ``fields``.
+"""Converts CBOR and MessagePack payloads to JSON, for the column ``fields``.
 
-A message says what its payload is with an MQTT 5 content type, or the settings do with its topic.
-Whatever JSON does not have is turned into what is closest to it, for CBOR as RFC 8949 §6.1 advises:
-byte strings into base64url, NaN and infinity into null, keys into text.
+The MQTT 5 content type of a message gives the format of its payload, or the settings give it for
+the message's topic. A value that JSON does not have becomes the closest JSON value, for CBOR as
+RFC 8949 §6.1 advises: a byte string becomes base64url, NaN and infinity become null, and keys
+become strings.
 """
 
 import base64
@@ -22,10 +23,10 @@ from .settings import Settings
 
 Decoder = Callable[[bytes], object]
 
-_MAX_SIZE = 256 << 10  # bytes; what is larger stays raw
+_MAX_SIZE = 256 << 10  # bytes; a larger payload gets no fields
 _MAX_DEPTH = 128
-_MAX_PREFIXES = 10_000  # whose decoder is remembered
-_MAX_PREFIX = 512  # bytes; longer ones are not remembered
+_MAX_PREFIXES = 10_000  # entries in the cache `PrefixDecoders`
+_MAX_PREFIX = 512  # bytes; a longer prefix is not cached
 # The labels of SenML in CBOR (RFC 8428 §6, Table 4).
 _SENML = {
     **dict(enumerate(["bs", "bv", "bu", "bt", "bn", "bver"], -6)),
@@ -34,31 +35,31 @@ _SENML = {
 
 
 def _refuse(_decoder: object, _immutable: object = False) -> object:
-    raise ValueError("a tag that is not decoded")
+    raise ValueError("this CBOR tag is not decoded")
 
 
-# What these tags of CBOR decode to may be exponentially larger than the payload (shared references
-# and strings), take long (fractions, regular expressions) or mean nothing in JSON.
+# These CBOR tags may decode to data exponentially larger than the payload (shared references and
+# strings), take long to decode (fractions, regular expressions) or have no meaning in JSON.
 _REFUSED_TAGS = dict.fromkeys((25, 28, 29, 30, 35, 36, 256, 258), _refuse)
 
 
 def cbor(payload: bytes) -> object:
-    """Decode one CBOR data item that is all of the payload (RFC 8949).
+    """Decode a payload that is exactly one CBOR data item (RFC 8949).
 
-    :raises Exception: it is not.
+    :raises Exception: the payload is anything else.
     """
     stream = io.BytesIO(payload)
     decoder = cbor2.CBORDecoder(stream, semantic_decoders=_REFUSED_TAGS, max_depth=_MAX_DEPTH)
     document = decoder.decode()
     if stream.tell() != len(payload):
-        raise ValueError("there is more after the data item")
+        raise ValueError("the payload has more bytes after the CBOR data item")
     return document
 
 
 def senml_cbor(payload: bytes) -> object:
-    """Decode a SenML pack in CBOR, with the labels that it has in JSON (RFC 8428 §6).
+    """Decode a SenML pack in CBOR, and replace its labels with those of SenML JSON (RFC 8428 §6).
 
-    :raises Exception: it is not CBOR.
+    :raises Exception: the payload is not CBOR.
     """
     pack = cbor(payload)
     if not isinstance(pack, list):
@@ -72,15 +73,15 @@ def senml_cbor(payload: bytes) -> object:
 
 
 def message_pack(payload: bytes) -> object:
-    """Decode one MessagePack object that is all of the payload.
+    """Decode a payload that is exactly one MessagePack object.
 
-    :raises Exception: it is not.
+    :raises Exception: the payload is anything else.
     """
     return msgpack.unpackb(payload, timestamp=3, strict_map_key=False)
 
 
 def decoder_of(content_type: str) -> Decoder | None:
-    """Return the decoder for an MQTT 5 content type (a media type); None for all others."""
+    """Return the decoder for an MQTT 5 content type (a media type); None if it has none."""
     name = content_type.partition(";")[0].strip().lower()
     if name in ("application/senml+cbor", "application/sensml+cbor"):
         return senml_cbor
@@ -92,7 +93,10 @@ def decoder_of(content_type: str) -> Decoder | None:
 
 
 def fields_of_binary(payload: bytes, decoder: Decoder) -> bytes | None:
-    """Return the JSON text of a binary payload, or None if it cannot be read as that."""
+    """Return a binary payload as JSON text.
+
+    :return: None if the payload is too large, cannot be decoded, is null or contains U+0000.
+    """
     if len(payload) > _MAX_SIZE:
         return None
     try:
@@ -100,15 +104,15 @@ def fields_of_binary(payload: bytes, decoder: Decoder) -> bytes | None:
         if document is None:
             return None
         text = orjson.dumps(document, _json_value, orjson.OPT_NON_STR_KEYS)
-    except Exception:  # noqa: BLE001 - devices send anything, and decoders raise anything
+    except Exception:  # noqa: BLE001 - for arbitrary bytes, the decoders raise many exceptions
         return None
     return None if b"\\u0000" in text else text
 
 
 def _json_value(value: Any) -> object:
-    """Return what stands in JSON for a value that JSON does not have.
+    """Return the closest JSON value for a value that orjson cannot encode.
 
-    :raises TypeError: nothing does.
+    :raises TypeError: there is no such value.
     """
     if isinstance(value, bytes):
         return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
@@ -126,14 +130,14 @@ def _json_value(value: Any) -> object:
 
 
 class BinaryTopics:
-    """Which topics have binary payloads, as the settings say."""
+    """The topics that have binary payloads according to the settings."""
 
     def __init__(self, settings: Settings) -> None:
         self._filters = [(without_share(f), cbor) for f in settings.cbor_topics]
         self._filters += [(without_share(f), message_pack) for f in settings.messagepack_topics]
 
     def __bool__(self) -> bool:
-        """Whether the settings name any."""
+        """Whether the settings name any topics."""
         return bool(self._filters)
 
     def decoder_of(self, topic: bytes) -> Decoder | None:
@@ -143,9 +147,9 @@ class BinaryTopics:
 
 
 class PrefixDecoders(dict[bytes, Decoder | None]):
-    """Cache: prefix of a row (see `copy_format.RowPrefixes`) -> the decoder of its topic.
+    """Cache: prefix of a row (see `copy_format.RowPrefixes`) -> decoder for its topic, or None.
 
-    Cutting the topic out of the prefix of each message takes five times as long.
+    Without it, extracting the topic from the prefix of each message takes five times as long.
     """
 
     def __init__(self, topics: BinaryTopics) -> None:

@@ -1,11 +1,11 @@
-"""Metrics of the broker: what Mosquitto publishes about itself below ``$SYS/broker/``.
+"""Metrics of the broker, from the topics that Mosquitto publishes below ``$SYS/broker/``.
 
-They come over a connection of their own, with a session that ends with it and with QoS 0. So
-nothing here delays, stores or acknowledges a message, and a failure shows in
-``mqtt_broker_metrics_connected`` and in the log, and nowhere else.
+A separate connection receives them, with QoS 0 and a session that ends with the connection. This
+module therefore never delays, stores or acknowledges a message. A failure shows only in
+``mqtt_broker_metrics_connected`` and in the log.
 
-The topics are those of mosquitto(8) and of Mosquitto 2.0.21. A metric is there once the broker has
-published its topic; without a connection there is none.
+The topics are those of mosquitto(8) and of Mosquitto 2.0.21. A metric exists once the broker has
+published its topic. Without a connection there are no metrics of the broker.
 """
 
 import random
@@ -36,9 +36,9 @@ from .settings import Settings
 log = structlog.get_logger(__name__)
 
 PREFIX = "$SYS/broker/"
-_VERSION = "version"  # the only one that is a text: "mosquitto version 2.0.21"
-_STABLE_AFTER = 10.0  # seconds; a connection that lasted this long was a good one
-_STOP_SECONDS = 2.0  # that the end of the connection may take
+_VERSION = "version"  # the only topic without a number: "mosquitto version 2.0.21"
+_STABLE_AFTER = 10.0  # seconds; a connection that lasted longer resets the backoff
+_STOP_SECONDS = 2.0  # longest wait for the thread to end
 
 
 class Topic(NamedTuple):
@@ -48,11 +48,11 @@ class Topic(NamedTuple):
     metric: str
     documentation: str
     counter: bool = False
-    state: str = ""  # value of the label of this name
+    state: str = ""  # value of the label ``state``; empty: the metric has no labels
 
 
 TOPICS = (
-    Topic("uptime", "mqtt_broker_uptime_seconds", "Time since the broker's start"),
+    Topic("uptime", "mqtt_broker_uptime_seconds", "Time since the broker started"),
     Topic("clients/connected", "mqtt_broker_clients", "Clients with a session", state="connected"),
     Topic(
         "clients/disconnected",
@@ -89,28 +89,36 @@ TOPICS = (
         "mqtt_broker_stored_messages",
         "Messages in the broker's memory: queued, in flight and retained",
     ),
-    Topic("store/messages/bytes", "mqtt_broker_stored_bytes", "Bytes of their payloads"),
+    Topic(
+        "store/messages/bytes",
+        "mqtt_broker_stored_bytes",
+        "Payload bytes of the messages in the broker's memory",
+    ),
     Topic(
         "retained messages/count",
         "mqtt_broker_retained_messages",
-        "Retained messages, those of $SYS included",
+        "Retained messages, including those below $SYS",
     ),
     Topic("subscriptions/count", "mqtt_broker_subscriptions", "Subscriptions of all clients"),
     Topic("shared_subscriptions/count", "mqtt_broker_shared_subscriptions", "Shared subscriptions"),
     Topic(
         "bytes/received",
         "mqtt_broker_received_bytes",
-        "Bytes that the broker received, of all packets",
+        "Bytes of all packets that the broker received",
         counter=True,
     ),
     Topic(
         "bytes/sent",
         "mqtt_broker_sent_bytes",
-        "Bytes that the broker sent, of all packets",
+        "Bytes of all packets that the broker sent",
         counter=True,
     ),
     Topic("heap/current", "mqtt_broker_heap_bytes", "Memory that the broker has allocated"),
-    Topic("heap/maximum", "mqtt_broker_heap_maximum_bytes", "The most that it ever had allocated"),
+    Topic(
+        "heap/maximum",
+        "mqtt_broker_heap_maximum_bytes",
+        "Most memory that the broker has had allocated since it started",
+    ),
 )
 _FILTERS = [(PREFIX + topic, 0) for topic in (_VERSION, *(t.topic for t in TOPICS))]
 
@@ -131,18 +139,18 @@ class BrokerMetricsThread(threading.Thread):
 
     @property
     def client_id(self) -> str:
-        """The client id of this connection; each collector has one of its own."""
+        """The client id of this connection, different for each collector."""
         return f"{self._settings.mqtt_client_id}-metrics"
 
     def collect(self) -> Iterator[core.Metric]:
         """Yield the metrics for a scrape (a method of the registry's API)."""
-        text = "1 when connected to the broker for the metrics about it"
+        text = "1 while the connection that receives the broker's metrics is up"
         yield core.GaugeMetricFamily("mqtt_broker_metrics_connected", text, self._connected)
         if (version := self._version) is not None:
             info = core.InfoMetricFamily("mqtt_broker", "The broker's version")
             info.add_metric([], {"version": version})
             yield info
-        values = self._values.copy()  # the other thread changes them
+        values = self._values.copy()  # `run` changes them in another thread
         families: dict[str, core.CounterMetricFamily | core.GaugeMetricFamily] = {}
         for topic in TOPICS:
             if topic.topic not in values:
@@ -156,24 +164,23 @@ class BrokerMetricsThread(threading.Thread):
         yield from families.values()
 
     def run(self) -> None:
-        """Connect again and again, until stopped."""
+        """Connect, and reconnect after each failure, until `stop` is called."""
         failures = 0
         while not self._stopping.is_set():
             started = time.monotonic()
             self._error = None
             try:
                 self._serve()
-            except Exception as error:  # noqa: BLE001  # whatever it is, the next attempt may succeed
+            except Exception as error:  # noqa: BLE001  # the next attempt may succeed
                 self._error = f"{type(error).__name__}: {one_line(error)}"
             self._connected = False
-            # What is not known any more is not shown.
-            self._values, self._version = {}, None
+            self._values, self._version = {}, None  # outdated without a connection
             if self._stopping.is_set():
                 return
             failures = 0 if time.monotonic() - started > _STABLE_AFTER else failures + 1
             wait = random.uniform(0, backoff(failures))  # noqa: S311
             log.warning(
-                "no metrics of the broker, will retry",
+                "no connection for the metrics of the broker, will retry",
                 broker=str(self._settings.broker),
                 error=self._error or "connection ended",
                 seconds=round(wait, 2),
@@ -191,7 +198,7 @@ class BrokerMetricsThread(threading.Thread):
         """Open a connection and receive until it ends."""
         settings, broker = self._settings, self._settings.broker
         newest = settings.mqtt_version == "5"
-        # A new client for each connection reads the files with credentials again.
+        # A new client for each connection, so that the credential files are read again.
         self._client = client = Client(
             CallbackAPIVersion.VERSION2,
             self.client_id,
@@ -237,7 +244,7 @@ class BrokerMetricsThread(threading.Thread):
             if reason.is_failure
         ]
         if refused:
-            log.warning("broker refused to subscribe to its metrics", topics=refused)
+            log.warning("broker refused subscriptions to its metrics", topics=refused)
         self._connected = True
         log.info("connected to broker for its metrics", client_id=self.client_id)
 
@@ -260,5 +267,5 @@ class BrokerMetricsThread(threading.Thread):
         try:
             self._values[topic] = float(words[0])  # "123 seconds"
         except (IndexError, ValueError):
-            log.warning("not a number from the broker", topic=message.topic)
+            log.warning("the value of a $SYS topic is not a number", topic=message.topic)
             self._values.pop(topic, None)

@@ -1,10 +1,10 @@
-"""The messages between broker and database, and the counts of them.
+"""The queue of messages between network thread and writer thread, and the counts of messages.
 
 For one process, at any moment:
 
     received = inserted + duplicates + dead letters + in flight
 
-One lock guards the queue and the counts, so that every snapshot of them obeys it.
+One lock guards the queue and the counts, so this equation holds in every snapshot.
 """
 
 import threading
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 
 from .sessions import Claim
 
-# A *tag* is what is kept of a PUBLISH packet to acknowledge its message: the packet's first byte
-# (MQTT 5 §3.3.1: type, DUP, QoS, RETAIN) shifted left by 16, and its packet id (0 at QoS 0).
+# A *tag* is what is needed of a PUBLISH packet to acknowledge its message: the packet's first byte
+# (MQTT 5 §3.3.1: type, DUP, QoS, RETAIN) shifted left by 16, plus its packet id (0 at QoS 0).
 FLAGS_SHIFT = 16
 DUP = 0x08 << FLAGS_SHIFT
 QOS = 0x06 << FLAGS_SHIFT
@@ -24,19 +24,20 @@ QOS_1 = 0x02 << FLAGS_SHIFT
 QOS_2 = 0x04 << FLAGS_SHIFT
 PACKET_ID = 0xFFFF
 
-_OVERHEAD = 80  # bytes of memory for a message besides its row's content: two objects and pointers
+_OVERHEAD = 80  # bytes of memory per message besides the bytes of its row: two objects, pointers
 
 
 @dataclass(slots=True, eq=False)
 class ReadBatch:
     """The messages of one read from the broker, in order.
 
-    :param connection: the connection they came from, the only one on which they are acknowledged.
+    :param connection: the connection they came from; they are acknowledged only on it.
     :param rows: the messages as rows of the binary COPY format, see copy_format.py.
     :param tags: the tag of each message, see above.
     :param read_at: when they were read, by ``time.monotonic()``.
     :param timestamp: the same moment in Unix time.
-    :param ids: the id that the device gave each message, or None (with IOT_MESSAGE_ID_KEY only).
+    :param ids: the id that the device gave each message, or None for a message without one; no list
+        without IOT_MESSAGE_ID_KEY.
     """
 
     connection: object
@@ -51,7 +52,7 @@ class ReadBatch:
         self.size = sum(map(len, self.rows)) + _OVERHEAD * len(self.tags)
 
     def __len__(self) -> int:
-        """How many messages there are."""
+        """Return the number of messages."""
         return len(self.tags)
 
     def select(self, indexes: Iterable[int]) -> "ReadBatch":
@@ -66,20 +67,20 @@ class ReadBatch:
 
 
 def message_count(reads: Iterable[ReadBatch]) -> int:
-    """Return how many messages some reads have together."""
+    """Return the number of messages in several reads."""
     return sum(map(len, reads))
 
 
 @dataclass(slots=True, eq=False)
 class SessionStart:
-    """A connection starts; no message that came before it is behind it in the buffer.
+    """A connection has started. In the buffer, all earlier messages are ahead of this event.
 
-    The writer answers with the ``claim``: what the session may be subscribed to. While the claim
-    has to wait for other sessions, the same event is sent again, in the end with ``force``.
+    The writer sets ``claim``: which filters the session may be subscribed to. While the claim has
+    to wait for other sessions, the network thread sends the event again, finally with ``force``.
 
-    :param session_present: whether the broker kept the session, with the messages that it has sent
-        and that were not acknowledged (MQTT 5 §3.2.2.1.1).
-    :param force: claim the filters even if other sessions are in the way.
+    :param session_present: whether the broker has kept the session, with the messages that it has
+        sent and that were not acknowledged (MQTT 5 §3.2.2.1.1).
+    :param force: claim the filters without waiting for other sessions.
     """
 
     connection: object
@@ -90,7 +91,7 @@ class SessionStart:
 
 @dataclass(slots=True, eq=False)
 class SubscriptionsChanged:
-    """What the session is subscribed to from now on, for the writer to save."""
+    """The filters that the session is subscribed to have changed; the writer saves them."""
 
     connection: object
     filters: list[str]
@@ -101,7 +102,7 @@ Event = SessionStart | SubscriptionsChanged
 
 @dataclass(slots=True)
 class Work:
-    """What the writer does next: handle an event, or store a batch. Neither after a timeout."""
+    """The next work of the writer: an event to handle or a batch to store; none after a timeout."""
 
     event: Event | None = None
     batch: list[ReadBatch] = field(default_factory=list)
@@ -140,8 +141,8 @@ class Buffer:
         self._max_bytes = max_bytes
         self._changed = threading.Condition()
         self._queue: deque[ReadBatch | Event] = deque()
-        self._taken: dict[ReadBatch, None] = {}  # by the writer, not completed; in order
-        self._bytes = 0  # of both
+        self._taken: dict[ReadBatch, None] = {}  # the writer has them; not completed, in order
+        self._bytes = 0  # of the messages in `_queue` and `_taken`
         self._counts = Counts()
         self._closed = False
 
@@ -156,25 +157,26 @@ class Buffer:
             self._changed.notify()
 
     def count_duplicates(self, count: int) -> None:
-        """Count messages that are received and dropped, and need no acknowledgement."""
+        """Count messages that were received and dropped, and need no acknowledgement."""
         with self._changed:
             self._counts.received += count
             self._counts.duplicates += count
 
     @property
     def full(self) -> bool:
-        """Whether to stop reading: until a batch is completed, or because the buffer is closed."""
+        """Whether to stop reading, because the memory limit is reached or the buffer is closed."""
         return self._closed or self._bytes >= self._max_bytes
 
     @property
     def finished(self) -> bool:
-        """Whether the buffer is closed and everything in it was taken."""
+        """Whether the buffer is closed and its queue is empty."""
         return self._closed and not self._queue
 
     def take(self, *, max_rows: int, max_bytes: int, timeout: float) -> Work:
-        """Wait for what is next, at most ``timeout`` seconds, and return it.
+        """Return the next work, after waiting at most ``timeout`` seconds for it.
 
-        A batch is what has come since the last one, up to about ``max_rows`` or ``max_bytes``.
+        A batch is everything in the queue before the next event, up to about ``max_rows`` messages
+        or ``max_bytes``.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed, timeout)
@@ -196,7 +198,7 @@ class Buffer:
     def complete(self, batch: list[ReadBatch], outcome: Outcome) -> None:
         """Count the messages of a committed batch, and free their memory.
 
-        :param batch: what `take` returned; each can be completed once.
+        :param batch: a batch that `take` returned; it can be completed only once.
         """
         with self._changed:
             for read in batch:
@@ -208,7 +210,7 @@ class Buffer:
             self._counts.dead_letters.update(outcome.dead_letters)
 
     def close(self) -> None:
-        """Stop reading; wake the writer, which takes what is left."""
+        """Stop reading, and wake the writer so that it takes the rest."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -219,7 +221,7 @@ class Buffer:
             return replace(self._counts, dead_letters=Counter(self._counts.dead_letters))
 
     def oldest_age(self) -> float:
-        """Return how long the oldest message that is not committed has waited, in seconds."""
+        """Return the age of the oldest uncommitted message, in seconds; 0 if there is none."""
         with self._changed:
             waiting = self._taken or (i for i in self._queue if isinstance(i, ReadBatch))
             oldest = next(iter(waiting), None)

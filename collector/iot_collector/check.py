@@ -1,4 +1,4 @@
-"""Connects to broker and database as the collector would, and says which setting to change."""
+"""Connects to broker and database as the collector does, and names the setting to change."""
 
 import time
 from collections.abc import Iterator
@@ -26,12 +26,12 @@ _BROKER_HINTS = {
     "Connection refused": "is the broker running? Check host and port in IOT_MQTT_URL",
     "Name or service not known": "check the host in IOT_MQTT_URL",
     "certificate verify failed": "check IOT_MQTT_CA_FILE and the host name in IOT_MQTT_URL",
-    "timed out": "check host and port in IOT_MQTT_URL, and the network in between",
+    "timed out": "check host and port in IOT_MQTT_URL, and the network to the broker",
 }
 
 
 def check(settings: Settings) -> Iterator[tuple[int, str]]:
-    """Yield (bit of the exit status, text) of each check; the bit is 0 if the check succeeded."""
+    """Run the checks; yield (bit of the exit status, text) of each; the bit is 0 on success."""
     advice = f"; {MESSAGE_ID_ADVICE}" if settings.iot_core and not settings.message_id_key else ""
     yield 0, f"settings: all valid{advice}"
     yield _check_broker(settings)
@@ -41,7 +41,7 @@ def check(settings: Settings) -> Iterator[tuple[int, str]]:
 
 
 def _check_broker(settings: Settings) -> tuple[int, str]:
-    # With another client id: with its own, a running collector would lose its connection.
+    # Not the collector's client id: with it, the broker would disconnect a running collector.
     client_id = f"{settings.mqtt_client_id}-check"
     settings = settings.model_copy(update={"mqtt_client_id": client_id})
     probe = Connection(settings, keep_session=False)
@@ -59,7 +59,7 @@ def _check_broker(settings: Settings) -> tuple[int, str]:
     if probe.accepted:
         return 0, f"{where}: connected as {client_id}"
     hint = next((f"; {hint}" for sign, hint in _BROKER_HINTS.items() if sign in fault), "")
-    hint = "" if "check " in fault else hint  # it says already what to look at
+    hint = "" if "check " in fault else hint  # the error already says what to check
     return BROKER_FAILED, f"{where}: {fault}{hint}"
 
 
@@ -70,7 +70,7 @@ def _check_database(settings: Settings) -> tuple[int, str]:
             info = connection.info
             where = f"database {info.host}:{info.port}/{info.dbname} as {info.user}"
             missing = [name for name, _ in missing_migrations(cursor)]
-            # EXPLAIN inserts nothing, and fails without the right to insert.
+            # EXPLAIN inserts nothing, but fails without the privilege INSERT.
             for table in () if missing else ("messages", "dead_letters", "dead_letters_fallback"):
                 cursor.execute(f"EXPLAIN INSERT INTO {table} DEFAULT VALUES")
     except psycopg2.Error as error:

@@ -17,7 +17,7 @@ from .settings import VARIABLES, Settings, SettingsError, load, valid_filter, va
 
 
 class _WrongSetting(click.ClickException):
-    """A SettingsError as click shows it."""
+    """Makes click print a SettingsError."""
 
     exit_code = 2
 
@@ -44,7 +44,7 @@ def main() -> None:
     Settings come from environment variables with the prefix IOT_.
     `iot-collector run --help` lists them.
     """
-    if os.getpid() == 1:  # in a container: the kernel sends process 1 no signal without a handler
+    if os.getpid() == 1:  # in a container: the kernel ignores SIGTERM for process 1 by default
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
@@ -52,14 +52,14 @@ main.add_command(replay)
 
 
 def load_settings() -> Settings:
-    """Read the settings and set up the log."""
+    """Read the settings and configure logging."""
     settings = load()
     log.configure(settings)
     return settings
 
 
 def _table_of_settings() -> str:
-    lines = ["\b\nSettings, from the environment (with their defaults):"]
+    lines = ["\b\nSettings (environment variables), with their defaults:"]
     for variable, field in VARIABLES.items():
         default = ",".join(field.default) if isinstance(field.default, list) else field.default
         shown = "" if default in (None, "") else f" ({default})"
@@ -89,10 +89,10 @@ def migrate() -> None:
 
 @main.command()
 def check() -> None:
-    """Check the settings, broker and database, and say what to change.
+    """Check the settings, broker and database, and name the setting to change.
 
-    The exit status is 2 for wrong settings, or the sum of what failed: 4 broker, 8 database,
-    16 replay queue.
+    The exit status is 0 if all checks succeed, 2 for wrong settings, or the sum of the failures:
+    4 for the broker, 8 for the database, 16 for the replay queue.
     """
     from .check import check as run_check
 
@@ -108,19 +108,25 @@ def check() -> None:
 @click.option(
     "--collector",
     metavar="HOST:PORT",
-    help="Where its /metrics are; by default those of this machine, on the port of the settings.",
+    help="HTTP address of the collector. Default: 127.0.0.1 and the port IOT_HTTP_PORT.",
 )
-@click.option("--prometheus", metavar="HOST:PORT", default="127.0.0.1:9090", show_default=True)
+@click.option(
+    "--prometheus",
+    metavar="HOST:PORT",
+    default="127.0.0.1:9090",
+    show_default=True,
+    help="HTTP address of Prometheus.",
+)
 @click.option(
     "--published",
     metavar="PAYLOAD",
-    help="Publish nothing: follow a message that has been published with this payload.",
+    help="Do not publish. Follow a message that was already published with this payload.",
 )
 def verify(collector: str | None, prometheus: str, published: str | None) -> None:
     """Follow one message from the broker to the table and to Prometheus.
 
-    Publishes it to the first topic of the settings. Their accounts have to be allowed to publish
-    and to read the table; those of a collector usually are not.
+    Publishes it to the first topic in IOT_MQTT_TOPICS. The broker's user must be allowed to
+    publish, and the database's user to read the table. Those of a collector usually are not.
     """
     from .database import explain
     from .verify import VerificationError
@@ -143,13 +149,14 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 @main.command()
 @click.option("--devices", default=5, show_default=True, type=click.IntRange(1, 100_000))
-@click.option(
-    "--rate", type=_POSITIVE, help="Messages per second; without it, as fast as possible."
-)
+@click.option("--rate", type=_POSITIVE, help="Messages per second. Default: as fast as possible.")
 @click.option("--count", type=click.IntRange(1), help="Stop after this many messages.")
 @click.option("--duration", type=_POSITIVE, help="Stop after this many seconds.")
 @click.option(
-    "--topic", default="iot/data", show_default=True, help="{device} stands for the device's name."
+    "--topic",
+    default="iot/data",
+    show_default=True,
+    help="{device} is replaced with the name of the device.",
 )
 @click.option(
     "--payload",
@@ -163,11 +170,11 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     default=1,
     show_default=True,
     type=click.IntRange(1, 1000),
-    help="Devices share this many connections.",
+    help="Number of connections that the devices share.",
 )
 @click.option("--seed", default=1, show_default=True, help="The same seed sends the same messages.")
 def simulate(**options: Any) -> None:
-    """Publish as devices do, and count what the broker acknowledged."""
+    """Publish messages as devices do, and count those that the broker acknowledged."""
     from .simulate import Plan
     from .simulate import simulate as run_simulation
 
@@ -175,7 +182,7 @@ def simulate(**options: Any) -> None:
 
 
 def _checked(_context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Return the URL or the topic filter that `top` is given."""
+    """Validate the URL or the topic filter of the command `top`."""
     from .top import valid_url
 
     try:
@@ -187,7 +194,7 @@ def _checked(_context: click.Context, parameter: click.Parameter, value: str | N
 def _seconds(_context: click.Context, _parameter: click.Parameter, value: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?s?", value)
     if match is None or not 0.2 <= float(match[1]) <= 3600:
-        raise click.BadParameter(f"{value!r} is no time from 0.2s to 3600s")
+        raise click.BadParameter(f"{value!r} is not a time from 0.2s to 3600s")
     return float(match[1])
 
 
@@ -196,21 +203,21 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: str) -
 @click.option(
     "--url",
     callback=_checked,
-    help="Where the live page is; by default that of this machine, on the port of the settings.",
+    help="URL of the live page. Default: IOT_HTTP_HOST and IOT_HTTP_PORT.",
 )
 @click.option(
     "--sort", default="rate", show_default=True, type=click.Choice(["rate", "topic", "age"])
 )
 @click.option(
-    "--interval", default="1s", show_default=True, callback=_seconds, help="Between two pictures."
+    "--interval", default="1s", show_default=True, callback=_seconds, help="Time between updates."
 )
-@click.option("--once", is_flag=True, help="Print one picture as plain text, and end.")
+@click.option("--once", is_flag=True, help="Print the current state as plain text, and exit.")
 def top(topic_filter: str, url: str | None, sort: str, interval: float, *, once: bool) -> None:
     """Show the topics and the state of the pipeline, as the live page does.
 
-    FILTER chooses topics, with MQTT's wildcards: 'plant/+/temperature', 'plant/#'. Sorted by topic,
-    they are a tree. Ctrl-C or q ends it. Where standard output is no terminal, it prints one
-    picture, as with --once.
+    FILTER is a topic filter, for example 'plant/+/temperature' or 'plant/#'. With --sort topic, the
+    topics are shown as a tree. Ctrl-C or q quits. If standard output is not a terminal, the command
+    prints the current state and exits, as with --once.
     """
     from .top import TopError, default_url
     from .top import top as show
@@ -223,7 +230,7 @@ def top(topic_filter: str, url: str | None, sort: str, interval: float, *, once:
 
 @contextmanager
 def _errors_explained(*expected: type[Exception]) -> Iterator[None]:
-    """Turn an error of PostgreSQL, or an expected one, into a message without a traceback."""
+    """Turn a PostgreSQL error or an expected error into a message without a traceback."""
     from .database import explain
 
     try:
@@ -244,27 +251,27 @@ def _target(_context: click.Context, _parameter: click.Parameter, value: str | N
 _TARGET = click.option(
     "--target",
     callback=_target,
-    help="Directory, s3://bucket/prefix, or none; by default IOT_ARCHIVE_TARGET.",
+    help="Directory, s3://bucket/prefix, or none. Default: IOT_ARCHIVE_TARGET.",
 )
 
 
 @main.command()
-@click.option("--dry-run", is_flag=True, help="Say what would be archived and dropped.")
-@click.option("--keep-months", type=click.IntRange(1), help="By default IOT_ARCHIVE_KEEP_MONTHS.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be archived and dropped.")
+@click.option("--keep-months", type=click.IntRange(1), help="Default: IOT_ARCHIVE_KEEP_MONTHS.")
 @_TARGET
 @click.option(
     "--every",
     type=click.FloatRange(0, 8760, min_open=True),
     metavar="HOURS",
-    help="Do it again and again, as a service.",
+    help="Keep running as a service, and archive at this interval.",
 )
 def archive(
     *, dry_run: bool, keep_months: int | None, target: str | None, every: float | None
 ) -> None:
     """Archive the months that are older than the retention, then drop them.
 
-    A month is dropped only after its archive was read back and has every row. Killed at any
-    moment, nothing is lost, and the next run goes on. The exit status is 1 if a month is left.
+    A month is dropped only after its archive was read back and has every row. If the command is
+    killed, nothing is lost, and the next run continues. The exit status is 1 if a month is left.
     """
     from .archive_files import ArchiveError
     from .retention import RetentionError, archive_for_ever
@@ -284,12 +291,12 @@ def archive(
 
 
 def _month(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-    # Some people have the manifest's name at hand.
+    # The name of a manifest file is accepted too.
     match = re.fullmatch(
         r"(?:.*/)?(?:messages_)?(\d{4})[-_](0[1-9]|1[0-2])(?:-\d+)?(?:\.json)?", value
     )
     if match is None:
-        raise click.BadParameter(f"{value!r} is no month like 2025-01")
+        raise click.BadParameter(f"{value!r} is not a month such as 2025-01")
     return f"{match[1]}-{match[2]}"
 
 
@@ -300,13 +307,13 @@ def _month(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     default=30,
     show_default=True,
     type=click.IntRange(1, 36500),
-    help="So long it is not archived again.",
+    help="Time during which the month is not archived again.",
 )
 @_TARGET
 def restore(month: str, keep_days: int, target: str | None) -> None:
-    """Bring an archived MONTH (2025-01) back into the table messages, each row once.
+    """Restore an archived MONTH (2025-01) to the table messages, each row once.
 
-    The archive is verified first: if it is truncated or altered, nothing is changed.
+    The archive is verified first. If it is truncated or altered, nothing is changed.
     """
     from .archive_files import ArchiveError
     from .restore import restore as run_restore
@@ -320,7 +327,7 @@ def restore(month: str, keep_days: int, target: str | None) -> None:
 
 
 def _progress(rows: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    # On a terminal only: click draws nothing elsewhere, but prints the label.
+    # Without a terminal, click draws no progress bar but still prints the label.
     if not sys.stderr.isatty():
         yield from rows
         return
@@ -338,7 +345,7 @@ def dead_letters() -> None:
 @dead_letters.command(name="list")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1))
 def list_dead_letters(limit: int) -> None:
-    """List the newest dead letters, the newest first."""
+    """List the newest dead letters, newest first."""
     from .dead_letter_commands import newest
 
     with _errors_explained():
@@ -359,9 +366,9 @@ def list_dead_letters(limit: int) -> None:
 
 @dead_letters.command(name="show")
 @click.argument("letter_id", metavar="ID", type=int)
-@click.option("--raw", is_flag=True, help="Write the bytes of the payload, and nothing else.")
+@click.option("--raw", is_flag=True, help="Write only the bytes of the payload.")
 def show_dead_letter(letter_id: int, *, raw: bool) -> None:
-    """Show one dead letter with everything that is known of it."""
+    """Show all columns of one dead letter."""
     from .dead_letter_commands import find
 
     with _errors_explained():
@@ -392,7 +399,7 @@ _ALL = click.option("--all", "everything", is_flag=True, help="All dead letters.
 
 
 def _chosen(settings: Settings, letter_ids: tuple[int, ...], *, everything: bool) -> list[int]:
-    """Return the ids of the dead letters that a command is about."""
+    """Return the ids of the dead letters that the arguments of a command select."""
     from .dead_letter_commands import ids
 
     if bool(letter_ids) == everything:
@@ -407,9 +414,10 @@ def _chosen(settings: Settings, letter_ids: tuple[int, ...], *, everything: bool
 @_LETTER_IDS
 @_ALL
 def retry_dead_letters(letter_ids: tuple[int, ...], *, everything: bool) -> None:
-    """Store dead letters in the table messages, after their cause is removed.
+    """Store dead letters in the table messages, after their cause was removed.
 
-    One that is refused again stays a dead letter, with the new reason, and the exit status is 1.
+    A message that is refused again stays a dead letter with the new reason. The exit status is
+    then 1.
     """
     from .dead_letter_commands import retry
 
@@ -429,9 +437,9 @@ def retry_dead_letters(letter_ids: tuple[int, ...], *, everything: bool) -> None
 @dead_letters.command(name="purge")
 @_LETTER_IDS
 @_ALL
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def purge_dead_letters(letter_ids: tuple[int, ...], *, everything: bool, yes: bool) -> None:
-    """Delete dead letters for good, after asking."""
+    """Delete dead letters for good, after a confirmation."""
     from .dead_letter_commands import purge
 
     settings = load_settings()
@@ -443,6 +451,6 @@ def purge_dead_letters(letter_ids: tuple[int, ...], *, everything: bool, yes: bo
 
 
 def _printable(text: bytes) -> str:
-    """Return bytes as text without control characters; what is not UTF-8 is escaped."""
+    """Return bytes as text, with control characters and invalid UTF-8 escaped."""
     decoded = text.decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)

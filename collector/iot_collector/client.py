@@ -1,12 +1,12 @@
 """MQTT clients: paho's, and one that reads in bulk.
 
-paho reads a packet with about seven system calls and passes it on with an object, two locks and a
-callback. `BulkClient` reads up to 256 KiB at once, turns every PUBLISH directly into a row of the
-COPY format, and leaves every other packet to paho. benchmarks/ measures what that gains.
+For each packet, paho needs about seven system calls, an object, two locks and a callback.
+`BulkClient` reads up to 256 KiB at once, turns every PUBLISH directly into a row of the COPY
+format, and leaves every other packet to paho. benchmarks/ measures the difference.
 
-It uses some of paho's private attributes. So pyproject.toml pins paho's minor release, a test
-compares both clients byte by byte, and `make_client` falls back to `StockClient`, which uses none
-of them, when one is missing.
+`BulkClient` uses private attributes of paho. Therefore pyproject.toml pins paho's minor release, a
+test compares both clients byte by byte, and `make_client` falls back to `StockClient`, which uses
+none of these attributes, if one is missing.
 """
 
 import base64
@@ -30,21 +30,21 @@ from .settings import Settings
 log = structlog.get_logger(__name__)
 
 _READ_SIZE = 1 << 18
-_READ_MESSAGES = 1_000  # per read at most, so that acknowledgements do not wait
-# Every private attribute of paho's Client that is used in this package (a test compares).
+_READ_MESSAGES = 1_000  # at most per read, so that acknowledgements are not delayed
+# Every private attribute of paho's Client that this package uses (a test checks the list).
 PAHO_INTERNALS = [
     *("_in_packet", "_last_bytes_received", "_loop_rc_handle", "_msgtime_mutex", "_packet_handle"),
     *("_packet_queue", "_ping_t", "_send_pingreq", "_send_pubcomp", "_sock_recv"),
 ]
 
-# Packet types, MQTT 5 §2.1.2, as the first byte of their packets.
+# First byte of a packet: its type (MQTT 5 §2.1.2), with all flags 0.
 _PUBLISH = 0x30
 _PUBACK = 0x40
 _PUBREC = 0x50
 
 
 class Messages(NamedTuple):
-    """What a client has read: for the three lists see `buffer.ReadBatch`."""
+    """The messages that a client has read. `buffer.ReadBatch` describes the three lists."""
 
     rows: list[bytes]
     tags: list[int]
@@ -52,7 +52,7 @@ class Messages(NamedTuple):
 
 
 class StockClient(Client):
-    """A client with paho's own reader: the fallback, and what `BulkClient` is compared with."""
+    """A client that reads as paho does: the fallback, and the reference for `BulkClient`."""
 
     max_qos = 1  # at QoS 2, paho sends PUBREC before the message can be stored
 
@@ -74,25 +74,25 @@ class StockClient(Client):
         self._id_key = settings.message_id_key
         self._binary_topics = BinaryTopics(settings)
         self._topic_decoders = PrefixDecoders(self._binary_topics)
-        # Of the messages that were read and not taken:
+        # The messages that were read and not taken yet:
         self._prefixes: list[bytes] = []
         self._payloads: list[bytes] = []
         self._tags: list[int] = []
         self._property_ids: dict[int, str | None] = {}  # index of a message -> its id
-        self._decoders: dict[int, Decoder] = {}  # the same, by its content type
+        self._decoders: dict[int, Decoder] = {}  # index of a message -> decoder of its payload
         self.read_error: str | None = None  # why the broker's bytes could not be read
 
     def read(self) -> None:
-        """Read what the socket has, at most about 1000 messages; see `take_messages`."""
-        # One loop_read() reads one packet with paho, and one record or frame, often with a single
-        # packet, with TLS and WebSocket.
+        """Read from the socket, at most about 1000 messages; `take_messages` returns them."""
+        # paho's loop_read() reads one packet. With TLS or WebSocket, that of `BulkClient` reads one
+        # record or frame, which often has only one packet.
         count = -1
         while self.socket() is not None and count < len(self._tags) < _READ_MESSAGES:
             count = len(self._tags)
             self.loop_read()
 
     def take_messages(self) -> Messages:
-        """Return what was read since the last call."""
+        """Return the messages that were read since the last call."""
         if self._binary_topics:
             for index, decoder in enumerate(map(self._topic_decoders.__getitem__, self._prefixes)):
                 if decoder:
@@ -119,11 +119,12 @@ class StockClient(Client):
 
     def forget_ping(self) -> None:
         """Stop waiting for a PINGRESP: it may be behind messages that are not read for now."""
-        # paho has no public method for it: a database that hangs may cost the connection.
+        # paho has no public method for this. If the database hangs, the connection may be lost.
 
     def ping(self) -> None:
-        """Ask for an answer that the broker sends once it has read everything before."""
-        # paho cannot send a PINGREQ on demand; a broker answers any UNSUBSCRIBE (MQTT 5 §3.10.4).
+        """Send a packet that the broker answers once it has read everything sent before."""
+        # paho has no public method to send a PINGREQ. A broker answers any UNSUBSCRIBE (MQTT 5
+        # §3.10.4).
         _, self._ping_packet_id = self.unsubscribe("iot-collector/ping")
 
     @property
@@ -132,16 +133,18 @@ class StockClient(Client):
         return self._ping_packet_id is None
 
     def handle_unsuback(self, packet_id: int) -> None:
-        """Notice the answer to a ping; called by whoever replaces ``on_unsubscribe``."""
+        """Handle an UNSUBACK: it may answer `ping`. A new ``on_unsubscribe`` must call this."""
         if packet_id == self._ping_packet_id:
             self._ping_packet_id = None
 
     def disconnect_gracefully(self, timeout: float, *, end_session: bool = False) -> None:
         """Disconnect when the broker has read everything sent to it, or after ``timeout`` seconds.
 
-        Closing a socket with unread input resets the connection, and a reset discards what the
-        peer has not read yet: the last acknowledgements. The answer to a ping shows that the
+        Closing a socket with unread input resets the connection. A reset discards data that the
+        peer has not read yet, here the last acknowledgements. The answer to a ping shows that the
         broker has read them. Messages that arrive meanwhile are dropped and not acknowledged.
+
+        :param end_session: tell the broker to end the session (MQTT 5 only).
         """
         deadline = time.monotonic() + timeout
         self.ping()
@@ -166,13 +169,13 @@ class StockClient(Client):
     def _stored_properties(self, properties: Properties) -> bytes | None:
         """Return the properties to store with a message, as JSON.
 
-        Remember what they say about the payload, and the id in them.
+        Keep the decoder for their content type and their message id for `take_messages`.
         """
         stored = _properties_json(properties)
         if decoder := decoder_of(vars(properties).get("ContentType", "")):
             self._decoders[len(self._tags)] = decoder
         if stored is not None and self._id_key is not None:
-            user = dict(reversed(vars(properties).get("UserProperty", [])))  # the first one counts
+            user = dict(reversed(vars(properties).get("UserProperty", [])))  # the first one wins
             if self._id_key in user:
                 self._property_ids[len(self._tags)] = valid_id(user[self._id_key])
         return stored
@@ -186,15 +189,15 @@ class BulkClient(StockClient):
     def __init__(self, settings: Settings, *, keep_session: bool = True) -> None:
         super().__init__(settings, keep_session=keep_session)
         self._v5 = settings.mqtt_version == "5"
-        self._parts: list[bytes] = []  # the beginning of a packet whose end is not read yet
-        self._missing = 0  # the least number of bytes that this packet still needs
+        self._parts: list[bytes] = []  # the start of a packet that is not complete yet
+        self._missing = 0  # minimum number of bytes until it may be complete
 
     def forget_ping(self) -> None:
         """Stop waiting for a PINGRESP: it may be behind messages that are not read for now."""
         self._ping_t = 0.0
 
     def ping(self) -> None:
-        """Ask for an answer that the broker sends once it has read everything before."""
+        """Send a packet that the broker answers once it has read everything sent before."""
         self._send_pingreq()
 
     @property
@@ -204,7 +207,7 @@ class BulkClient(StockClient):
 
     def loop_read(self, max_packets: int = 1) -> MQTTErrorCode:
         """Receive once, and handle all packets that are complete."""
-        del max_packets  # paho ignores it, too
+        del max_packets  # paho ignores it too
         try:
             data = self._sock_recv(_READ_SIZE)
         except BlockingIOError:
@@ -233,7 +236,7 @@ class BulkClient(StockClient):
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def _parse(self, data: bytes) -> int:
-        """Handle the complete packets at the start of ``data``; return where the rest begins."""
+        """Handle the complete packets at the start of ``data``; return the offset of the rest."""
         row_prefixes = self._row_prefixes
         prefixes, payloads, tags = self._prefixes, self._payloads, self._tags
         v5 = self._v5
@@ -244,7 +247,7 @@ class BulkClient(StockClient):
             length = data[at + 1]
             body = at + 2
             if length >= 0x80:
-                if size - at > 2 and data[body] < 0x80:  # two bytes, the most common case
+                if size - at > 2 and data[body] < 0x80:  # a length of two bytes is most common
                     length += (data[body] - 1) << 7
                     body += 1
                 else:
@@ -275,7 +278,7 @@ class BulkClient(StockClient):
                     else:
                         middle += 1
                 if middle > end:
-                    raise ValueError("PUBLISH with impossible lengths")
+                    raise ValueError("PUBLISH with inconsistent lengths")
                 prefixes.append(prefix)
                 payloads.append(data[middle:end])
                 tags.append(tag)
@@ -288,7 +291,7 @@ class BulkClient(StockClient):
         return at
 
     def _read_properties(self, data: bytes, at: int, end: int) -> tuple[int, bytes | None]:
-        """Return where the properties of a PUBLISH end, and what to store of them."""
+        """Return the offset after the properties of a PUBLISH, and the properties to store."""
         length, start = _variable_length(data, at)
         if not start or start + length > end:
             raise ValueError("PUBLISH with properties beyond its end")
@@ -297,16 +300,16 @@ class BulkClient(StockClient):
         try:
             properties.unpack(raw)
         except (ValueError, LookupError, struct.error, MQTTException):
-            # The message is complete and the broker accepted it: if the connection ended, the
-            # broker would send it again for ever. (paho refuses some texts that MQTT allows, such
-            # as those with U+FEFF.)
+            # Keep the connection: the message is complete and the broker accepted it, so it would
+            # send it again on every new connection. (paho refuses some strings that MQTT allows,
+            # such as those with U+FEFF.)
             return start + length, properties_json([], {"Unreadable": _base64(raw)})
         if hasattr(properties, "TopicAlias"):
-            raise ValueError("topic alias, although CONNECT allows none")
+            raise ValueError("PUBLISH with a topic alias, although CONNECT allows none")
         return start + length, self._stored_properties(properties)
 
     def _handle_by_paho(self, header: int, body: bytes) -> None:
-        """Let paho handle a packet that is no PUBLISH, as if paho had read it itself."""
+        """Let paho handle a packet other than PUBLISH, as if paho had read it."""
         if header & 0xF0 == 0x60:  # PUBREL answers PUBREC, so its message is stored
             self._send_pubcomp(body[0] << 8 | body[1])
             return
@@ -321,7 +324,8 @@ class BulkClient(StockClient):
 
     def acknowledge(self, tags: list[int]) -> None:
         """Acknowledge stored messages, with one write for all."""
-        # PUBACK, and PUBREC for QoS 2, of length 2 (in MQTT 5 too: reason "success").
+        # PUBACK, or PUBREC for QoS 2, with a length of 2. In MQTT 5 too: without a reason code they
+        # mean "success".
         words = [
             (_PUBACK if tag & QOS_1 else _PUBREC) << 24 | 2 << 16 | tag & PACKET_ID
             for tag in tags
@@ -337,11 +341,11 @@ def _base64(data: bytes) -> str:
 
 
 def _variable_length(data: bytes, at: int) -> tuple[int, int]:
-    """Decode a variable byte integer (MQTT 5 §1.5.5); return it and where it ends.
+    """Decode a variable byte integer (MQTT 5 §1.5.5); return it and the offset after it.
 
-    Where it ends is 0 if ``data`` ends before it.
+    The offset is 0 if the integer is not complete.
 
-    :raises ValueError: it has more than 4 bytes.
+    :raises ValueError: the integer has more than 4 bytes.
     """
     length = shift = 0
     for i in range(at, at + 4):
@@ -355,7 +359,7 @@ def _variable_length(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _properties_json(properties: Properties) -> bytes | None:
-    """Return the MQTT 5 properties of a PUBLISH that are stored, as JSON, or None."""
+    """Return the MQTT 5 properties of a PUBLISH to store, as JSON; None if there are none."""
     values = vars(properties)
     other: dict[str, object] = {
         name: values[name]
@@ -368,10 +372,10 @@ def _properties_json(properties: Properties) -> bytes | None:
 
 
 def make_client(settings: Settings, *, keep_session: bool = True) -> StockClient:
-    """Return a `BulkClient`, or a `StockClient` if this paho lacks what that needs."""
+    """Return a `BulkClient`, or a `StockClient` if paho lacks an attribute of `PAHO_INTERNALS`."""
     client = BulkClient(settings, keep_session=keep_session)
     missing = [name for name in PAHO_INTERNALS if not hasattr(client, name)]
     if not missing:
         return client
-    log.warning("reading packet by packet: this paho-mqtt has changed", missing=missing)
+    log.warning("reading packet by packet: paho-mqtt lacks private attributes", missing=missing)
     return StockClient(settings, keep_session=keep_session)

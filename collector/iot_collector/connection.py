@@ -1,7 +1,7 @@
 """One connection to the broker, from CONNECT to its end: its session and in-flight window.
 
-Used by the network thread only. Messages are acknowledged on the connection that they came from and
-on no other, where their packet ids may belong to other messages.
+Used by the network thread only. Messages are acknowledged only on the connection that they came
+from. On another connection, their packet ids may belong to other messages.
 """
 
 import functools
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 _SESSION_TAKEN_OVER, _NOT_AUTHORIZED = 0x8E, 0x87  # MQTT 5 §3.14.2.1
 # If this many reads in a row end with the same number of un-acknowledged messages, that number is
-# taken for the broker's window.
+# assumed to be the broker's window.
 _SAME_COUNT = 8
 
 
@@ -45,7 +45,7 @@ def _callback(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Connection:
-    """A client and the state of its session."""
+    """An MQTT client and the state of its connection and session."""
 
     def __init__(
         self,
@@ -69,14 +69,14 @@ class Connection:
         self.received_at_ping: int | None = None  # messages received when `ping` was last called
         self.end_reason: str | None = None
         self._unacked = self._most_unacked = self._last_unacked = self._same_count = 0
-        self._window = settings.mqtt_max_inflight  # as far as it shows
-        self._warned = False  # that the broker exceeds the window
+        self._window = settings.mqtt_max_inflight  # the broker's window, as assumed so far
+        self._warned = False  # whether the log has the warning of `count_received`
 
     def open(self) -> None:
         """Connect, with the current content of the credential files.
 
-        :raises OSError: the broker cannot be reached, or TLS or reading a file fails.
-        :raises ValueError: certificate and key do not belong together.
+        :raises OSError: the broker cannot be reached, TLS fails or a file cannot be read.
+        :raises ValueError: client certificate and key do not match.
         """
         settings = self._settings
         broker = settings.broker
@@ -102,8 +102,9 @@ class Connection:
         self._unacked += len(tags)
         self._most_unacked = max(self._most_unacked, self._unacked)
         announced = self._settings.mqtt_max_inflight
-        # The broker may have a smaller window, and it does not announce it. If it has not, and the
-        # traffic was only that regular, `_unacked` exceeds the assumed window soon.
+        # The broker may use a smaller window than the announced one, and does not tell. If it does
+        # not, and the number was the same only because the traffic was regular, `_unacked` soon
+        # exceeds the assumed window.
         self._same_count = self._same_count + 1 if self._unacked == self._last_unacked else 0
         self._last_unacked = self._unacked
         if self._same_count == _SAME_COUNT:
@@ -115,23 +116,23 @@ class Connection:
             if self._warned:
                 log.warning(
                     "the broker sends more un-acknowledged messages than IOT_MQTT_MAX_INFLIGHT, as "
-                    "Mosquitto does before 2.0.21 (each PUBACK releases a whole window): memory is "
-                    "not bounded by it, and a crash may store more than that many messages twice; "
-                    "use 2.0.21 or newer",
+                    "Mosquitto before 2.0.21 does (each PUBACK releases a whole window): the "
+                    "setting does not limit memory, and after a crash more messages may be stored "
+                    "twice; use Mosquitto 2.0.21 or newer",
                     unacked=self._unacked,
                 )
 
     @property
     def window_nearly_full(self) -> bool:
-        """Whether the broker waits for acknowledgements before it sends more, or soon will."""
+        """Whether the broker needs acknowledgements before it sends more, or soon will."""
         announced = self._settings.mqtt_max_inflight
         return self._window < announced or self._unacked >= announced // 2
 
     @property
     def window_half_empty(self) -> bool:
-        """Whether the broker certainly sends more without getting acknowledgements first.
+        """Whether the broker certainly sends more before it gets acknowledgements.
 
-        It is certain if the broker has had twice as many un-acknowledged messages before.
+        It is certain if twice as many messages have been un-acknowledged before.
         """
         return 2 * self._unacked <= self._most_unacked
 
@@ -148,11 +149,11 @@ class Connection:
             self.end_reason = f"broker refused the connection: {reason}{self._hint(reason)}"
             return
         asked = self._settings.mqtt_session_expiry_seconds
-        # The property is only there if the broker chose another value (MQTT 5 §3.2.2.3.2).
+        # The broker sends the property only if it uses another value (MQTT 5 §3.2.2.3.2).
         granted = getattr(properties, "SessionExpiryInterval", asked)
         if self._keep_session and granted < asked:
             log.warning(
-                "the broker ends the session earlier than IOT_MQTT_SESSION_EXPIRY_SECONDS asks for",
+                "the broker keeps the session for less than IOT_MQTT_SESSION_EXPIRY_SECONDS",
                 asked=asked,
                 granted=granted,
             )
@@ -178,17 +179,17 @@ class Connection:
         self.end_reason = self.end_reason or f"{fault}{self._hint(reason)}"
 
     def _hint(self, reason: ReasonCode) -> str:
-        """Return what to change, where the reason does not say it."""
+        """Return what to check, if the reason code does not tell; else an empty string."""
         if self._settings.iot_core and reason.value == _NOT_AUTHORIZED:
             return f"; {POLICY_HINT.format(client_id=self._settings.mqtt_client_id)}"
         if self._settings.mqtt_cert_file and not self.accepted:
-            # With TLS 1.3 the broker checks it after our side of the handshake is done.
+            # With TLS 1.3, the broker checks the certificate after the client's handshake is done.
             return "; perhaps it does not accept the client certificate: check IOT_MQTT_CERT_FILE"
         return ""
 
 
 def duplicate_client_id(settings: Settings) -> str:
-    """Return the error text for another client that connects with our client id."""
+    """Return the error text for when another client connects with this client id."""
     return (
         f"another client connects with the client id {settings.mqtt_client_id!r}; "
         "give each collector its own IOT_MQTT_CLIENT_ID"
@@ -198,8 +199,8 @@ def duplicate_client_id(settings: Settings) -> str:
 def set_up_transport(client: Client, settings: Settings) -> "Handshake | None":
     """Set a client's credentials, TLS and WebSocket path from the settings.
 
-    :return: for a signed WebSocket, what can explain why the handshake failed.
-    :raises OSError: a secret or TLS file cannot be read, or there are no AWS credentials.
+    :return: for a signed WebSocket, an object that explains why the handshake failed; else None.
+    :raises OSError: a password or TLS file cannot be read, or there are no AWS credentials.
     """
     broker = settings.broker
     if settings.signed:
@@ -213,7 +214,7 @@ def set_up_transport(client: Client, settings: Settings) -> "Handshake | None":
     if broker.tls:
         files = (settings.mqtt_ca_file, settings.mqtt_cert_file, settings.mqtt_key_file)
         ca, cert, key = (str(file) if file else None for file in files)
-        # On this port, AWS IoT Core takes MQTT only from a client that asks for it.
+        # On port 443, AWS IoT Core accepts MQTT only with this ALPN protocol name.
         alpn = [ALPN] if settings.iot_core and broker.port == ALPN_PORT else None
         client.tls_set(ca, cert, key, alpn_protocols=alpn)
     return None

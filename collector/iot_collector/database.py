@@ -15,7 +15,8 @@ from . import aws, password_secret
 from .log import one_line
 from .settings import Settings
 
-# Kind of error -> SQLSTATEs and classes of them; the full SQLSTATE takes precedence over its class
+# Kind of error -> its SQLSTATEs (5 characters) and SQLSTATE classes (2 characters). An SQLSTATE
+# takes precedence over its class
 # (https://www.postgresql.org/docs/current/errcodes-appendix.html).
 _KINDS = {
     "authentication": ["28"],
@@ -37,7 +38,7 @@ _KIND_OF = {state: kind for kind, states in _KINDS.items() for state in states}
 # The SQLSTATE classes that PostgreSQL defines.
 _CLASSES = {v for k, v in vars(psycopg2.errorcodes).items() if k.startswith("CLASS_")}
 
-# What libpq says of TLS; these errors come without an SQLSTATE (libpq 17).
+# Parts of libpq's TLS error messages. These errors have no SQLSTATE (libpq 17).
 _TLS_FAULTS = (
     *("certificate verify failed", "does not match host name", "root certificate"),
     "server does not support SSL",
@@ -48,24 +49,25 @@ HINTS = {
     "authentication": "check the user in IOT_DATABASE_URL, and IOT_DATABASE_PASSWORD_FILE or "
     "IOT_DATABASE_PASSWORD_SECRET",
     "connection": "is PostgreSQL running? Check host and port in IOT_DATABASE_URL",
-    # Only if dead_letters_fallback refuses a message, too; the error's text names the constraint.
+    # Shown only if dead_letters_fallback refuses a message too. The error names the constraint.
     "data": "remove the constraint or trigger that refuses it; until then nothing more is stored",
     "permission": "grant the user of IOT_DATABASE_URL INSERT on messages, dead_letters "
     "and dead_letters_fallback",
     "schema": "run `iot-collector migrate`",
-    "tls": "check in IOT_DATABASE_URL that sslrootcert is a file with the CA that signed the "
-    "server's certificate (for RDS, its region's bundle), and that the host is the name in it",
-    "timeout": "find what locks or slows the database, or raise IOT_DATABASE_TIMEOUT_SECONDS",
+    "tls": "check IOT_DATABASE_URL: sslrootcert must be a file with the CA that signed the "
+    "server's certificate (for RDS, the bundle of its region), and host must be a name in the "
+    "certificate",
+    "timeout": "find what locks or slows down the database, or raise IOT_DATABASE_TIMEOUT_SECONDS",
     "upgraded": "PostgreSQL was upgraded while its server ran; run the playbook again to restart "
     "the server",
 }
 
-# Connection parameters that IOT_DATABASE_URL overrides.
+# Connection parameters that IOT_DATABASE_URL may override.
 _DEFAULTS: dict[str, Any] = {
     "fallback_application_name": "iot-collector",
     "client_encoding": "UTF8",  # the encoding of MQTT topics
     "connect_timeout": 10,
-    # Notice a peer that disappeared within about 30 s; TCP's own defaults take 15 minutes.
+    # Detect a lost peer within about 30 s. With the defaults of TCP it takes 15 minutes.
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
@@ -74,25 +76,25 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class StatementWatchdog:
-    """Breaks a connection whose statement has waited too long for its answer.
+    """Breaks a connection whose statement has waited too long for its response.
 
-    PostgreSQL's statement_timeout does not end a COMMIT, and does nothing when the server itself
-    hangs. TCP keepalive does not notice a hanging server whose kernel still answers.
+    PostgreSQL's statement_timeout does not end a COMMIT, and has no effect if the server itself
+    hangs. TCP keepalive does not detect a hanging server, because its kernel still answers.
 
-    :param limit: the longest wait for one answer, in seconds.
+    :param limit: the longest wait for one response, in seconds.
     """
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
-        self.last_progress = time.monotonic()  # when a statement was last sent or answered
+        self.last_progress = time.monotonic()  # when a statement last started or ended
         self._waiting = False
         self._socket: socket.socket | None = None
 
     def open(self, connection: psycopg2.extensions.connection) -> None:
         """Watch a new connection."""
         self.close()
-        # A duplicate of libpq's file descriptor: libpq may close its own at any time, and its
-        # number would then belong to another file.
+        # A duplicate of libpq's file descriptor. libpq may close its own at any time, and the
+        # number could then belong to another file.
         self._socket = socket.socket(fileno=os.dup(connection.fileno()))
 
     def close(self) -> None:
@@ -111,15 +113,15 @@ class StatementWatchdog:
             self.last_progress, self._waiting = time.monotonic(), False
 
     def break_if_overdue(self) -> bool:
-        """Shut the socket down if a statement has waited too long; return whether it had.
+        """Shut down the socket if a statement has waited too long; return whether it did.
 
-        Called by another thread. The waiting thread gets psycopg2.OperationalError.
+        Called by another thread. The waiting thread gets a psycopg2.OperationalError.
         """
         sock = self._socket
         overdue = self._waiting and time.monotonic() - self.last_progress > self.limit
         if sock is None or not overdue:
             return False
-        with contextlib.suppress(OSError):  # it was closed meanwhile
+        with contextlib.suppress(OSError):  # it may have been closed meanwhile
             sock.shutdown(socket.SHUT_RDWR)
         return True
 
@@ -135,7 +137,7 @@ class WatchedConnection(psycopg2.extensions.connection):
 
 
 class WatchedCursor(psycopg2.extensions.cursor):
-    """A cursor that tells its connection's watchdog when it waits."""
+    """A cursor that tells the watchdog of its connection when it waits."""
 
     def execute(self, query: Any, values: Any = None) -> None:
         """Run a statement, see psycopg2."""
@@ -160,17 +162,17 @@ class KnownError(psycopg2.Error):
 
 
 class PasswordError(KnownError):
-    """The password cannot be read from where the settings say; the text says what to do."""
+    """The password cannot be read from the file or secret in the settings; the text has a hint."""
 
     kind = "password"
     hint = ""
 
 
 class NewerSchemaError(KnownError):
-    """The database was migrated by a newer version, and may not mean what this one assumes."""
+    """A newer version has migrated the database, so this version may misread the schema."""
 
     kind = "newer_schema"
-    hint = "install the version of iot-collector that made the schema, or a newer one"
+    hint = "install the version of iot-collector that migrated the database, or a newer one"
 
 
 def kind_of(error: Exception) -> str:
@@ -180,26 +182,26 @@ def kind_of(error: Exception) -> str:
     if not isinstance(error, psycopg2.Error):
         return "bug"
     if not error.pgcode:
-        # psycopg2 2.9 raises OperationalError or DatabaseError for errors of the connection, and
-        # other classes (ProgrammingError, InterfaceError, ...) for wrong calls.
+        # Without an SQLSTATE, psycopg2 2.9 raises OperationalError or DatabaseError for connection
+        # errors, and other classes (ProgrammingError, InterfaceError, ...) for wrong calls.
         if type(error) not in (psycopg2.OperationalError, psycopg2.DatabaseError):
             return "bug"
         if "authentication failed" in str(error):
             return "authentication"
         return "tls" if any(fault in str(error) for fault in _TLS_FAULTS) else "connection"
     if error.pgcode == "23514" and error.diag.table_name and not error.diag.constraint_name:
-        return "schema"  # a check_violation without a constraint: the row has no partition
+        return "schema"  # a check_violation without a constraint: there is no partition for the row
     if error.pgcode == "58P01" and ".so" in str(error):
-        return "upgraded"  # a shared library is missing, or of another release than the server
+        return "upgraded"  # a shared library is missing or from another release than the server
     for state in (error.pgcode, error.pgcode[:2]):
         if state in _KIND_OF:
             return _KIND_OF[state]
-    # A class that PostgreSQL does not define comes from RAISE in a trigger, like P0.
+    # A class that PostgreSQL does not define comes from RAISE in a trigger, as P0 does.
     return "other" if state in _CLASSES else "data"
 
 
 def explain(error: Exception) -> str:
-    """Return the kind and text of an error, and what to do about it."""
+    """Return the kind and text of an error, and a hint what to do about it."""
     kind = kind_of(error)
     text = one_line(error)
     if kind == "bug":
@@ -209,9 +211,11 @@ def explain(error: Exception) -> str:
 
 
 def connect(settings: Settings) -> WatchedConnection:
-    """Open a connection. libpq's own variables (PGHOST, ...) provide what the settings leave out.
+    """Open a connection.
 
-    libpq resolves the host and reads the CA's file at each call.
+    libpq's environment variables (PGHOST, ...) provide what the settings leave out. libpq resolves
+    the host name and reads the CA file at each call. If the database refuses the password, it is
+    read again, and a new one is tried once.
 
     :raises psycopg2.OperationalError: the database cannot be reached or refuses the login.
     :raises PasswordError: the password cannot be read.
@@ -231,15 +235,15 @@ def connect(settings: Settings) -> WatchedConnection:
 def read_password(settings: Settings, refused: str | None = None) -> str | None:
     """Return the password for the database; None leaves it to libpq.
 
-    :param refused: the password that the database has refused, so that it is read again.
-    :raises PasswordError: it cannot be read.
+    :param refused: a password that the database has just refused; a secret is then read again.
+    :raises PasswordError: the password cannot be read.
     """
     secret = settings.database_password_secret
     try:
         return password_secret.password(secret, refused) if secret else settings.database_secret
     except aws.AwsError as error:
         raise PasswordError(f"IOT_DATABASE_PASSWORD_SECRET: {error}") from error
-    except OSError as error:  # the file may be missing for a moment while it is rotated
+    except OSError as error:  # the file may be missing for a moment during a rotation
         raise PasswordError(f"password file: {error}") from error
 
 
@@ -250,6 +254,6 @@ def _connect(settings: Settings, password: str | None) -> WatchedConnection:
     connection: WatchedConnection = psycopg2.connect(
         connection_factory=WatchedConnection, **options
     )
-    # BEGIN and COMMIT are part of our SQL, which saves round trips.
+    # BEGIN and COMMIT are part of the SQL in this package, which saves round trips.
     connection.autocommit = True
     return connection

@@ -95,7 +95,7 @@ def find(settings: Settings, letter_id: int) -> DeadLetter | None:
 
 
 def ids(settings: Settings, wanted: Sequence[int] | None) -> list[int]:
-    """Return the ids of those of the wanted dead letters that exist; of all for None.
+    """Return the ids of the wanted dead letters that exist; with None, of all dead letters.
 
     :raises psycopg2.Error: they could not be read.
     """
@@ -109,13 +109,13 @@ def ids(settings: Settings, wanted: Sequence[int] | None) -> list[int]:
 
 
 def retry(settings: Settings, letter_ids: Sequence[int]) -> Iterator[tuple[int, str | None]]:
-    """Try to store dead letters in ``messages``, each in a transaction of its own.
+    """Try to store dead letters in ``messages``, each in a separate transaction.
 
-    The transaction that inserts the message deletes the dead letter, so the message is stored once.
-    If PostgreSQL refuses it again, the dead letter stays, with the new reason.
+    One transaction inserts the message and deletes the dead letter, so the message is stored once.
+    If PostgreSQL refuses the message again, the dead letter stays, with the new reason.
 
-    :returns: for each that nobody else has stored or deleted meanwhile, its id and None, or why it
-        was refused again.
+    :returns: for each dead letter that still exists, its id and None, or its id and the reason why
+        it was refused again.
     :raises psycopg2.Error: the cause is not the data; the current dead letter is unchanged.
     """
     binary_topics = BinaryTopics(settings)
@@ -139,8 +139,8 @@ def retry(settings: Settings, letter_ids: Sequence[int]) -> Iterator[tuple[int, 
 
 
 def _store(cursor: Cursor, letter: DeadLetter, binary_topics: BinaryTopics) -> str | None:
-    """Move a dead letter to ``messages``; return None, or the new reason why it is refused."""
-    # Its month may have been archived, and its partition dropped.
+    """Move a dead letter to ``messages``; return None, or the new reason if it is refused."""
+    # The month may have been archived, and the partition dropped.
     cursor.execute("SELECT ensure_partitions(%s, 0)", (letter.received_at,))
     refusal: psycopg2.Error | None = None
     for step in _ways_to_store(cursor, letter, binary_topics):
@@ -150,7 +150,7 @@ def _store(cursor: Cursor, letter: DeadLetter, binary_topics: BinaryTopics) -> s
             summarize_again(cursor, letter.timestamp, letter.timestamp)
             return None
     if refusal is None:
-        raise AssertionError("there is always a way to try")
+        raise AssertionError("_ways_to_store yields at least one step")
     cursor.execute(
         "UPDATE dead_letters SET reason = %s, sqlstate = %s WHERE id = %s",
         (reason_of(refusal), refusal.pgcode or "", letter.id),
@@ -161,7 +161,10 @@ def _store(cursor: Cursor, letter: DeadLetter, binary_topics: BinaryTopics) -> s
 def _ways_to_store(
     cursor: Cursor, letter: DeadLetter, binary_topics: BinaryTopics
 ) -> Iterator[Callable[[], None]]:
-    """Yield the ways in which the collector tries to store a message, see `store_valid`."""
+    """Yield the steps that the collector tries to store a message, see `dead_letters.store_valid`.
+
+    First with the fields of the payload, then without them.
+    """
     prefix = RowPrefixes(letter.qos << 1 | letter.retained)[letter.topic]
     decoder = binary_topics.decoder_of(letter.topic)
     if letter.properties is not None:
@@ -176,7 +179,7 @@ def _ways_to_store(
 
 
 def purge(settings: Settings, letter_ids: Sequence[int]) -> int:
-    """Delete dead letters for good; return how many there were.
+    """Delete dead letters for good; return how many were deleted.
 
     :raises psycopg2.Error: nothing was deleted.
     """

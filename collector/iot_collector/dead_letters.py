@@ -1,9 +1,9 @@
 """Messages that PostgreSQL refuses: found by bisection, stored in ``dead_letters``.
 
-A constraint or trigger that somebody added to ``dead_letters`` may refuse a message again. It is
-then stored in ``dead_letters_fallback``, which has no constraints, so that it does not hold up
-the messages after it. It is not only logged, because logs are rotated: a rule that refuses
-everything would lose every message.
+A constraint or trigger that somebody added to ``dead_letters`` may refuse a message again. The
+message is then stored in ``dead_letters_fallback``, which has no constraints, so that it does not
+block the messages after it. Writing it only to the log would not be enough, because logs are
+rotated: a constraint that refuses every message would lose every message.
 """
 
 from collections import Counter
@@ -41,9 +41,10 @@ def store_valid(
     """Store the messages that PostgreSQL accepts, the others as dead letters.
 
     :param tuples: one complete tuple (see copy_format.py) for each message.
-    :param dead_letters: to count the dead letters in, by reason.
-    :returns: how many were inserted into ``messages``.
-    :raises psycopg2.Error: the cause is not the data, or ``dead_letters_fallback`` refused it.
+    :param dead_letters: counts the dead letters by reason; this function adds to it.
+    :returns: how many messages were inserted into ``messages``.
+    :raises psycopg2.Error: the cause is not the data, or ``dead_letters_fallback`` refused a
+        message.
     """
     refusal = attempt(cursor, partial(copy, cursor, tuples))
     if refusal is None:
@@ -53,7 +54,7 @@ def store_valid(
         stored = store_valid(cursor, tuples[:middle], dead_letters)
         return stored + store_valid(cursor, tuples[middle:], dead_letters)
     if (raw := without_fields(tuples[0])) != tuples[0]:
-        # PostgreSQL may have refused only the fields that we parsed from the payload.
+        # PostgreSQL may have refused only the fields that were parsed from the payload.
         return store_valid(cursor, [raw], dead_letters)
     dead_letters[_insert_dead_letter(cursor, tuples[0], refusal)] += 1
     return 0
@@ -62,7 +63,7 @@ def store_valid(
 def attempt(
     cursor: psycopg2.extensions.cursor, step: Callable[[], object]
 ) -> psycopg2.Error | None:
-    """Run a step in a savepoint; return None, or the error if the data was refused.
+    """Run a step in a savepoint; return None, or the error if PostgreSQL refused the data.
 
     :raises psycopg2.Error: the cause is not the data.
     """
@@ -81,7 +82,7 @@ def attempt(
 def _insert_dead_letter(
     cursor: psycopg2.extensions.cursor, data: bytes, refusal: psycopg2.Error
 ) -> str:
-    """Store a tuple as a dead letter; return the reason that it is counted under."""
+    """Store a tuple as a dead letter; return the reason for the metric (a label)."""
     timestamp, qos, retained, topic, properties, _, payload = decode_tuple(data)
     state = refusal.pgcode or ""
     letter = (timestamp, topic, payload, properties, qos, retained, reason_of(refusal), state)
@@ -100,5 +101,5 @@ def _insert_dead_letter(
 
 
 def reason_of(refusal: psycopg2.Error) -> str:
-    """Return the text of a refusal that ``dead_letters`` keeps."""
+    """Return the text of an error for the column ``reason`` of ``dead_letters``."""
     return refusal.diag.message_primary or str(refusal)

@@ -1,4 +1,4 @@
-"""The state of the collector, for people and for the probes of Kubernetes."""
+"""The health reports of the collector, for people and for Kubernetes probes."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from .network import NetworkThread
 from .settings import Settings
 from .writer import WriterThread
 
-# This many bugs of a thread in a row make /livez fail, because a restart may help.
+# With this many bugs in a row in one thread, /livez fails, because a restart may help.
 _MANY_BUGS = 5
 
 Report = dict[str, object]
@@ -18,7 +18,10 @@ Report = dict[str, object]
 
 @dataclass
 class Health:
-    """Makes the reports /health, /livez and /readyz; the HTTP status is 200 if ``status`` is ok."""
+    """Makes the reports for /health, /livez and /readyz.
+
+    The HTTP status is 200 if ``status`` is "ok" (see server.py).
+    """
 
     settings: Settings
     buffer: Buffer
@@ -26,14 +29,16 @@ class Health:
     writer: WriterThread
 
     def report(self) -> Report:
-        """Return all that is known, with the reasons why the status is not "ok"."""
+        """Return the complete state, with the reasons if ``status`` is not "ok"."""
         counts = self.buffer.counts()
         oldest = self.buffer.oldest_age()
         problems = self._dependencies() + self._threads()
         if oldest > self.settings.unhealthy_after_seconds:
             problems.append(f"a message has waited {oldest:.0f} s for its COMMIT")
         if not counts.balanced:
-            problems.append("the counts of messages do not add up: this is a bug")
+            problems.append(
+                "the counts of messages are inconsistent: this is a bug in the collector"
+            )
         connection = self.network.connection
         return _report(problems) | {
             "warnings": _warnings(counts),
@@ -53,13 +58,17 @@ class Health:
         }
 
     def live(self) -> Report:
-        """Return whether a restart may help: only if a thread ended, hangs or fails repeatedly."""
+        """Return whether both threads work.
+
+        The status is "failing" only if a restart may help: a thread ended, hangs or keeps failing.
+        """
         return _report(self._threads())
 
     def ready(self) -> Report:
-        """Return whether messages can be received and stored, or other pods do it meanwhile.
+        """Return whether messages can be received and stored.
 
-        A pod that waits for pod 0 is ready: a StatefulSet replaces pod 0 only after the others are.
+        A pod that waits for another collector is ready, because a StatefulSet replaces pod 0 only
+        after the other pods are ready.
         """
         waiting_for = self.network.waiting_for
         return _report(self._dependencies()) | ({"waiting_for": waiting_for} if waiting_for else {})
@@ -86,12 +95,12 @@ class Health:
             elif time.monotonic() - thread.last_progress > thread.progress_timeout:
                 problems.append(f"thread {thread.name} hangs")
             elif thread.consecutive_bugs >= _MANY_BUGS:
-                problems.append(f"thread {thread.name} fails again and again: {thread.error}")
+                problems.append(f"thread {thread.name} fails repeatedly: {thread.error}")
         return problems
 
 
 def _warnings(counts: Counts) -> list[str]:
-    """Return what somebody should look at although messages are received and stored."""
+    """Return what needs attention although messages are received and stored."""
     if twice := counts.dead_letters[REFUSED_TWICE]:
         return [
             f"dead_letters refused {twice} messages, which are kept in dead_letters_fallback; "

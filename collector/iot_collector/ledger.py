@@ -1,13 +1,13 @@
-"""The ledger of stored packets: a message that the broker sends again is stored once.
+"""The ledger of stored packets: a message that the broker sends again is stored only once.
 
-A crash between COMMIT and PUBACK makes the broker send again, with the same packet id and the DUP
-flag (MQTT 5 §4.4). Each transaction therefore also stores the packet ids of its messages, each with
-a checksum of its message, in the table ``ledger``. A packet with DUP is dropped when its id and
-checksum are among the last ones stored in this session. docs/adr/0001-packet-id-ledger.md shows why
-this drops no new message.
+After a crash between COMMIT and PUBACK, the broker sends the messages again, with the same packet
+ids and the DUP flag (MQTT 5 §4.4). Therefore each transaction also stores the packet id and a
+checksum of each of its messages, in the table ``ledger``. A packet with DUP is dropped if its
+packet id and checksum are among the last ones stored in this session.
+docs/adr/0001-packet-id-ledger.md shows why this drops no new message.
 
-The same row tells whether a transaction took place whose COMMIT got no answer, and whether another
-process writes with our client id.
+A row of the table also tells whether a transaction was committed if its COMMIT got no response, and
+whether another process writes with the same client id.
 """
 
 import uuid
@@ -24,28 +24,28 @@ import psycopg2.extensions
 from .buffer import DUP, FLAGS_SHIFT, PACKET_ID, QOS_1, Outcome, ReadBatch, message_count
 from .database import KnownError
 
-# DUP is the highest flag of a PUBLISH (packet type 3) and QoS the next, so one comparison of tags
-# tells whether a flag is set.
+# DUP is the highest flag of a PUBLISH (packet type 3), and the QoS comes next. So one comparison of
+# a tag tells whether DUP is set, or whether the QoS is above 0.
 _PUBLISH = 0x30 << FLAGS_SHIFT
 _MIN_DUP_TAG = _PUBLISH | DUP
 _MIN_PACKET_ID_TAG = _PUBLISH | QOS_1
 _ENTRY_SIZE = 6  # bytes: a packet id and a checksum
-_PRUNE_INTERVAL = 64  # batches: pruning less often costs less, and the rows are few
+_PRUNE_INTERVAL = 64  # batches between two deletions of old rows; deleting less often costs less
 
 Cursor = psycopg2.extensions.cursor
 
 
 class ClientIdConflictError(KnownError):
-    """Another process has written a batch with our client id."""
+    """Another process has written a batch with the same client id."""
 
     kind = "client_id"
-    hint = "another collector has this client id; give each its own IOT_MQTT_CLIENT_ID"
+    hint = "another collector uses this client id; give each collector its own IOT_MQTT_CLIENT_ID"
 
 
 class PacketHistory:
-    """The packet ids and checksums of the last batches, for at least ``window`` messages.
+    """The packet ids and checksums of the last batches, which have at least ``window`` messages.
 
-    :param window: how many messages the broker may have sent again; 0 turns the history off.
+    :param window: how many messages the broker may send again; 0 turns the history off.
     """
 
     def __init__(self, window: int) -> None:
@@ -54,20 +54,21 @@ class PacketHistory:
         self._size = 0  # in messages
 
     def __len__(self) -> int:
-        """How many batches it has."""
+        """Return the number of batches."""
         return len(self._batches)
 
     def reset(self, batches: Iterable[bytes]) -> None:
-        """Start over with the batches in the table, of which it keeps the last ones."""
+        """Replace the history with batches from the table, and keep the last of them."""
         self._batches.clear()
         self._size = 0
         for packets in batches:
             self.add(packets)
 
     def drop_stored(self, batch: list[ReadBatch]) -> tuple[list[ReadBatch], bytes]:
-        """Return the messages of a batch that are not stored yet, and the packets of these.
+        """Return the messages of a batch that are not stored yet, and their packets.
 
-        The packets (ids and checksums) belong into the transaction that stores the messages.
+        The packets are the encoded packet ids and checksums. The transaction that stores the
+        messages has to store them too.
         """
         if not self._window:
             return batch, b""
@@ -85,7 +86,7 @@ class PacketHistory:
         return batch, _encode(ids, checksums)
 
     def add(self, packets: bytes) -> None:
-        """Add the packets of a stored batch; forget batches that are beyond the window."""
+        """Add the packets of a stored batch; forget the batches outside the window."""
         self._batches.append(packets)
         self._size += len(packets) // _ENTRY_SIZE
         while len(self._batches) > 1:
@@ -97,13 +98,13 @@ class PacketHistory:
 
     @staticmethod
     def _new_messages(read: ReadBatch, known: dict[int, int]) -> ReadBatch:
-        """Return the messages that are not stored yet; enter them into the known checksums."""
+        """Return the messages that are not stored yet; add their checksums to ``known``."""
         kept = []
         for index, (row, tag) in enumerate(zip(read.rows, read.tags, strict=True)):
             packet_id, checksum = tag & PACKET_ID, crc32(row)
             if packet_id and tag >= _MIN_DUP_TAG and known.get(packet_id) == checksum:
                 continue
-            # From here on the id belongs to this message, whichever it belonged to before.
+            # The packet id now belongs to this message.
             known[packet_id] = checksum
             kept.append(index)
         return read.select(kept)
@@ -120,7 +121,7 @@ class PacketHistory:
 class Entry:
     """The row of a batch in the table ``ledger``.
 
-    :param outcome: what the transaction does with the batch, from when its COMMIT is sent.
+    :param outcome: what the transaction does with the batch; set when COMMIT is sent.
     """
 
     seq: int
@@ -131,7 +132,7 @@ class Entry:
 class Ledger:
     """The table ``ledger`` for one client id, and what this process knows of it.
 
-    :param window: see `PacketHistory`; with 0 the table only tells of COMMITs without an answer.
+    :param window: see `PacketHistory`; with 0, no message is dropped as a duplicate.
     """
 
     def __init__(self, client_id: str, window: int) -> None:
@@ -139,12 +140,13 @@ class Ledger:
         self._writer = str(uuid.uuid4())  # this process
         self._history = PacketHistory(window)
         self._seq = 0  # of the last row, as far as this process knows
-        self._unconfirmed: Entry | None = None  # its COMMIT was sent and has no answer
+        self._unconfirmed: Entry | None = None  # COMMIT was sent, and there is no response yet
         self._outdated = False  # another process has added a row
 
     def start_session(self, cursor: Cursor, *, session_present: bool) -> None:
-        """Load what is stored of the session; a new session has nothing (MQTT 5 §3.2.2.1.1).
+        """Load the entries of the session, or delete them if the session is new.
 
+        :param session_present: whether the broker has kept the session (MQTT 5 §3.2.2.1.1).
         :raises psycopg2.Error: nothing was changed.
         """
         if not session_present:
@@ -157,13 +159,15 @@ class Ledger:
         new_cursor: Callable[[], AbstractContextManager[Cursor]],
         write: Callable[[list[ReadBatch], Entry, int], Outcome],
     ) -> Outcome:
-        """Store a batch once, however often this is called with it; return what became of it.
+        """Store a batch once, even if this is called with it several times; return the outcome.
 
+        :param new_cursor: opens a cursor, and connects first if necessary.
         :param write: stores messages and an entry (see `insert_sql`) in one transaction, calls
-            `commit_sent`, and returns what it did. It also gets the number of duplicates that were
-            dropped, to start its outcome with.
+            `commit_sent`, and returns the outcome. Its third argument is the number of duplicates
+            that were dropped already, which the outcome has to include.
         :raises ClientIdConflictError: another process has added a row.
-        :raises psycopg2.Error: nothing is stored, as far as is known. Call it again.
+        :raises psycopg2.Error: nothing is stored, as far as is known. Call this again with the same
+            batch.
         """
         if self._unconfirmed is not None or self._outdated:
             with new_cursor() as cursor:
@@ -181,8 +185,8 @@ class Ledger:
         except psycopg2.Error as error:
             if error.diag.constraint_name != "ledger_pkey":
                 raise
-            # The row may be our own: the COMMIT of an earlier attempt may still have been running
-            # when we looked for it.
+            # The row may be from this process: an earlier COMMIT may still have been running when
+            # `_recover` looked for it.
             self._unconfirmed = earlier
             with new_cursor() as cursor:
                 if (recovered := self._recover(cursor)) is not None:
@@ -193,7 +197,7 @@ class Ledger:
         return outcome
 
     def insert_sql(self, cursor: Cursor, entry: Entry) -> bytes:
-        """Return the SQL that inserts an entry, and deletes old ones from time to time."""
+        """Return the SQL that inserts an entry, and for some entries also deletes old ones."""
         sql: bytes = cursor.mogrify(
             "INSERT INTO ledger (client_id, seq, writer, packets) VALUES (%s, %s, %s, %s);",
             (self._client_id, entry.seq, self._writer, entry.packets),
@@ -207,7 +211,7 @@ class Ledger:
         return sql
 
     def commit_sent(self, entry: Entry, outcome: Outcome) -> None:
-        """Remember what a transaction does, in case its COMMIT gets no answer."""
+        """Remember what a transaction does, in case its COMMIT gets no response."""
         entry.outcome = outcome
         self._unconfirmed = entry
 
@@ -217,15 +221,15 @@ class Ledger:
         )
         found = cursor.fetchall()
         self._history.reset(bytes(packets) for _, packets in found)
-        # A row that another process commits after this has the next number, which is how our next
-        # INSERT notices it. So the number must come from the same SELECT as the packets.
+        # If another process commits a row after this SELECT, the row has the next number, and the
+        # next INSERT of this process fails. So number and packets must come from the same SELECT.
         self._seq = found[-1][0] if found else 0
         self._outdated = False
 
     def _recover(self, cursor: Cursor) -> Outcome | None:
-        """Return the outcome of the unconfirmed transaction, or None if it did not take place.
+        """Return the outcome of the unconfirmed transaction, or None if it is not committed.
 
-        Or not yet: then the number of its row turns out to be taken.
+        If it is committed only after this, the next INSERT fails, because the number is in use.
         """
         if self._unconfirmed is None:
             return None
@@ -245,8 +249,8 @@ class Ledger:
 
 
 def _encode(ids: "array[int]", checksums: "array[int]") -> bytes:
-    # In the byte order of the machine. On a machine with another one no checksum would match, and
-    # messages that are sent again would be stored again.
+    # In the byte order of this machine. On a machine with the other byte order no checksum would
+    # match, and messages that are sent again would be stored again.
     return ids.tobytes() + checksums.tobytes()
 
 

@@ -1,4 +1,4 @@
-"""Structured logs of the collector and its libraries: JSON, or readable lines for a console."""
+"""Structured logs of the collector and its libraries, as JSON or as text for a console."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ from .settings import Settings
 
 
 def configure(settings: Settings) -> None:
-    """Send all logs to standard error, in the format and from the level of the settings."""
+    """Write all logs to standard error, with the format and level of the settings."""
     time = structlog.processors.TimeStamper(fmt="iso", utc=True)
     shared: list[structlog.typing.Processor] = [add_log_level, add_logger_name, time]
     final: list[structlog.typing.Processor] = [ProcessorFormatter.remove_processors_meta]
@@ -18,7 +18,7 @@ def configure(settings: Settings) -> None:
         final.append(structlog.processors.format_exc_info)
         final.append(structlog.processors.JSONRenderer(default=repr))
     else:
-        # Other formatters print local variables, some of which hold passwords.
+        # The other formatters print local variables, which may contain passwords.
         plain = structlog.dev.plain_traceback
         final.append(
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)

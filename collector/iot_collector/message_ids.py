@@ -1,8 +1,9 @@
 """De-duplication by an id that devices put into their messages (IOT_MESSAGE_ID_KEY).
 
-For brokers that send a message again under another packet id, as AWS IoT Core does, and for devices
-that publish again themselves. The id is under a key of the JSON payload, or in an MQTT 5 user
-property of that name, which takes precedence. It is read where the payload is parsed anyway.
+For brokers that send a message again with another packet id, as AWS IoT Core does, and for devices
+that publish a message again. The id is the value of a key in the JSON payload, or of the MQTT 5
+user property with that name, which takes precedence. It is read where the fields of the payload are
+parsed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from .fields import documents_of, fields_of, fields_of_all
 
 # Seconds. An id is kept as long as the broker may send its message again: until the session
 # expires, plus a margin for the time from COMMIT to the end of the connection. It is kept at least
-# as long as with the default expiry, for devices that publish again themselves, and as long as the
-# replay queue keeps copies where there is one.
+# as long as with the default session expiry, for devices that publish a message again. With a
+# replay queue, it is also kept at least as long as the queue keeps copies.
 _MARGIN = 86400
 _MIN_AGE = 8 * 86400
 _MIN_AGE_WITH_REPLAY = 15 * 86400
@@ -26,7 +27,10 @@ _MAX_LENGTH = 255
 
 
 def valid_id(value: object) -> str | None:
-    """Return a device's id as text: a string or an integer of 1 to 255 characters, else None."""
+    """Return the id of a message as text; None unless it is a string or integer.
+
+    The text must have 1 to 255 characters and no NUL.
+    """
     text = str(value) if type(value) in (str, int) else ""  # neither True nor 1.0
     return text if 0 < len(text) <= _MAX_LENGTH and "\0" not in text else None
 
@@ -34,9 +38,9 @@ def valid_id(value: object) -> str | None:
 def fields_and_ids(
     payloads: list[bytes], key: str | None, decoders: Mapping[int, Decoder]
 ) -> tuple[Sequence[bytes | None], list[str | None] | None]:
-    """Return the fields of each payload, and the id under ``key``; no ids without a key.
+    """Return the fields of each payload, and the id under ``key`` of each; without a key, no ids.
 
-    :param decoders: of the payloads that are neither JSON nor text, by their index.
+    :param decoders: index of a payload -> its decoder, for the binary payloads.
     """
     if not decoders:
         return _fields_and_ids_of_text(payloads, key)
@@ -72,9 +76,9 @@ def _id_in(document: object, key: str | None) -> str | None:
 
 
 def drop_known(cursor: psycopg2.extensions.cursor, batch: list[ReadBatch]) -> list[ReadBatch]:
-    """Insert the ids of messages; return the messages whose ids were new, or that have none."""
+    """Insert the ids of the messages; return the messages whose id was new or that have no id."""
     ids = [i for read in batch for i in read.ids or ()]
-    # In order, so that two collectors that insert the same ids do not deadlock.
+    # Sorted, so that two collectors that insert the same ids do not deadlock.
     wanted = sorted({i for i in ids if i is not None})
     cursor.execute(
         "INSERT INTO message_ids (id) SELECT unnest(%s::text[])"
@@ -88,7 +92,7 @@ def drop_known(cursor: psycopg2.extensions.cursor, batch: list[ReadBatch]) -> li
 
 
 def _new_messages(read: ReadBatch, new: set[str]) -> ReadBatch:
-    """Return the messages of a read with new ids, or none; take these ids from the set."""
+    """Return the messages of a read that have a new id or no id; remove their ids from ``new``."""
     kept = []
     for index, i in enumerate(read.ids or ()):
         if i is None or i in new:
@@ -100,10 +104,10 @@ def _new_messages(read: ReadBatch, new: set[str]) -> ReadBatch:
 def forget_old(
     cursor: psycopg2.extensions.cursor, session_expiry: int, *, replay: bool = False
 ) -> None:
-    """Delete ids that are older than any message that can still be sent again.
+    """Delete the ids of messages that cannot be sent again any more.
 
     :param session_expiry: IOT_MQTT_SESSION_EXPIRY_SECONDS.
-    :param replay: whether a message can come from the replay queue.
+    :param replay: whether there is a replay queue.
     """
     min_age = _MIN_AGE_WITH_REPLAY if replay else _MIN_AGE
     if session_expiry == _NEVER:

@@ -26,7 +26,7 @@ disable_created_metrics()
 
 
 class WeightedHistogram:
-    """A histogram with weighted observations: all messages of a read have the same delay."""
+    """A histogram that adds equal observations at once: all messages of a read have one delay."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
@@ -34,12 +34,12 @@ class WeightedHistogram:
         self._sum = 0.0
 
     def observe(self, value: float, count: int) -> None:
-        """Add ``count`` observations of ``value``; one thread only."""
+        """Add ``count`` observations of ``value``; not thread-safe."""
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
     def family(self, name: str, documentation: str) -> core.Metric:
-        """Return the histogram in the form that the registry exposes."""
+        """Return the histogram as a metric for the registry."""
         bounds = [*map(str, self._bounds), "+Inf"]
         buckets = list(zip(bounds, accumulate(self._counts), strict=True))
         return core.HistogramMetricFamily(name, documentation, buckets, self._sum)
@@ -57,15 +57,17 @@ class Metrics:
         self.batch_rows = Histogram("db_batch_rows", "Messages in a batch", buckets=_ROWS)
         self.db_errors = Counter("db_errors", "Failed database operations, by kind", ["kind"])
         self.mqtt_errors = Counter("mqtt_errors", "Failed connections to the broker", ["kind"])
-        # These start at 0, because Prometheus sees no increase in a series that starts at 1.
+        # Make these series exist at 0: increase() does not count the first value of a new series.
         self.db_errors.labels("bug")
         for kind in ("bug", "connection"):
             self.mqtt_errors.labels(kind)
         self.mqtt_connected = Gauge("mqtt_connected", "1 when connected and subscribed")
         self.mqtt_waiting = Gauge(
-            "mqtt_waiting", "1 while it waits for another collector to change its subscriptions"
+            "mqtt_waiting", "1 while waiting for another collector to change its subscriptions"
         )
-        self.mqtt_reconnects = Counter("mqtt_reconnects", "Connections to the broker but the first")
+        self.mqtt_reconnects = Counter(
+            "mqtt_reconnects", "Connections to the broker after the first"
+        )
         Info("build", "Version of the collector").info({"version": __version__})
         self.partition_times: PartitionTimes | None = None  # not known yet
         self.summaries_behind: float | None = None  # seconds
@@ -80,7 +82,7 @@ class Metrics:
         yield counter("db_inserts", "Messages stored", counts.inserted)
         yield counter("db_duplicates", "Messages sent again, not stored again", counts.duplicates)
         refused = counter("db_dead_letters", "Messages the database refused", labels=["reason"])
-        # Starts at 0, as above, because there is an alert for it.
+        # Starts at 0, as above, because an alert uses its increase.
         for reason, count in ({REFUSED_TWICE: 0} | counts.dead_letters).items():
             refused.add_metric([reason], count)
         yield refused
@@ -89,12 +91,12 @@ class Metrics:
         delay = "Time from receipt of a message to its COMMIT"
         yield self.message_delay.family("message_delay_seconds", delay)
         if (times := self.partition_times) is not None:
-            text = "Until when there is a partition for every month, in Unix time"
+            text = "Unix time until which every month has a partition"
             yield gauge("db_partitions_until_timestamp_seconds", text, times.until)
-            text = "When the next partition is to be archived, in Unix time; +Inf for never"
+            text = "Unix time when the next partition is due for archiving; +Inf: never"
             yield gauge("db_partition_due_timestamp_seconds", text, times.due)
         if self.summaries_behind is not None:
-            text = "How far the summaries are behind the messages"
+            text = "Seconds that the summaries are behind the messages"
             yield gauge("db_summaries_behind_seconds", text, self.summaries_behind)
         if self.silent_topics is not None:
             text = "Topics that have sent nothing for ten times their usual interval"

@@ -1,4 +1,4 @@
-"""The schema: SQL files, applied in order and once each, in one transaction."""
+"""Migrates the schema: applies SQL files in order, each once, in one transaction."""
 
 import time
 from contextlib import closing
@@ -25,7 +25,7 @@ def migrations() -> list[tuple[str, str]]:
 
 
 def missing_migrations(cursor: psycopg2.extensions.cursor) -> list[tuple[str, str]]:
-    """Return (name, SQL) of the migrations that the database does not have yet, in order.
+    """Return (name, SQL) of the migrations that are not applied to the database yet, in order.
 
     :raises NewerSchemaError: the database has migrations that this version does not have.
     """
@@ -35,18 +35,19 @@ def missing_migrations(cursor: psycopg2.extensions.cursor) -> list[tuple[str, st
     if unknown := [name for name in applied if name not in known]:
         raise NewerSchemaError(
             f"the schema of the database is newer than this iot-collector {__version__}, which"
-            f" does not have the migration {', '.join(unknown)}"
+            f" does not know the migration {', '.join(unknown)}"
         )
     return [(name, sql) for name, sql in migrations() if name not in applied]
 
 
 def migrate(settings: Settings) -> list[str]:
-    """Apply the missing migrations and create partitions; return the names of these migrations.
+    """Apply the missing migrations and create partitions; return the names of the migrations.
 
-    :raises psycopg2.Error: nothing was changed; NewerSchemaError if this version is too old.
+    :raises NewerSchemaError: this version is older than the schema; nothing was changed.
+    :raises psycopg2.Error: nothing was changed.
     """
     with closing(connect(settings)) as connection, connection, connection.cursor() as cursor:
-        # Two processes that migrate at once take turns.
+        # Only one process migrates at a time.
         cursor.execute("SELECT pg_advisory_xact_lock(hashtext('iot.migrate'))")
         cursor.execute(_TABLE)
         missing = missing_migrations(cursor)

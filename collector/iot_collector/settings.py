@@ -1,9 +1,9 @@
 """The collector's settings: environment variables with the prefix ``IOT_``.
 
-Every wrong value stops the start with the variable's name, the fault and an example. Passwords come
-from a file (``IOT_…_PASSWORD_FILE``) or the variable itself; a file is read again at every attempt
-to connect, so a rotated password needs no restart. The database's may also come from AWS Secrets
-Manager, see password_secret.py.
+With a wrong value, the collector does not start; the error has the variable's name, the fault and
+an example. A password comes from a file (``IOT_…_PASSWORD_FILE``) or from the variable itself. The
+file is read at every attempt to connect, so a rotated password needs no restart. The database
+password may also come from AWS Secrets Manager, see password_secret.py.
 """
 
 import difflib
@@ -29,8 +29,8 @@ PREFIX = "IOT_"
 
 Transport = Literal["tcp", "websockets"]
 
-# Scheme of IOT_MQTT_URL -> (transport, TLS, default port). Ports: IANA's registrations for MQTT;
-# WebSocket listeners use HTTP's.
+# Scheme of IOT_MQTT_URL -> (transport, TLS, default port). The ports are those that IANA registers
+# for MQTT, and for WebSocket those of HTTP and HTTPS.
 SCHEMES: dict[str, tuple[Transport, bool, int]] = {
     "mqtt": ("tcp", False, 1883),
     "mqtts": ("tcp", True, 8883),
@@ -38,20 +38,20 @@ SCHEMES: dict[str, tuple[Transport, bool, int]] = {
     "wss": ("websockets", True, 443),
     iot_core.SCHEME: ("websockets", True, 443),
 }
-_QUOTING = "in user name and password, / ? # [ ] @ are written as %2F %3F %23 %5B %5D %40"
+_QUOTING = "in user name and password, write / ? # [ ] @ as %2F %3F %23 %5B %5D %40"
 
-# MQTT 5 §4.7.1, §4.8.2: levels, the last of which may be #, after $share/<group>/ or not.
+# MQTT 5 §4.7.1, §4.8.2: an optional $share/<group>/, then levels, of which the last may be #.
 _FILTER = re.compile(r"(\$share/[^/+#]+/(?=.)|(?!\$share(/|$)))(([^/+#\0]*|\+)/)*([^/+#\0]*|\+|#)")
-# Names and ARNs as AWS allows them (API references of Secrets Manager and SQS).
+# Names and ARNs that AWS allows (API references of Secrets Manager and SQS).
 _SECRET = re.compile(
     r"(arn:aws[a-z-]*:secretsmanager:[a-z0-9-]+:\d{12}:secret:)?[A-Za-z0-9/_+=.@!-]{1,512}"
 )
 _QUEUE = re.compile(r"arn:aws[a-z-]*:sqs:[a-z0-9-]+:\d{12}:[A-Za-z0-9_-]{1,80}")
-_ORDINAL = re.compile(r"(.*-)(0|[1-9][0-9]*)")  # how a StatefulSet numbers its pods
+_ORDINAL = re.compile(r"(.*-)(0|[1-9][0-9]*)")  # pod name in a StatefulSet
 
 
 class SettingsError(Exception):
-    """A setting stops the start. The text has a line for each fault: name, fault, example."""
+    """Some settings are wrong. The text has a line for each: name, fault, example."""
 
 
 def _valid_url(url: str) -> str:
@@ -59,27 +59,27 @@ def _valid_url(url: str) -> str:
         parts = urlsplit(url)
         _ = parts.port  # urllib checks it only on access
     except ValueError:
-        # urllib's text quotes what it could not read, which may be a part of the password.
+        # The text of urllib's error may contain a part of the password.
         raise ValueError(f"host or port cannot be read; {_QUOTING}") from None
     if parts.scheme not in SCHEMES:
-        raise ValueError(f"unknown scheme {parts.scheme!r}; known are {', '.join(SCHEMES)}")
+        raise ValueError(f"unknown scheme {parts.scheme!r}; use one of {', '.join(SCHEMES)}")
     if not parts.hostname:
-        raise ValueError("it names no host")
+        raise ValueError("the host is missing")
     if parts.query or parts.fragment or "@" in parts.path:
-        raise ValueError(f"there is more after the path; {_QUOTING}")
+        raise ValueError(f"nothing may follow the path; {_QUOTING}")
     return url
 
 
 def valid_filter(topic_filter: str) -> str:
-    """Return a topic filter.
+    """Return a topic filter unchanged.
 
-    :raises ValueError: it is none.
+    :raises ValueError: it is not a valid topic filter.
     """
     if not 0 < len(topic_filter.encode()) <= 65535 or not _FILTER.fullmatch(topic_filter):
         raise ValueError(
-            f"{topic_filter[:80]!r} is no topic filter: 1 to 65535 bytes, no NUL; + must stand "
-            "alone between slashes, # must stand alone and last; a shared one has the form "
-            "$share/<group>/<filter>"
+            f"{topic_filter[:80]!r} is not a topic filter: it has 1 to 65535 bytes and no NUL; + "
+            "must be a whole level, # must be the whole last level; a shared subscription has the "
+            "form $share/<group>/<filter>"
         )
     return topic_filter
 
@@ -88,8 +88,8 @@ def _valid_conninfo(conninfo: str) -> str:
     try:
         psycopg2.extensions.parse_dsn(conninfo)
     except psycopg2.ProgrammingError:
-        # libpq's text quotes what it could not read, which may contain a password.
-        raise ValueError("libpq cannot read it as a URI or key=value string") from None
+        # The text of libpq's error may contain a password.
+        raise ValueError("it is not a connection URI or key=value string of libpq") from None
     return conninfo
 
 
@@ -116,9 +116,9 @@ def _readable(path: Path) -> Path:
 
 
 def valid_target(target: str) -> str:
-    """Return where an archive may be.
+    """Return an archive target, without slashes at its end.
 
-    :raises ValueError: it is neither a directory's path, nor in S3, nor none.
+    :raises ValueError: it is neither an absolute path, nor an S3 URL, nor ``none``.
     """
     if not (re.fullmatch(r"s3://[^/]+(/.*)?", target) or target == "none" or target[:1] == "/"):
         raise ValueError(
@@ -173,7 +173,7 @@ def _setting(default: object, description: str, example: object = None, **more: 
 class Settings(BaseSettings):
     """All settings. `iot-collector run --help` prints them."""
 
-    # Shells, Compose files and charts set a variable to the empty string to leave it unset.
+    # Compose files and Helm charts set a variable to the empty string to leave it unset.
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
 
     # fmt: off
@@ -181,136 +181,149 @@ class Settings(BaseSettings):
         "mqtt://127.0.0.1:1883", "Broker: mqtt://, mqtts://, ws://, wss://, or awsiot:// for AWS "
         "IoT Core with AWS credentials", repr=False)
     mqtt_username: str | None = _setting(None, "User name for the broker", "collector")
-    mqtt_password: Secret = _setting(None, "Its password", "(better: IOT_MQTT_PASSWORD_FILE)")
+    mqtt_password: Secret = _setting(
+        None, "Password for the broker", "(better: IOT_MQTT_PASSWORD_FILE)")
     mqtt_password_file: File = _setting(
-        None, "File with its password, read at every connection", "/run/secrets/mqtt_password")
+        None, "File with the password for the broker, read at every connection",
+        "/run/secrets/mqtt_password")
     mqtt_ca_file: File = _setting(
-        None, "Certificates to trust in place of the system's", "/etc/ssl/certs/broker-ca.pem")
+        None, "CA certificates to trust instead of the system's", "/etc/ssl/certs/broker-ca.pem")
     mqtt_cert_file: File = _setting(None, "Client certificate", "/run/secrets/client.crt")
-    mqtt_key_file: File = _setting(None, "Key of the client certificate", "/run/secrets/client.key")
+    mqtt_key_file: File = _setting(
+        None, "Private key of the client certificate", "/run/secrets/client.key")
     mqtt_topics: Topics = _setting(
-        ["iot/data"], "Topic filters to store, separated by commas; collectors share the messages "
-        "of $share/<group>/<filter>", "iot/data,plant/+/telemetry", min_length=1)
-    # Not 0, which loses messages.
+        ["iot/data"], "Topic filters to subscribe to, separated by commas; with "
+        "$share/<group>/<filter>, several collectors share the messages",
+        "iot/data,plant/+/telemetry", min_length=1)
+    # Not 0, because QoS 0 loses messages.
     mqtt_qos: int = _setting(
-        1, "Highest quality of service to subscribe with; with 1, messages published with 2 take "
-        "one round trip less", ge=1, le=2)
+        1, "Maximum QoS of the subscriptions; with 1, a message published with QoS 2 needs one "
+        "round trip less", ge=1, le=2)
     mqtt_client_id: str = _setting(
-        f"iot-collector-{socket.gethostname()}", "Name of the session with the broker; each "
-        "collector needs its own", "iot-collector-0", min_length=1)
-    mqtt_version: Literal["5", "3.1.1"] = _setting("5", "Version of the protocol")
-    mqtt_keepalive_seconds: int = _setting(30, "Keepalive of the connection", ge=5, le=65535)
+        f"iot-collector-{socket.gethostname()}", "Client id, which names the session at the "
+        "broker; each collector needs its own", "iot-collector-0", min_length=1)
+    mqtt_version: Literal["5", "3.1.1"] = _setting("5", "MQTT version: 5 or 3.1.1")
+    mqtt_keepalive_seconds: int = _setting(
+        30, "Keep alive interval of the connection", ge=5, le=65535)
     # Far below 65 535, so that no packet id is reused while the ledger still needs it.
     mqtt_max_inflight: int = _setting(
-        10_000, "Most un-acknowledged messages the broker may send (AWS IoT Core: 100)", ge=1,
-        le=20_000)
+        10_000, "Most un-acknowledged messages that the broker may send (MQTT 5: Receive Maximum; "
+        "default with AWS IoT Core: 100)", ge=1, le=20_000)
     mqtt_session_expiry_seconds: int = _setting(
         7 * 86400, "How long the broker keeps the session and queues messages while the collector "
-        "is away (with MQTT 3.1.1 the broker decides: set the same here); ids of messages are kept "
-        "a day longer, at least 8 days; 4294967295: for ever, both (AWS IoT Core: 3600)", ge=60,
-        le=0xFFFFFFFF)
+        "is disconnected; with MQTT 3.1.1 the broker decides: set its value here. Message ids are "
+        "kept one day longer, and at least 8 days. 4294967295: session and message ids never "
+        "expire. Default with AWS IoT Core: 3600", ge=60, le=0xFFFFFFFF)
     broker_metrics: bool = _setting(
-        False, "Export metrics of the broker, as Mosquitto publishes them below $SYS/broker/, over "
-        "a second connection with -metrics after the client id; needs the right to read $SYS/#")
+        False, "Export metrics of the broker, from the topics that Mosquitto publishes below "
+        "$SYS/broker/; uses a second connection, whose client id ends in -metrics; needs "
+        "permission to read $SYS/#")
 
     packet_ledger: bool = _setting(
-        True, "Store a message once that the broker sends again; needs a broker that sends it with "
-        "the same packet id (MQTT 5 §4.4; AWS IoT Core does not: there it is off)")
+        True, "Store a message only once when the broker sends it again; needs a broker that uses "
+        "the same packet id again (MQTT 5 §4.4). AWS IoT Core does not; the default there is false")
     message_id_key: str | None = _setting(
-        None, "JSON key or MQTT 5 user property with an id that devices give each message; "
+        None, "JSON key or MQTT 5 user property with the id that devices give each message; "
         "messages with the same id are stored once", "message_id", min_length=1)
     session_on_stop: Literal["keep", "leave", "ordinal"] = _setting(
-        "keep", "When the collector stops, keep the session, so that the broker queues for the "
-        "next start; leave it, so that other members of a shared subscription get its messages; "
-        "or, in a StatefulSet, ordinal: keep it if the client id ends in -0, else leave it")
+        "keep", "The session when the collector stops. keep: the broker queues messages until the "
+        "next start. leave: unsubscribe, so that other members of a shared subscription get its "
+        "messages. ordinal, for a StatefulSet: keep if the client id ends in -0, else leave")
 
     cbor_topics: Topics = _setting(
-        [], "Topic filters of devices that send CBOR, separated by commas; a message with the MQTT "
-        "5 content type application/cbor or one that ends in +cbor needs none", "plant/+/cbor")
+        [], "Topic filters whose payloads are CBOR, separated by commas; not needed for messages "
+        "with the MQTT 5 content type application/cbor or one that ends in +cbor", "plant/+/cbor")
     messagepack_topics: Topics = _setting(
-        [], "The same for MessagePack; content type application/msgpack", "plant/+/msgpack")
+        [], "Topic filters whose payloads are MessagePack, separated by commas; not needed for "
+        "messages with the MQTT 5 content type application/msgpack", "plant/+/msgpack")
     topic_templates: TopicTemplates = _setting(
-        [], "Names of topic levels, separated by commas: the view readings has them in levels. + "
-        "and # are as in topic filters; the first template that matches a topic counts",
-        "plant/{site}/{device}/{channel},+/{device}/#")
+        [], "Templates that name topic levels, separated by commas; the view readings has the "
+        "named levels in its column levels. + and # mean the same as in topic filters. The first "
+        "template that matches a topic is used", "plant/{site}/{device}/{channel},+/{device}/#")
     device_time_keys: DeviceTimeKeys = _setting(
-        [], "Where devices put the time of a reading, and its unit (iso8601, s, ms or us), "
-        "separated by commas: the view readings has it in device_time. The first one with a time "
-        "from 2000 to 2099 counts", "time:iso8601,data.ts:ms")
+        [], "Keys of the payload with the device's time, each with its unit (iso8601, s, ms or "
+        "us), separated by commas; the view readings has the time in its column device_time. The "
+        "first key with a time from 2000 to 2099 is used", "time:iso8601,data.ts:ms")
 
     database_url: Annotated[str, AfterValidator(_valid_conninfo)] = _setting(
-        "", "PostgreSQL, as libpq's URI or key=value string; empty: libpq's own variables (PGHOST, "
-        "PGSERVICE, PGPASSFILE, …)", "postgresql://collector@db.example:5432/iot", repr=False)
+        "", "PostgreSQL, as a connection URI or key=value string of libpq; empty: from libpq's "
+        "environment variables (PGHOST, PGSERVICE, PGPASSFILE, …)",
+        "postgresql://collector@db.example:5432/iot", repr=False)
     database_password: Secret = _setting(
         None, "Password for the database", "(better: IOT_DATABASE_PASSWORD_FILE)")
     database_password_file: File = _setting(
-        None, "File with it, read at every connection", "/run/secrets/database_password")
+        None, "File with the password for the database, read at every connection",
+        "/run/secrets/database_password")
     database_password_secret: Annotated[str, AfterValidator(_valid_secret)] | None = _setting(
-        None, "ARN or name of its secret in AWS Secrets Manager (plain text, or JSON with the key "
-        "password), read again when the database refuses it",
-        "arn:aws:secretsmanager:eu-west-1:111122223333:secret:iot-collector-AbCdEf")
+        None, "ARN or name of the secret in AWS Secrets Manager with the password for the database "
+        "(plain text, or JSON with the key password), read again when the database refuses the "
+        "password", "arn:aws:secretsmanager:eu-west-1:111122223333:secret:iot-collector-AbCdEf")
 
     database_timeout_seconds: float = _setting(
-        300, "Longest time that a statement may take; then it is cancelled and tried again",
+        300, "Longest time that a SQL statement may take; after that it is canceled and retried",
         ge=1, le=86400)
 
     batch_linger_ms: float = _setting(
-        10, "Longest wait for more messages to store with one COMMIT; a fifth of it while fewer "
-        "than 50 messages come in that time", ge=0, le=1_000)
+        10, "Longest wait for more messages to store with one COMMIT; shrinks to a fifth while "
+        "fewer than 50 messages arrive in that time", ge=0, le=1_000)
     buffer_bytes: int = _setting(
-        64 << 20, "Memory for messages that are not stored yet; when it is full, the broker waits",
-        ge=1 << 20)
+        64 << 20, "Memory for messages that are not stored yet; when it is full, the collector "
+        "stops reading and the broker has to wait", ge=1 << 20)
 
     summary_seconds: float = _setting(
-        10, "How often the summaries (latest, topics, readings_by_minute, readings_by_hour) are "
-        "updated; 0: never", ge=0, le=3600)
+        10, "Interval between updates of the summaries (latest, topics, readings_by_minute, "
+        "readings_by_hour); 0: no updates", ge=0, le=3600)
 
     replay_queue: Annotated[str, AfterValidator(_valid_queue)] | None = _setting(
         None, "ARN of the SQS queue to which an AWS IoT rule copies every message, for "
-        "`iot-collector replay`; ids of messages are then kept at least 15 days",
+        "`iot-collector replay`; with it, message ids are kept at least 15 days",
         "arn:aws:sqs:eu-west-1:111122223333:iot-system-replay")
     archive_target: Target = _setting(
-        None, "Where `iot-collector archive` writes old months before it drops them: a directory, "
-        "s3://<bucket>/<prefix>, or none to drop them without", "/var/lib/iot-system/archive")
+        None, "Where `iot-collector archive` writes old months before it drops them: a directory "
+        "or s3://<bucket>/<prefix>; none: drop them without an archive",
+        "/var/lib/iot-system/archive")
     archive_keep_months: int = _setting(
-        12, "How many whole months stay in the database", ge=1, le=1200)
+        12, "Number of whole months that stay in the database", ge=1, le=1200)
 
     http_host: str = _setting("127.0.0.1", "Address to serve HTTP on", "0.0.0.0")  # noqa: S104
-    http_port: int = _setting(3000, "Its port", ge=1, le=65535)
+    http_port: int = _setting(3000, "Port to serve HTTP on", ge=1, le=65535)
     live_page: Literal["off", "metrics", "full"] | None = _setting(
-        None, "Page at /: off; metrics, which are counters only; full, which shows topics and "
-        "messages to whoever reaches the port. Default: full if IOT_HTTP_HOST is a loopback "
+        None, "The live page at /. off: no page; metrics: counters only; full: topics and messages "
+        "too, for everyone who can reach the port. Default: full if IOT_HTTP_HOST is a loopback "
         "address, else metrics", "full")
     live_page_hosts: Names = _setting(
-        [], "Names under which browsers reach the page, besides those of loopback, separated by "
-        "commas: those of a reverse proxy. Empty: any name, unless IOT_HTTP_HOST is a loopback "
-        "address", "iot.example")
+        [], "Host names that browsers may use for the live page besides loopback names, separated "
+        "by commas, for example the name of a reverse proxy. Empty: any name, or only loopback "
+        "names if IOT_HTTP_HOST is a loopback address", "iot.example")
     live_page_database_url: Annotated[str, AfterValidator(_valid_conninfo)] = _setting(
-        "", "Database of the full page, with a role that can only read; empty: IOT_DATABASE_URL "
-        "with its password, in a session that is read-only",
+        "", "Database for the full live page, with a role that can only read; empty: "
+        "IOT_DATABASE_URL and its password, in read-only sessions",
         "postgresql://iot_reader@db.example:5432/iot", repr=False)
     live_page_database_password: Secret = _setting(
-        None, "Password of that role", "(better: IOT_LIVE_PAGE_DATABASE_PASSWORD_FILE)")
+        None, "Password for IOT_LIVE_PAGE_DATABASE_URL",
+        "(better: IOT_LIVE_PAGE_DATABASE_PASSWORD_FILE)")
     live_page_database_password_file: File = _setting(
-        None, "File with it, read at every connection", "/run/secrets/reader_db_password")
+        None, "File with the password for IOT_LIVE_PAGE_DATABASE_URL, read at every connection",
+        "/run/secrets/reader_db_password")
     unhealthy_after_seconds: float = _setting(
         30, "/health is 503 when a message has waited longer than this for its COMMIT", gt=0)
     drain_seconds: float = _setting(
-        20, "After SIGTERM, longest time to store what was received", ge=0)
+        20, "After SIGTERM, longest time to store the messages that were received", ge=0)
 
-    log_format: Literal["json", "console"] = _setting("console", "json or console")
+    log_format: Literal["json", "console"] = _setting(
+        "console", "Format of the log: json or console")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        "info", "debug, info, warning or error")
+        "info", "Lowest level to log: debug, info, warning or error")
     # fmt: on
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _defaults_of_iot_core(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Use the defaults that suit AWS IoT Core, where that is the broker."""
+        """Use the defaults for AWS IoT Core if that is the broker."""
         try:
             url = urlsplit(str(values.get("mqtt_url")))
             known = iot_core.is_iot_core(url.scheme, url.hostname or "")
-        except ValueError:  # which the URL's own check reports
+        except ValueError:  # `_valid_url` reports it
             known = False
         return iot_core.DEFAULTS | values if known else values
 
@@ -329,11 +342,11 @@ class Settings(BaseSettings):
         if bool(self.mqtt_cert_file) != bool(self.mqtt_key_file):
             raise ValueError("IOT_MQTT_CERT_FILE: a client certificate needs IOT_MQTT_KEY_FILE too")
         if self.mqtt_ca_file and not self.broker.tls:
-            raise ValueError("IOT_MQTT_CA_FILE: is for mqtts:// and wss://, not this IOT_MQTT_URL")
+            raise ValueError("IOT_MQTT_CA_FILE: needs TLS; set mqtts:// or wss:// in IOT_MQTT_URL")
         if self.session_on_stop == "ordinal" and not _ORDINAL.fullmatch(self.mqtt_client_id):
             raise ValueError(
-                f"IOT_MQTT_CLIENT_ID: {self.mqtt_client_id!r} does not end in an ordinal, which "
-                "IOT_SESSION_ON_STOP=ordinal needs; for example collector-0"
+                f"IOT_MQTT_CLIENT_ID: {self.mqtt_client_id!r} does not end in an ordinal, but "
+                "IOT_SESSION_ON_STOP=ordinal needs one; for example collector-0"
             )
         faults = iot_core.faults(self) if self.iot_core else []
         if faults := faults + (self._faults_of_signing() if self.signed else []):
@@ -344,13 +357,13 @@ class Settings(BaseSettings):
         found = []
         if self.broker.username or self.mqtt_cert_file or urlsplit(self.mqtt_url).path.strip("/"):
             found.append(
-                "IOT_MQTT_URL: with awsiot:// there is no path, user name, password or client "
-                "certificate, but AWS credentials; to use a certificate, set mqtts://<endpoint>"
+                "IOT_MQTT_URL: awsiot:// uses AWS credentials and allows no path, user name, "
+                "password or client certificate; to use a certificate, set mqtts://<endpoint>"
             )
         if not self.aws_region:
             found.append(
-                "IOT_MQTT_URL: the endpoint's name has no region, as that of "
-                "abc-ats.iot.eu-west-1.amazonaws.com; set AWS_REGION, for example eu-west-1"
+                "IOT_MQTT_URL: the endpoint name does not contain the region, as "
+                "abc-ats.iot.eu-west-1.amazonaws.com does; set AWS_REGION, for example eu-west-1"
             )
         if importlib.util.find_spec("botocore") is None:
             found.append("IOT_MQTT_URL: awsiot:// needs pip install 'iot-collector[aws]'")
@@ -358,7 +371,7 @@ class Settings(BaseSettings):
 
     @property
     def iot_core(self) -> bool:
-        """Whether the broker is AWS IoT Core, as far as the URL says."""
+        """Whether the broker is AWS IoT Core, according to the URL."""
         return iot_core.is_iot_core(urlsplit(self.mqtt_url).scheme, self.broker.host)
 
     @property
@@ -368,26 +381,29 @@ class Settings(BaseSettings):
 
     @property
     def connect_interval(self) -> float:
-        """Seconds that the broker wants between two attempts to connect."""
+        """Seconds that the broker requires between two attempts to connect."""
         return iot_core.CONNECT_INTERVAL if self.iot_core else 0.0
 
     @property
     def aws_region(self) -> str:
-        """The broker's region; empty if nothing says it."""
+        """The AWS region of the broker; empty if it is unknown."""
         named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
         return iot_core.region_of(self.broker.host) or named
 
     @property
     def leave_on_stop(self) -> bool:
-        """Whether to leave the broker's session when the collector stops, or to keep it."""
+        """Whether to leave the session when the collector stops, instead of keeping it."""
         if self.session_on_stop == "ordinal":
             return not self.mqtt_client_id.endswith("-0")
         return self.session_on_stop == "leave"
 
     def pods_to_wait_for(self, client_ids: Iterable[str]) -> list[str]:
-        """Return which of these are pods that must change their subscriptions before we do.
+        """Return the pods that must change their subscriptions before this collector does.
 
-        For pod 0 of a StatefulSet the other pods, for those pod 0; otherwise none.
+        Pod 0 of a StatefulSet waits for the other pods, and the other pods wait for pod 0. Outside
+        of a StatefulSet, no collector waits.
+
+        :param client_ids: the client ids of other collectors; the result is a part of them.
         """
         me = _ORDINAL.fullmatch(self.mqtt_client_id)
         if me is None or self.session_on_stop != "ordinal":
@@ -406,15 +422,15 @@ class Settings(BaseSettings):
 
     @property
     def mqtt_secret(self) -> str | None:
-        """The password for the broker; its file is read at each call."""
+        """The password for the broker; a password file is read at each call."""
         in_url = urlsplit(self.mqtt_url).password
         return _secret(self.mqtt_password, self.mqtt_password_file) or (in_url and unquote(in_url))
 
     @property
     def database_secret(self) -> str | None:
-        """The password for the database; its file is read at each call. None leaves it to libpq.
+        """The password for the database; a password file is read at each call.
 
-        Without what IOT_DATABASE_PASSWORD_SECRET names, which `database.connect` reads.
+        None leaves the password to libpq. `database.connect` reads IOT_DATABASE_PASSWORD_SECRET.
         """
         return _secret(self.database_password, self.database_password_file)
 
@@ -430,21 +446,21 @@ class Settings(BaseSettings):
 
     @property
     def live_page_mode(self) -> Literal["off", "metrics", "full"]:
-        """What the page at / shows: IOT_LIVE_PAGE, or its default."""
+        """IOT_LIVE_PAGE, or its default."""
         return self.live_page or ("full" if self.http_on_loopback else "metrics")
 
     @property
     def live_page_database_secret(self) -> str | None:
-        """The password for IOT_LIVE_PAGE_DATABASE_URL; its file is read at each call."""
+        """The password for IOT_LIVE_PAGE_DATABASE_URL; a password file is read at each call."""
         return _secret(self.live_page_database_password, self.live_page_database_password_file)
 
 
 def _secret(value: SecretStr | None, path: Path | None) -> str | None:
     if path is not None:
         try:
-            # Editors and `echo` add a newline, which is not a part of the password.
+            # Editors and `echo` add a newline, which is not part of the password.
             return path.read_text("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:  # its text contains a part of the password
+        except UnicodeDecodeError:  # the text of this error contains part of the password
             raise OSError(f"{path} is not UTF-8 text") from None
     return value.get_secret_value() if value else None
 
@@ -455,7 +471,7 @@ VARIABLES = {f"{PREFIX}{name.upper()}": field for name, field in Settings.model_
 def load() -> Settings:
     """Read the settings from the environment.
 
-    :raises SettingsError: a value is wrong, or there is an unknown variable IOT_….
+    :raises SettingsError: a value is wrong, or a variable IOT_… is unknown.
     """
     faults = []
     for name in sorted(os.environ.keys() - VARIABLES.keys()):

@@ -190,7 +190,7 @@ def test_unreachable_endpoint_is_explained(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     aws.client.cache_clear()
-    with pytest.raises(aws.AwsError, match="the network's way to AWS or its VPC endpoint"):
+    with pytest.raises(aws.AwsError, match="the network route to AWS or to its VPC endpoint"):
         password_secret.password("arn:aws:secretsmanager:eu-west-1:111122223333:secret:x-AbCdEf")
     with pytest.raises(aws.AwsError, match="give its ARN, or set AWS_REGION"):
         password_secret.password("a-name")

@@ -435,7 +435,7 @@ def test_unusable_queue_is_explained(replay_queue: ReplayQueue, database: Databa
     assert f"check the name, account and region of {ARN}-other" in replay.output
     replay = Replay(replay_queue, database, AWS_ENDPOINT_URL="http://127.0.0.1:9")
     replay(status=4)
-    assert "check the AWS credentials, and the network's way to AWS" in replay.output
+    assert "check the AWS credentials, and the network route to AWS" in replay.output
     replay.settings |= {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
     replay(status=4)
     assert "Unable to locate credentials" in replay.output
@@ -463,8 +463,8 @@ def test_wrong_settings_and_options_are_explained(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("code", "operation", "message"),
     [
-        ("AccessDenied", "ReceiveMessage", "must be allowed sqs:ReceiveMessage on the-queue"),
-        ("AccessDeniedException", "ReceiveMessage", "must be allowed sqs:ReceiveMessage on"),
+        ("AccessDenied", "ReceiveMessage", "need permission for sqs:ReceiveMessage on the-queue"),
+        ("AccessDeniedException", "ReceiveMessage", "need permission for sqs:ReceiveMessage on"),
         ("AccessDenied", "AssumeRoleWithWebIdentity", "the trust policy of that role"),
         ("ExpiredToken", "ReceiveMessage", "renew them"),
         ("QueueDoesNotExist", "ReceiveMessage", "account and region of the-queue"),

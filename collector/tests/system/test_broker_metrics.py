@@ -82,7 +82,9 @@ def test_only_the_refused_topic_is_missing(
     found = eventually(lambda: broker_metrics(collector), what="there are metrics")
     eventually(lambda: DROPPED in broker_metrics(collector), what="the other metrics arrive")
     assert "mqtt_broker_uptime_seconds" not in found
-    (warning,) = (event for event in collector.events() if "refused to subs" in event["event"])
+    (warning,) = (
+        event for event in collector.events() if "refused subscriptions" in event["event"]
+    )
     assert warning["topics"] == ["$SYS/broker/uptime"]
     assert collector.health()["problems"] == []
 

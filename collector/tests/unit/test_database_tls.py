@@ -75,7 +75,7 @@ def test_verify_full_checks_certificate_and_name(
         said = connect_error(url)
         assert said is not None
         assert said.startswith("tls: ")
-        assert "sslrootcert is a file with the CA" in said
+        assert "sslrootcert must be a file with the CA" in said
         return said
 
     assert "does not support SSL" in refused(url(own_database, ca_file))
