@@ -73,6 +73,7 @@ verify: $(VENV)/.deploy ## Follow one message from the broker to the table and t
 .PHONY: test
 test: lint pytest ## Run all checks (installs what the checks need)
 
+# ansible-lint is given paths: without them it looks at every file of the repository, which takes minutes.
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style and types
 	$(VENV)/bin/ruff check
@@ -82,7 +83,6 @@ lint: $(VENV)/.dev ## Check style and types
 	$(VENV)/bin/mypy tests/aws/conftest.py
 	$(VENV)/bin/yamllint --strict .
 	$(VENV)/bin/hadolint collector/Dockerfile
-	# With names, because ansible-lint alone looks at every file of the repository, which takes minutes.
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH ansible-lint galaxy.yml inventories meta molecule playbooks requirements.yml roles/*
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH actionlint
 	$(VENV)/bin/shellcheck .ci/*
