@@ -102,7 +102,7 @@ bench: $(VENV)/.dev packages ## Compare the collector with other clients, side b
 	$(VENV)/bin/python -m benchmarks $(BENCH)
 
 .PHONY: test-faults
-test-faults: $(VENV)/.dev packages ## Run the fault tests, with many more repetitions than in test
+test-faults: $(VENV)/.dev $(VENV)/emulator/.stamp packages ## Run the fault tests, with many more repetitions than in test
 	FAULTS=full $(VENV)/bin/python -m pytest -m faults -rP
 
 .PHONY: packages

@@ -1,6 +1,11 @@
-"""After an interruption, the next run completes the deployment, and teardown removes it."""
+"""After an interruption, the next run completes the deployment, and teardown removes it.
+
+Each test interrupts some stacks. ``make test-faults`` (FAULTS=full) interrupts all of them.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 from deployments import Deployment
@@ -8,7 +13,7 @@ from deployments import Deployment
 from testing.aws.emulator import Emulator
 from testing.service import eventually
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.faults]
 
 STACKS = ["network", "ecr", "rds", "eks", "iot-core"]
 # For each stack, one of its last resources. If it fails, there is something to roll back.
@@ -21,20 +26,22 @@ LATE = {
 }
 
 
-# One plugin creates all stacks. The role ecr does nothing else, so it is not interrupted. The other
-# roles also handle a password, a kubeconfig, namespaces, a certificate or a snapshot.
-INTERRUPTED = [name for name in STACKS if name != "ecr"]
+# One plugin creates all stacks, and the role ecr does nothing else. The other roles also handle a
+# password, a kubeconfig, namespaces, a certificate or a snapshot.
+FULL = os.environ.get("FAULTS") == "full"
+KILLED = ["network", "rds", "eks", "iot-core"] if FULL else ["network", "eks"]
+KILLED_IN_TEARDOWN = ["iot-core", "rds", "eks", "network"] if FULL else ["rds"]
+FAILED = ["network", "rds", "eks", "iot-core"] if FULL else ["rds", "iot-core"]
+FAILED_IN_TEARDOWN = ["iot-core", "network"] if FULL else ["network"]
 
 
-def tag(stack: str) -> str:
-    """The tag of the tasks that create a stack. With a tag, a run is faster."""
-    return stack.replace("-", "_") + "_run"
-
-
-def tags(stack: str) -> str:
-    """The tags of a run from the stack that was interrupted last up to ``stack``."""
-    last = max(INTERRUPTED.index(stack) - 1, 0)
-    return ",".join(map(tag, STACKS[STACKS.index(INTERRUPTED[last]) : STACKS.index(stack) + 1]))
+def tags(interrupted: list[str], stack: str) -> str:
+    """Tags of the tasks that create the stacks from the last interrupted one up to ``stack``."""
+    index = interrupted.index(stack)
+    first = STACKS.index(interrupted[index - 1]) if index else 0
+    return ",".join(
+        f"{name.replace('-', '_')}_run" for name in STACKS[first : STACKS.index(stack) + 1]
+    )
 
 
 def all_stacks_complete(deployment: Deployment) -> dict[str, str]:
@@ -44,13 +51,13 @@ def all_stacks_complete(deployment: Deployment) -> dict[str, str]:
 def test_next_run_completes_stacks_after_a_kill(account: Emulator) -> None:
     """Each run completes the stack of the last kill, and is killed in the next stack."""
     deployment = Deployment(account)
-    for stack in INTERRUPTED:
+    for stack in KILLED:
         account.scenario(slow={LATE[stack][0]: 4})
         deployment.kill_when(
             "aws.yml",
             account.has_stack(f"iot-system-{stack}", "CREATE_IN_PROGRESS"),
             "--extra-vars=ecr_image=x/y:1",
-            f"--tags={tags(stack)}",
+            f"--tags={tags(KILLED, stack)}",
         )
     account.scenario()
     run = deployment.deploy_stacks()
@@ -59,7 +66,7 @@ def test_next_run_completes_stacks_after_a_kill(account: Emulator) -> None:
     assert deployment.deploy_stacks().changed == 0
 
     # The same for teardown, in its order of deletion.
-    for stack in ("iot-core", "rds", "eks", "network"):
+    for stack in KILLED_IN_TEARDOWN:
         account.scenario(slow={LATE[stack][0]: 4})
         deployment.kill_when(
             "teardown.yml",
@@ -75,10 +82,10 @@ def test_next_run_completes_stacks_after_a_kill(account: Emulator) -> None:
 
 def test_failed_resource_is_named_and_the_next_run_continues(account: Emulator) -> None:
     deployment = Deployment(account)
-    for stack in INTERRUPTED:
+    for stack in FAILED:
         kind, resource = LATE[stack]
         account.scenario(fail={resource: f"planted in {stack}"})
-        run = deployment.deploy("--tags", tags(stack))
+        run = deployment.deploy("--tags", tags(FAILED, stack))
         assert run.returncode == 2, run.output
         assert f"First cause: {kind} {resource}: planted in {stack}" in " ".join(run.output.split())
         done = [f"iot-system-{name}" for name in STACKS[: STACKS.index(stack)]]
@@ -91,7 +98,7 @@ def test_failed_resource_is_named_and_the_next_run_continues(account: Emulator) 
     assert account.stacks() == all_stacks_complete(deployment)
 
     # The next teardown continues after a failed deletion.
-    for stack in ("iot-core", "network"):
+    for stack in FAILED_IN_TEARDOWN:
         account.scenario(fail_deletion={LATE[stack][0]: f"in the way of {stack}"})
         run = deployment.teardown("-e", "final_snapshot=false")
         assert run.returncode == 2, run.output
