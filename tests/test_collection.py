@@ -100,11 +100,11 @@ def test_collection_deploys_on_kubernetes(directory: Path) -> None:
         assert stand_in.ask("objects") == []
 
 
-def test_collection_runs_on_the_host_in_check_mode(directory: Path, tmp_path: Path) -> None:
+def test_collection_runs_on_the_host_in_check_mode(directory: Path) -> None:
     """molecule/default really installs, runs and removes it."""
     names = ["mosquitto_port", "postgres_port", "postgres_exporter_port"]
     names += ["collector_http_port", "prometheus_port", "prometheus_node_exporter_port"]
-    given = {"iot_state_dir": str(tmp_path / "iot")} | {name: free_port() for name in names}
+    given = {"iot_state_dir": str(directory / "iot")} | {name: free_port() for name in names}
     assert "unreachable=0    failed=0" in play(directory, "iot.platform.host", "--check", **given)
     play(directory, play_per_role(directory, "host"), "--check", **given)
 

@@ -214,7 +214,7 @@ OBSTACLES: dict[str, tuple[Prepare, list[str]]] = {
     "no kubectl": (lambda machine: machine.remove("kubectl"), ["machine:\n  kubectl, see http"]),
     "old minikube": (
         lambda machine: machine.set(version="v1.37.0"),
-        ["This is minikube v1.37.0, and 1.38.0 or newer is needed", "make up"],
+        ["This is minikube v1.37.0, but 1.38.0 or newer is needed", "make up"],
     ),
     "docker stopped": (
         lambda machine: machine.set(docker="down"),

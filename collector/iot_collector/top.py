@@ -91,6 +91,8 @@ def _show_once(console: Console, feed: Feed, layout: Layout) -> None:
 def _show(console: Console, feed: Feed, layout: Layout, interval: float) -> None:
     feed.follow(_view(layout), feed.pictures(_view(layout)))
     keys = _Keys(feed, layout)
+    # Shells start background programs with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     signal.signal(signal.SIGTSTP, _suspend)
     while not keys.quit:
