@@ -72,11 +72,20 @@ def binary(name: str, *folders: str) -> str:
 
 def children(pid: int) -> list[int]:
     """Return the process ids of the children of a process."""
-    try:
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return [int(child) for child in text.split()]
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):  # those of each thread
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, file.read_text().split())
+    return found
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and its descendants, also those in other process groups and sessions."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)  # so that it starts no more children
+        for child in children(pid):
+            kill_tree(child)
+        os.kill(pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ansible_runs import MITOGEN, WITHOUT_MITOGEN
+from ansible_runs import MITOGEN
 
 from testing.aws.emulator import Call, Emulator
 from testing.kubernetes_api.process import StandIn
-from testing.service import eventually
+from testing.service import eventually, kill_tree
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 600.0  # seconds a playbook may take on a busy machine
@@ -127,18 +126,16 @@ class Deployment:
             process = subprocess.Popen(
                 self.command(playbook, *options),
                 cwd=ROOT,
-                # Mitogen's processes are in a group of their own.
-                env=self.environment | WITHOUT_MITOGEN,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
         try:
             eventually(lambda: condition() or process.poll() is not None, PATIENCE, "the condition")
             assert process.poll() is None, (self.account.folder / "killed").read_text()[-3000:]
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_tree(process.pid)
             process.wait()
 
     def left(self, region: str | None = None) -> list[str]:
