@@ -116,9 +116,27 @@ def test_stand_in_names_metrics_as_documented(
     assert metric_name(namespace, metric, statistic) == documented
 
 
-def test_each_metric_has_one_statistic_every_five_minutes() -> None:
-    for job in CONFIG["static"]:
-        assert job["regions"] == ["us-east-1"]
-        for metric in job["metrics"]:
-            assert len(metric["statistics"]) == 1
-            assert (metric["period"], metric["length"]) == (300, 300)
+@pytest.mark.parametrize("late", [0, 60, 90, 120])  # seconds from a minute's end to its value
+@pytest.mark.parametrize("second", [0, 1, 30, 59])  # of the minute in which the rounds begin
+def test_no_minute_is_missing_between_two_rounds(late: int, second: int) -> None:
+    """How the exporter queries a static job, and how CloudWatch responds.
+
+    `validateMetric` in the exporter's pkg/config/scrapeconf.go (0.67.0) discards ``delay`` and
+    refuses a length below the period. The request ends now. CloudWatch rounds its start down to the
+    minute, and the periods begin there (API reference of GetMetricStatistics). From the response,
+    `getDataPoints` takes the newest period that has a value.
+    """
+    metrics = [metric for job in CONFIG["static"] for metric in job["metrics"]]
+    (window,) = {(metric["period"], metric["length"]) for metric in metrics}
+    assert all(len(metric["statistics"]) == 1 and "delay" not in metric for metric in metrics)
+    period, length = window
+    assert length >= period
+    counted: list[int] = []  # the minutes in the value of each round
+    for now in range(7200 + second, 10_800 + second, 300):
+        start = (now - length) // 60 * 60
+        there = [m for m in range(start, now, 60) if m + 60 + late <= now]
+        newest = max((m - start) // period for m in there)
+        value = [m for m in there if (m - start) // period == newest]
+        assert 5 <= len(value) <= 7
+        counted += value
+    assert set(counted) == set(range(min(counted), max(counted) + 60, 60))
