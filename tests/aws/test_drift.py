@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 
 import aws_account
@@ -84,3 +85,49 @@ def test_differences_in_json_formatting_are_ignored() -> None:
     assert aws_account.same(text)
     assert not aws_account.same(text | {"ActualValue": '{"a":2}'})
     assert not aws_account.same({"ExpectedValue": "30", "ActualValue": "1"})
+
+
+def test_changes_that_rds_makes_by_itself_are_ignored() -> None:
+    """It enlarges storage and installs minor versions. CloudFormation reports both as drift."""
+    changes = [  # path, expected, actual
+        ("/AllocatedStorage", "50", "66"),
+        ("/EngineVersion", "17.6", "17.10"),
+        ("/AllocatedStorage", "50", "40"),
+        ("/EngineVersion", "17.6", "18.1"),
+        ("/EngineVersion", "17.6", "17.5"),
+        ("/BackupRetentionPeriod", "7", "8"),
+    ]
+    keys = ("PropertyPath", "ExpectedValue", "ActualValue")
+    answers: dict[str, aws_account.Json] = {
+        "detect_stack_drift": {"StackDriftDetectionId": "1"},
+        "describe_stack_drift_detection_status": {"DetectionStatus": "DETECTION_COMPLETE"},
+        "describe_stack_resource_drifts": {
+            "StackResourceDrifts": [
+                {
+                    "LogicalResourceId": "Instance",
+                    "StackResourceDriftStatus": "MODIFIED",
+                    "PropertyDifferences": [dict(zip(keys, c, strict=True)) for c in changes],
+                }
+            ]
+        },
+    }
+
+    class Account(aws_account.Account):
+        def stack(self, name: str) -> str:
+            return "UPDATE_COMPLETE"
+
+        def ask(self, service: str, operation: str, **arguments: object) -> aws_account.Json:
+            return answers[operation]
+
+        def all(self, *_: str, **arguments: object) -> list[aws_account.Json]:
+            return [{"LogicalResourceId": "Instance", "ResourceType": "AWS::RDS::DBInstance"}]
+
+        def has(self, kind: str, physical_id: str) -> bool:
+            return True
+
+    arguments = argparse.Namespace(command="drift", stacks=["rds"])
+    with pytest.raises(SystemExit) as end:
+        aws_account.run(Account("eu-west-1", "iot-system"), arguments)
+    assert re.findall(r"differs in (.*)", str(end.value)) == [
+        f"{path}: {actual} instead of {expected}" for path, expected, actual in changes[2:]
+    ]

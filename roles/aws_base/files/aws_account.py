@@ -436,7 +436,7 @@ def drifted(account: Account, stack: str, poll: float = 2) -> Iterator[str]:
             yield f"{what} is gone"
         elif drift.get("StackResourceDriftStatus") == "MODIFIED":
             differences = drift.get("PropertyDifferences", [])
-            for one in (one for one in differences if not same(one)):
+            for one in (one for one in differences if not (same(one) or by_rds(one))):
                 yield (
                     f"{what} differs in {one['PropertyPath']}: "
                     f"{one['ActualValue']} instead of {one['ExpectedValue']}"
@@ -452,6 +452,15 @@ def same(difference: Json) -> bool:
     except ValueError:
         return False
     return bool(documents[0] == documents[1])
+
+
+def by_rds(difference: Json) -> bool:
+    """Whether RDS made the change: it enlarges storage and installs minor versions by itself."""
+    path = difference["PropertyPath"]
+    if path not in ("/AllocatedStorage", "/EngineVersion"):
+        return False
+    old, new = (version_key(difference[key]) for key in ("ExpectedValue", "ActualValue"))
+    return new > old and (path == "/AllocatedStorage" or new[0] == old[0])
 
 
 WHAT_TO_DO = """
