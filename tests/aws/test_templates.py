@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_runs import ROOT
+from ansible_runs import ROOT, playbook
 from checkov import checkov
 from rendering import render
 
@@ -372,6 +372,36 @@ def test_topic_arns_do_not_match_all_topics(role: str) -> None:
     assert accepts(role, "ReceiveArns", arn + "topic/site/*/temperature/*")
     assert not accepts(role, "ReceiveArns", arn + "topic/*")
     assert not accepts(role, "ReceiveArns", "*")
+
+
+def test_collector_may_subscribe_and_receive_in_a_shared_subscription(tmp_path: Path) -> None:
+    """The sample policy of aws-iot-device-sdk-python-v2 allows iot:Receive with the group, too."""
+    names = ("__iot_core_subscribe", "__iot_core_receive")
+    play = {
+        "hosts": "localhost",
+        "gather_facts": False,
+        "vars_files": [
+            str(ROOT / "roles/iot_core" / kind / "main.yml") for kind in ("defaults", "vars")
+        ],
+        "tasks": [
+            {"copy": {"content": f"{{{{ {name} | to_json }}}}", "dest": str(tmp_path / name)}}
+            for name in names
+        ],
+    }
+    given = {
+        "iot_core_topics": ["site/+/data", "$share/own/iot/#"],
+        "aws_base_identity": {"arn": "arn:aws:iam::1:user/a", "account": "1"},
+        "aws_base_region": "eu-west-1",
+    }
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    done = playbook(str(tmp_path / "play.yml"), "-e", json.dumps(given))
+    assert done.returncode == 0, done.stdout
+    subscribe, receive = (json.loads((tmp_path / name).read_text()) for name in names)
+    filters = {"site/+/data", "iot/#"}
+    filters |= {f"$share/collectors/{one}" for one in filters} | {"$share/own/iot/#"}
+    arn = "arn:aws:iot:eu-west-1:1:"
+    assert set(subscribe) == {f"{arn}topicfilter/{one}" for one in filters}
+    assert set(receive) == {f"{arn}topic/{re.sub('[+#]', '*', one)}" for one in filters}
 
 
 def test_publish_arns_do_not_match_all_topics() -> None:
