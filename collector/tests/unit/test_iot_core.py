@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import pytest
 from iot_collector import aws, signing
+from iot_collector.buffer import FLAGS_SHIFT
 from iot_collector.connection import Connection
 from iot_collector.iot_core import is_iot_core, region_of
 from iot_collector.settings import Settings, SettingsError, load
@@ -622,6 +623,16 @@ def test_messages_are_stored_once_over_reconnects_and_expired_credentials(
     assert metrics["mqtt_reconnects_total"] == 3
     assert len(endpoint.connects) == 4
     assert endpoint.violations == []
+
+
+@pytest.mark.parametrize(("url", "warned"), [(URL, False), ("mqtt://broker.example", True)])
+def test_repeated_messages_of_iot_core_are_no_fault_of_the_broker(url: str, warned: bool) -> None:
+    """IoT Core sends them again while the database is unavailable, on the same connection."""
+    window = 100
+    with capture_logs() as log:
+        connection = Connection(Settings(mqtt_url=url, mqtt_max_inflight=window))
+        connection.count_received([0x32 << FLAGS_SHIFT] * 2 * window)
+    assert ("use Mosquitto 2.0.21 or newer" in str(log)) == warned
 
 
 def test_collector_connects_at_most_once_a_second(
