@@ -70,8 +70,8 @@ class Connection:
         self.end_reason: str | None = None
         self._unacked = self._most_unacked = self._last_unacked = self._same_count = 0
         self._window = settings.mqtt_max_inflight  # the broker's window, as assumed so far
-        # Whether the log has the warning of `count_received`. IoT Core repeats a message on the same
-        # connection until it is acknowledged, so the count can be higher there
+        # Whether the log has the warning of `count_received`. IoT Core sends a message repeatedly
+        # until it is acknowledged, so the count can be higher there
         # (https://docs.aws.amazon.com/iot/latest/developerguide/mqtt.html#mqtt-qos).
         self._warned = settings.iot_core
 

@@ -24,7 +24,8 @@ ALPN_PORT, ALPN = 443, "x-amzn-mqtt-ca"
 MAX_QOS = 1  # IoT Core does not answer a SUBSCRIBE with QoS 2 [mqtt, differences]
 MAX_INFLIGHT = 100  # un-acknowledged messages per client [quotas]
 KEEPALIVE = (30, 1200)  # seconds; for others, IoT Core uses the nearest or the longest [quotas]
-FILTERS_PER_SUBSCRIBE = 8  # [quotas]
+# In a SUBSCRIBE [quotas], and in an UNSUBSCRIBE (aws-iot-device-sdk-js, issue 361).
+FILTERS_PER_PACKET = 8
 FILTERS_PER_CONNECTION = 50  # [quotas, subscriptions per connection]
 CONNECT_INTERVAL = 1.0  # seconds between two CONNECTs with one client id [quotas]
 SESSION_EXPIRY = 3600  # seconds, the default quota of an account [quotas]

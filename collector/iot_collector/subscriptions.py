@@ -24,7 +24,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from .buffer import QOS, Event, ReadBatch, SessionStart, SubscriptionsChanged
 from .client import StockClient
 from .copy_format import decode_tuple, tuple_start
-from .iot_core import FILTERS_PER_SUBSCRIBE, OVERLAP
+from .iot_core import FILTERS_PER_PACKET, OVERLAP
 from .sessions import Claim, without_share
 from .settings import Settings
 
@@ -76,8 +76,9 @@ class Subscriptions:
         """Forget the state of a connection that has ended."""
         self.active, self.refused, self.waiting_for, self.events = False, {}, [], []
         self._requests: dict[int | None, _Request] = {}  # by packet id
-        self._removal: int | None = None  # packet id of the UNSUBSCRIBE that ends a replacement
-        self._leave: int | None = None  # packet id of the UNSUBSCRIBE of `unsubscribe_all`
+        # Packet ids of UNSUBSCRIBEs without an UNSUBACK:
+        self._removals: set[int | None] = set()  # those that end a replacement
+        self._leaves: set[int | None] = set()  # those of `unsubscribe_all`
         self._due: list[str] = []  # the filters of the next SUBSCRIBE, to be sent at `_due_at`
         self._due_at = 0.0
         self._requested = False  # a SUBSCRIBE with the filters of the settings was sent
@@ -165,9 +166,8 @@ class Subscriptions:
         """Unsubscribe from everything, to leave the session."""
         self._left, self._due, self._claim_at = True, [], math.inf
         self.waiting_for = []
-        _, self._leave = self._client.unsubscribe(
-            sorted({*self._settings.mqtt_topics, *self._held, *self._stale})
-        )
+        filters = {*self._settings.mqtt_topics, *self._held, *self._stale}
+        self._leaves = self._unsubscribe(sorted(filters))
 
     def _subscribe_to_settings(self) -> None:
         due, self._due = self._due, []
@@ -175,12 +175,20 @@ class Subscriptions:
         self._subscribe(due, self._stale)
 
     def _subscribe(self, filters: list[str], stale: list[str]) -> None:
-        step = FILTERS_PER_SUBSCRIBE if self._settings.iot_core else len(filters)
-        parts = [filters[at : at + step] for at in range(0, len(filters), step)]
+        parts = self._parts(filters)
         for part in parts:
             packet_id = self._send_subscribe(part, stale)
             # The stale filters are removed after the last part is granted.
             self._requests[packet_id] = _Request(part, stale if part is parts[-1] else [])
+
+    def _unsubscribe(self, filters: list[str]) -> set[int | None]:
+        """Send UNSUBSCRIBEs and return their packet ids."""
+        return {self._client.unsubscribe(part)[1] for part in self._parts(filters)}
+
+    def _parts(self, filters: list[str]) -> list[list[str]]:
+        """Return the filters of each packet."""
+        step = FILTERS_PER_PACKET if self._settings.iot_core else len(filters)
+        return [filters[at : at + step] for at in range(0, len(filters), step)]
 
     def _send_subscribe(self, filters: list[str], stale: list[str]) -> int | None:
         """Send a SUBSCRIBE and return its packet id."""
@@ -241,13 +249,18 @@ class Subscriptions:
             log.info("unsubscribing from filters not in the settings any more", filters=removed)
             self._removed = [without_share(f) for f in removed]
             self._copies_start = self._client.message_count if self._lowers else None
-            _, self._removal = self._client.unsubscribe(removed)
+            self._removals = self._unsubscribe(removed)
 
     def handle_unsuback(self, packet_id: int) -> None:
         """Handle the broker's answer to an UNSUBSCRIBE."""
-        if packet_id == self._leave:
-            self.events.append(SubscriptionsChanged(self._connection, []))
-        elif packet_id == self._removal:
+        if packet_id in self._leaves:
+            self._leaves.remove(packet_id)
+            if not self._leaves:
+                self.events.append(SubscriptionsChanged(self._connection, []))
+        elif packet_id in self._removals:
+            self._removals.remove(packet_id)
+            if self._removals:
+                return
             self._copies_end = self._client.message_count
             self._up_to_date = not self._stale
             filters = [*self._settings.mqtt_topics, *self._stale]

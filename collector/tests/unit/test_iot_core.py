@@ -339,6 +339,28 @@ def test_subscribe_has_at_most_eight_filters() -> None:
     assert not subs.active
 
 
+def test_unsubscribe_has_at_most_eight_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IoT Core does not answer an UNSUBSCRIBE with nine (aws-iot-device-sdk-js, issue 361)."""
+    topics, stale = [f"t/{n}" for n in range(5)], [f"old/{n}" for n in range(9)]
+    subs, client = subscribed(topics, stale)
+    subs.handle_suback(1, [GRANTED] * 5)
+    later = time.monotonic() + 31
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    subs.check_due()
+    subs._stale = stale  # as if leaving began before the UNSUBACKs
+    subs.unsubscribe_all()
+    assert client.unsubscribed == [
+        *(stale[:8], stale[8:]),
+        *(sorted(stale + topics)[:8], sorted(stale + topics)[8:]),
+    ]
+    for first, second in ((1002, 1001), (1003, 1004)):
+        count = len(subs.events)
+        subs.handle_unsuback(first)
+        assert len(subs.events) == count, "one UNSUBACK is missing"
+        subs.handle_unsuback(second)
+        assert len(subs.events) == count + 1
+
+
 def test_refused_filter_is_subscribed_to_again() -> None:
     subs, client = subscribed([f"t/{n}" for n in range(10)])
     subs.handle_suback(1, [REFUSED, *[GRANTED] * 7])
