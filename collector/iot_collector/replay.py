@@ -282,7 +282,7 @@ class Replay:
         copies, handles, unread = [], [], 0
         for message in found:
             try:
-                copy = parse(message.body)
+                copy = parse(message.body, message.id)
             except ValueError as error:
                 self.summary.malformed[message.id] = str(error)
                 log.warning("malformed message left in the queue", id=message.id, error=str(error))

@@ -2,7 +2,10 @@
 
 roles/iot_core/files/stack.yml creates both. A copy is a JSON object with ``payload`` (base64),
 ``topic``, ``received_ms`` (Unix time in milliseconds) and ``trace_id``. IoT Core gives each message
-a trace id, so copies of one message by several rules have the same.
+that is published over MQTT a trace id, so copies of it by several rules have the same. A message
+that is published over HTTPS has none
+(https://docs.aws.amazon.com/iot/latest/developerguide/iot-sql-functions.html, traceid); the id that
+SQS gives to its copy takes its place.
 """
 
 import base64
@@ -96,9 +99,10 @@ def _received(message: dict[str, Any]) -> Received:
     return Received(message["MessageId"], message["ReceiptHandle"], sent, message["Body"])
 
 
-def parse(body: str) -> Copy:
+def parse(body: str, message_id: str) -> Copy:
     """Return the copy in the body of a message of the queue.
 
+    :param message_id: the id of SQS, for a copy without a trace id.
     :raises ValueError: the rule does not write such a body; the text says why.
     """
     try:
@@ -107,12 +111,12 @@ def parse(body: str) -> Copy:
         raise ValueError("it is not JSON") from None
     if not isinstance(document, dict):
         raise ValueError("it is not a JSON object")  # noqa: TRY004
-    trace_id, topic = document.get("trace_id"), document.get("topic")
-    received = document.get("received_ms")
     # A rule leaves out keys without a value, perhaps also that of an empty payload.
+    trace_id, topic = document.get("trace_id", message_id), document.get("topic")
+    received = document.get("received_ms")
     payload = document.get("payload", "")
     if not isinstance(trace_id, str) or not 0 < len(trace_id) <= 128 or "\0" in trace_id:
-        raise ValueError("trace_id is missing, or is not a text of up to 128 characters")
+        raise ValueError("trace_id is not a text of up to 128 characters")
     if not isinstance(topic, str) or not 0 < len(topic.encode()) <= 65_535 or "\0" in topic:
         raise ValueError("topic is missing, or is not a valid MQTT topic")
     if type(received) is not int or not _YEAR_2015 < received < time.time() * 1000 + _DAY:

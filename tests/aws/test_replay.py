@@ -342,6 +342,21 @@ def copy(topic: str, payload: bytes, at: datetime, trace_id: str = "") -> str:
     )
 
 
+def test_messages_without_a_trace_id_are_restored_once(
+    replay_queue: ReplayQueue, database: Database
+) -> None:
+    """IoT Core gives none to messages that are published over HTTPS; the emulator does."""
+    document = json.loads(copy("iot/door", b"open", datetime.now(UTC)))
+    del document["trace_id"]
+    for _ in range(2):  # two equal messages
+        replay_queue.put(json.dumps(document))
+    replay = Replay(replay_queue, database, WAIT="1")
+    replay("--until", now(), fault="taken", status=-9)  # so SQS delivers both again
+    counts = replay("--until", now())
+    assert (counts["restored"], counts["repeated"], counts["malformed"]) == (2, 2, 0)
+    assert stored(database) == Counter({("iot/door", b"open"): 2})
+
+
 def test_since_deletes_older_copies_unread(replay_queue: ReplayQueue, database: Database) -> None:
     outage_began = datetime.now(UTC) - timedelta(hours=10)
     for hours in (-12, -9, -3, 1):  # a row may be stored up to eight hours late
@@ -378,7 +393,9 @@ def test_refused_rows_become_dead_letters(
 MALFORMED = {
     "not json": "it is not JSON",
     "[]": "it is not a JSON object",
-    "{}": "trace_id is missing",
+    "{}": "topic is missing",
+    '{"trace_id":"","topic":"a","received_ms":1700000000000}': "trace_id is not",
+    '{"trace_id":null,"topic":"a","received_ms":1700000000000}': "trace_id is not",
     '{"trace_id":"t","topic":"a\\u0000","received_ms":1795572115891}': "topic is missing",
     '{"trace_id":"t","topic":"\\ud800","received_ms":1795572115891}': "it is not JSON",
     '{"trace_id":"t","topic":"a","received_ms":true}': "received_ms is missing",
@@ -391,7 +408,7 @@ MALFORMED = {
 @pytest.mark.parametrize("body", MALFORMED)
 def test_malformed_copy_is_refused(body: str) -> None:
     with pytest.raises(ValueError, match=MALFORMED[body]):
-        parse(body)
+        parse(body, "id")
 
 
 def test_malformed_copies_stay_in_the_queue(replay_queue: ReplayQueue, database: Database) -> None:
