@@ -266,7 +266,13 @@ def exceeded(account: Account, wants: Json) -> Iterator[tuple[str, bool]]:
         try:
             each = vcpus_of(account, wants["instance_types"])
         except ClientError as error:
-            yield f"vCPUs were not checked: {error}", False
+            if error.response["Error"]["Code"] == "InvalidInstanceType":
+                yield (
+                    f"{error} (eks_instance_types, in {account.region}). Choose other types.",
+                    True,
+                )
+            else:
+                yield f"vCPUs were not checked: {error}", False
         else:
             quotas.append(
                 Quota(
@@ -390,8 +396,13 @@ def preflight(account: Account, wants: Json) -> tuple[Json, list[str]]:
 # --- drift ---
 
 
-def drifted(account: Account, stack: str, poll: float = 2) -> Iterator[str]:
-    """A line for each resource of a stack that is changed or gone."""
+def drifted(
+    account: Account, stack: str, not_compared: list[str], poll: float = 2
+) -> Iterator[str]:
+    """A line for each resource of a stack that is changed or gone.
+
+    If CloudFormation could not compare all resources, its reason is appended to ``not_compared``.
+    """
     name = f"{account.name}-{stack}"
     status = account.stack(stack)
     if status is None:
@@ -407,6 +418,9 @@ def drifted(account: Account, stack: str, poll: float = 2) -> Iterator[str]:
         if state["DetectionStatus"] != "DETECTION_IN_PROGRESS":
             break
         time.sleep(poll)
+    if state["DetectionStatus"] == "DETECTION_FAILED":
+        reason = state.get("DetectionStatusReason", "CloudFormation gives no reason")
+        not_compared.append(f"{name}: not every resource was compared: {reason}")
     differing = {}
     # Not paginated by boto3, although there is a token.
     asked: Json = {"StackName": name}
@@ -576,13 +590,15 @@ def left_in_iam(account: Account) -> Iterator[Left]:
 
 def left_in_kms(account: Account) -> Iterator[Left]:
     for key in account.all("kms", "list_keys", "Keys"):
-        about = account.ask("kms", "describe_key", KeyId=key["KeyId"])["KeyMetadata"]
-        if about.get("KeyManager") == "AWS":
-            continue
         try:
+            about = account.ask("kms", "describe_key", KeyId=key["KeyId"])["KeyMetadata"]
+            if about.get("KeyManager") == "AWS":
+                continue
             tags = account.ask("kms", "list_resource_tags", KeyId=key["KeyId"])["Tags"]
-        except ClientError:  # the key's policy does not let us read it, so it is not ours
-            continue
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "AccessDeniedException":
+                raise
+            continue  # the key's policy does not let us read it, so it is not ours
         if pairs_of(tags).get("Project") == account.name:
             pending = about["KeyState"] == "PendingDeletion"
             until = about.get("DeletionDate", "")
@@ -687,10 +703,13 @@ def run(account: Account, arguments: argparse.Namespace) -> None:
         if problems:
             sys.exit("\n".join(problems))
     elif arguments.command == "drift":
-        lines = [line for stack in arguments.stacks for line in drifted(account, stack)]
+        missed: list[str] = []
+        lines = [line for stack in arguments.stacks for line in drifted(account, stack, missed)]
         if lines:
-            sys.exit("\n".join(lines) + WHAT_TO_DO.format(region=account.region))
-        print(f"{', '.join(arguments.stacks)}: every resource is as its stack created it.")
+            sys.exit("\n".join(lines + missed) + WHAT_TO_DO.format(region=account.region))
+        which = "every compared resource" if missed else "every resource"
+        missed.append(f"{', '.join(arguments.stacks)}: {which} is as its stack created it.")
+        print("\n".join(missed))
     else:
         found = list(dict.fromkeys(left(account)))
         for one in found:

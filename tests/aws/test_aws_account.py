@@ -1,0 +1,117 @@
+"""Checks of an account for responses of AWS that the emulator does not give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aws_account
+import pytest
+from botocore.exceptions import ClientError
+
+Responses = dict[str, Any]
+
+
+class Stub(aws_account.Account):
+    """An account with fixed responses, by operation. A response is a mapping or an error."""
+
+    def __init__(self, responses: Responses) -> None:
+        super().__init__("eu-west-1", "iot-system")
+        self.responses = responses
+
+    def ask(self, service: str, operation: str, **arguments: Any) -> Responses:
+        response = self.responses[operation]
+        if callable(response):
+            response = response(**arguments)
+        if isinstance(response, Exception):
+            raise response
+        return dict(response)
+
+    def all(self, service: str, operation: str, key: str, **arguments: Any) -> list[Any]:
+        return list(self.ask(service, operation, **arguments)[key])
+
+
+def refused(code: str, message: str = "no") -> ClientError:
+    return ClientError({"Error": {"Code": code, "Message": message}}, "AnOperation")
+
+
+def keys(error: ClientError) -> Stub:
+    """An account with two keys: one that cannot be described, and one of the system."""
+
+    def describe(**arguments: Any) -> Responses | ClientError:
+        if arguments["KeyId"] == "other":
+            return error
+        return {"KeyMetadata": {"KeyManager": "CUSTOMER", "KeyState": "Enabled"}}
+
+    return Stub(
+        {
+            "list_keys": {"Keys": [{"KeyId": "other"}, {"KeyId": "ours"}]},
+            "describe_key": describe,
+            "list_resource_tags": {"Tags": [{"TagKey": "Project", "TagValue": "iot-system"}]},
+        }
+    )
+
+
+def test_keys_with_a_policy_of_their_own_do_not_stop_the_list() -> None:
+    """A key's policy can deny kms:DescribeKey to everyone but the key's users."""
+    found = list(aws_account.left_in_kms(keys(refused("AccessDeniedException"))))
+    assert [one.what for one in found] == ["key ours (Enabled)"]
+
+
+def test_expired_credentials_stop_the_list_of_keys() -> None:
+    with pytest.raises(ClientError, match="ExpiredTokenException"):
+        list(aws_account.left_in_kms(keys(refused("ExpiredTokenException"))))
+
+
+def detection(status: str, **more: str) -> Stub:
+    return Stub(
+        {
+            "describe_stacks": {"Stacks": [{"StackStatus": "CREATE_COMPLETE"}]},
+            "detect_stack_drift": {"StackDriftDetectionId": "1"},
+            "describe_stack_drift_detection_status": {"DetectionStatus": status, **more},
+            "describe_stack_resource_drifts": {"StackResourceDrifts": []},
+            "list_stack_resources": {"StackResourceSummaries": []},
+        }
+    )
+
+
+def test_resources_that_were_not_compared_are_reported() -> None:
+    """CloudFormation then returns results for the other resources only."""
+    missed: list[str] = []
+    reason = "Failed to detect drift on resource [LogGroup]"
+    account = detection("DETECTION_FAILED", DetectionStatusReason=reason)
+    assert list(aws_account.drifted(account, "eks", missed)) == []
+    assert missed == [f"iot-system-eks: not every resource was compared: {reason}"]
+
+
+def test_complete_comparison_has_nothing_to_report() -> None:
+    missed: list[str] = []
+    assert list(aws_account.drifted(detection("DETECTION_COMPLETE"), "eks", missed)) == []
+    assert missed == []
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "serious"),
+    [
+        ("InvalidInstanceType", "(eks_instance_types, in eu-west-1)", True),
+        ("UnauthorizedOperation", "vCPUs were not checked", False),
+    ],
+)
+def test_instance_types_that_the_region_does_not_have_are_an_error(
+    code: str, says: str, serious: bool
+) -> None:
+    def stacks(**arguments: Any) -> Responses | ClientError:
+        if arguments["StackName"] == "iot-system-network":
+            return {"Stacks": [{"StackStatus": "CREATE_COMPLETE"}]}
+        return refused("ValidationError", f"Stack {arguments['StackName']} does not exist")
+
+    account = Stub(
+        {
+            "describe_stacks": stacks,
+            "describe_instance_types": refused(code, "m99.large"),
+        }
+    )
+    wants = {"nodes": 3, "instance_types": ["m99.large"]}
+    ((text, is_serious),) = aws_account.exceeded(account, wants)
+    assert says in text
+    assert "m99.large" in text
+    assert is_serious is serious
