@@ -115,3 +115,27 @@ def test_instance_types_that_the_region_does_not_have_are_an_error(
     assert says in text
     assert "m99.large" in text
     assert is_serious is serious
+
+
+@pytest.mark.parametrize(
+    ("arn", "refused_admins"),
+    [
+        ("arn:aws:iam::111122223333:user/me", ["arn:aws:iam::111122223333:user/me"]),
+        (
+            "arn:aws:sts::111122223333:assumed-role/platform/me",
+            ["arn:aws:iam::111122223333:role/team/platform"],
+        ),
+        ("arn:aws:sts::444455556666:assumed-role/platform/me", []),
+        ("arn:aws:sts::111122223333:assumed-role/form/me", []),
+    ],
+)
+def test_creator_of_the_cluster_is_not_a_second_administrator(
+    arn: str, refused_admins: list[str]
+) -> None:
+    """EKS answers the second access entry with "already in use on this cluster"."""
+    admins = ["arn:aws:iam::111122223333:user/me", "arn:aws:iam::111122223333:role/team/platform"]
+    new = Stub({"describe_stacks": refused("ValidationError", "Stack does not exist")})
+    found = list(aws_account.named_twice(new, {"admins": admins}, arn))
+    assert [text.partition(" ")[0] for text in found] == refused_admins
+    existing = Stub({"describe_stacks": {"Stacks": [{"StackStatus": "CREATE_COMPLETE"}]}})
+    assert list(aws_account.named_twice(existing, {"admins": admins}, arn)) == []

@@ -369,6 +369,25 @@ def names_taken(account: Account) -> Iterator[str]:
                 )
 
 
+def named_twice(account: Account, wants: Json, arn: str) -> Iterator[str]:
+    """A message if an administrator also creates the cluster. EKS allows one access entry each."""
+    if account.stack("eks") is not None:
+        return
+    session = re.fullmatch(r"(arn:[^:]+):sts::(\d+):assumed-role/([^/]+)/.+", arn)
+    for admin in wants.get("admins", []):
+        is_role = (
+            session is not None
+            and admin.startswith(f"{session[1]}:iam::{session[2]}:role/")
+            and admin.endswith(f"/{session[3]}")
+        )
+        if admin == arn or is_role:
+            yield (
+                f"{admin} (eks_admin_arns) creates the cluster and administers it for that reason "
+                "(eks_creator_is_admin); EKS refuses a second access entry for it. Remove it from "
+                "eks_admin_arns, or set eks_creator_is_admin to false."
+            )
+
+
 def preflight(account: Account, wants: Json) -> tuple[Json, list[str]]:
     """Return the account and the problems.
 
@@ -387,7 +406,11 @@ def preflight(account: Account, wants: Json) -> tuple[Json, list[str]]:
         ]
     if not wants:  # nothing will be created
         return about, []
-    problems = [*versions_missing(account, wants), *names_taken(account)]
+    problems = [
+        *versions_missing(account, wants),
+        *names_taken(account),
+        *named_twice(account, wants, identity["Arn"]),
+    ]
     for text, serious in exceeded(account, wants):
         (problems if serious else about["notes"]).append(text)
     return about, problems
