@@ -139,3 +139,56 @@ def test_creator_of_the_cluster_is_not_a_second_administrator(
     assert [text.partition(" ")[0] for text in found] == refused_admins
     existing = Stub({"describe_stacks": {"Stacks": [{"StackStatus": "CREATE_COMPLETE"}]}})
     assert list(aws_account.named_twice(existing, {"admins": admins}, arn)) == []
+
+
+ARN = "arn:aws:{}:eu-west-1:111122223333:{}"
+LISTED = [
+    ARN.format("ecr", "repository/iot-system/collector"),
+    ARN.format("eks", "cluster/iot-system"),
+    ARN.format("eks", "nodegroup/iot-system/Nodes-1/0a"),
+    ARN.format("iot", "policy/iot-system-device"),
+    ARN.format("iot", "rule/iot_system_replay_1"),
+    ARN.format("iot", "thinggroup/iot-system-devices"),
+    ARN.format("iot", "thingtype/iot-system-device"),
+    ARN.format("logs", "log-group:iot-system-vpc-flow"),
+    ARN.format("rds", "db:iot-system"),
+    ARN.format("rds", "pg:iot-system-rds-parametergroup-1"),
+    ARN.format("rds", "subgrp:iot-system-rds-subnetgroup-1"),
+    ARN.format("secretsmanager", "secret:CollectorSecret-1Ab-Wx3Yz4"),
+    ARN.format("sqs", "iot-system-replay"),
+]
+
+
+def listed(response: Responses | ClientError) -> Stub:
+    """An account in which the tagging API lists LISTED, and all services give one response."""
+
+    class Account(Stub):
+        def ask(self, service: str, operation: str, **arguments: Any) -> Responses:
+            if operation == "get_resources":
+                ours = arguments["TagFilters"][0]["Key"] == "Project"
+                found = [{"ResourceARN": arn} for arn in LISTED] if ours else []
+                return {"ResourceTagMappingList": found}
+            if operation in ("describe_log_groups", "list_topic_rules"):
+                return {"found": []}  # these list resources by a part of their name
+            if isinstance(response, ClientError):
+                raise response
+            return response
+
+    return Account({})
+
+
+def test_deleted_resources_that_the_tagging_api_still_lists_are_not_left() -> None:
+    """Source: issues 676 of aws/aws-sdk and 3341 of boto/boto3."""
+    account = listed(refused("ResourceNotFoundException"))
+    assert list(aws_account.left_by_tag(account)) == []
+
+
+def test_resources_that_cannot_be_checked_count_as_left() -> None:
+    found = list(aws_account.left_by_tag(listed(refused("AccessDeniedException"))))
+    # For these two, the response above is an empty list.
+    assert len(found) == len(LISTED) - 2
+
+
+def test_existing_resources_from_the_tagging_api_are_left() -> None:
+    found = list(aws_account.left_by_tag(listed({"one": {"State": "ACTIVE"}})))
+    assert len(found) == len(LISTED) - 2

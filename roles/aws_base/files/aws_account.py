@@ -63,9 +63,11 @@ class Account:
 
     def has(self, kind: str, physical_id: str) -> bool | None:
         """Whether a resource of a stack exists; None if ASK has no call for its type."""
-        if kind not in ASK:
-            return None
-        service, operation, arguments = ASK[kind](physical_id)
+        return self.exists(ASK[kind](physical_id), physical_id) if kind in ASK else None
+
+    def exists(self, ask: Ask, physical_id: str) -> bool:
+        """Whether a call returns a resource that is not being deleted."""
+        service, operation, arguments = ask
         try:
             answer = self.ask(service, operation, **arguments)
         except ClientError as error:
@@ -644,8 +646,39 @@ def tagged(account: Account, key: str, value: str) -> set[str]:
     return {str(one["ResourceARN"]) for one in found}
 
 
+# The API call that returns a resource, by its ARN without partition, region and account. It takes
+# the part in parentheses. What belongs to a cluster is gone if the cluster is.
+BY_ARN: dict[str, Callable[[str], Ask]] = {
+    r"ecr:repository/(.+)": ASK["AWS::ECR::Repository"],
+    r"eks:[a-z-]+/([^/]+).*": ASK["AWS::EKS::Cluster"],
+    r"iot:policy/(.+)": ASK["AWS::IoT::Policy"],
+    r"iot:rule/(.+)": ASK["AWS::IoT::TopicRule"],
+    r"iot:thinggroup/(.+)": ASK["AWS::IoT::ThingGroup"],
+    r"iot:thingtype/(.+)": ASK["AWS::IoT::ThingType"],
+    r"logs:log-group:([^:]+).*": ASK["AWS::Logs::LogGroup"],
+    r"rds:db:(.+)": ASK["AWS::RDS::DBInstance"],
+    r"rds:pg:(.+)": ASK["AWS::RDS::DBParameterGroup"],
+    r"rds:subgrp:(.+)": ASK["AWS::RDS::DBSubnetGroup"],
+    # AWS adds six characters to the name of a secret.
+    r"secretsmanager:secret:(.+)-.{6}": ASK["AWS::SecretsManager::Secret"],
+    r"sqs:(.+)": one_of("sqs", "get_queue_url", "QueueName"),
+}
+
+
+def deleted(account: Account, service: str, rest: str) -> bool:
+    """Whether a resource that the tagging API lists no longer exists; False if nobody can tell."""
+    for pattern, ask in BY_ARN.items():
+        if match := re.fullmatch(pattern, f"{service}:{rest}"):
+            try:
+                return not account.exists(ask(match[1]), match[1])
+            except ClientError as error:
+                if "AccessDenied" not in error.response["Error"]["Code"]:
+                    raise
+    return False
+
+
 def left_by_tag(account: Account) -> Iterator[Left]:
-    """Resources from the tagging API, which still lists deleted ones for a while."""
+    """Resources from the tagging API, which still lists deleted ones for hours."""
     arns = tagged(account, "Project", account.name)
     # Controllers in the cluster use their own tags.
     for key, value in (
@@ -658,9 +691,8 @@ def left_by_tag(account: Account) -> Iterator[Left]:
         service, rest = arn.split(":")[2], arn.split(":", 5)[5]
         if service in ASKED_ELSEWHERE or (service == "rds" and rest.startswith("snapshot:")):
             continue
-        if service == "secretsmanager" and account.has("AWS::SecretsManager::Secret", arn) is False:
-            continue
-        yield Left(service, rest)
+        if not deleted(account, service, rest):
+            yield Left(service, rest)
 
 
 # --- the program ---
