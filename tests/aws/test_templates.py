@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import yaml
 from ansible_runs import ROOT, playbook
+from cfnlint.schema import PROVIDER_SCHEMA_MANAGER
 from checkov import checkov
+from places import keep_places
 from rendering import render
 
 ROLES = ("network", "ecr", "rds", "eks", "iot_core")
@@ -252,6 +254,30 @@ def test_names_start_with_the_prefix() -> None:
         assert "RoleName" not in properties, place
     budget = resources("iot_core", "AWS::Budgets::Budget")["Budget"]["Budget"]
     assert "${AWS::Region}" in budget["BudgetName"]["Fn::Sub"]
+
+
+def test_changed_parameters_do_not_replace_resources_with_fixed_names() -> None:
+    """CloudFormation creates the new resource first, and the old one still has the name."""
+    conflicts = set()
+    for role in ROLES:
+        for logical_id, resource in TEMPLATES[role]["Resources"].items():
+            schema = PROVIDER_SCHEMA_MANAGER.get_resource_schema("eu-west-1", resource["Type"])
+            properties = resource.get("Properties", {})
+            named, parameters = "", set()
+            for path in schema.schema.get("createOnlyProperties", []):
+                value: Any = properties
+                for key in path.split("/")[2:]:
+                    value = value.get(key, {}) if isinstance(value, dict) else {}
+                if path.rpartition("/")[2] in {*NAMES, "BudgetName"}:
+                    named = json.dumps(value)
+                else:
+                    parameters |= set(re.findall(r'"Ref": "(\w+)"', json.dumps(value)))
+            used = parameters & TEMPLATES[role]["Parameters"].keys()
+            if "Prefix" in named:  # the resource's own name, not a reference to another one
+                conflicts |= {(f"{role}.{logical_id}", one) for one in used if one not in named}
+    # The playbook refuses these, or deletes the stack first (aws_base_allow_replacement).
+    protected = {("rds.Instance", "DatabaseName"), ("rds.Instance", "MasterUsername")}
+    assert conflicts == {*protected, ("eks.Cluster", "CreatorIsAdmin")}
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -770,6 +796,23 @@ def test_cluster_access_uses_only_access_entries() -> None:
     assert accepts("eks", "AdminArn1", "arn:aws:iam::123456789012:role/team/platform")
     assert not accepts("eks", "AdminArn1", "arn:aws:sts::123456789012:assumed-role/platform/me")
     assert not accepts("eks", "AdminArn1", "arn:aws:iam::123456789012:root")
+
+
+def test_administrators_keep_their_access_entries() -> None:
+    """CloudFormation creates an entry before it deletes the old one, and EKS allows only one."""
+    assert keep_places(["a", "b"], ["", "", ""]) == ["a", "b", ""]
+    assert keep_places(["b"], ["a", "b", ""]) == ["", "b", ""]
+    assert keep_places(["c", "b"], ["a", "b", ""]) == ["c", "b", ""]
+    assert keep_places(["d", "c", "b"], ["a", "b", "c"]) == ["d", "b", "c"]
+    assert keep_places(["a", "a"], ["", "", ""]) == ["a", "", ""]
+    entries = resources("eks", "AWS::EKS::AccessEntry").values()
+    used = [entry["PrincipalArn"]["Ref"] for entry in entries]
+    assert used == ["AdminArn1", "AdminArn2", "AdminArn3"]
+    # Any of the places can be the only one in use.
+    (rule,) = TEMPLATES["eks"]["Rules"]["SomebodyAdministersTheCluster"]["Assertions"]
+    assert [
+        parameter for parameter in used if f'"{parameter}"' in json.dumps(rule["Assert"])
+    ] == used
 
 
 def test_nodes_require_imdsv2_and_encrypt_their_disks() -> None:

@@ -63,9 +63,11 @@ class Account:
 
     def has(self, kind: str, physical_id: str) -> bool | None:
         """Whether a resource of a stack exists; None if ASK has no call for its type."""
-        if kind not in ASK:
-            return None
-        service, operation, arguments = ASK[kind](physical_id)
+        return self.exists(ASK[kind](physical_id), physical_id) if kind in ASK else None
+
+    def exists(self, ask: Ask, physical_id: str) -> bool:
+        """Whether a call returns a resource that is not being deleted."""
+        service, operation, arguments = ask
         try:
             answer = self.ask(service, operation, **arguments)
         except ClientError as error:
@@ -266,7 +268,13 @@ def exceeded(account: Account, wants: Json) -> Iterator[tuple[str, bool]]:
         try:
             each = vcpus_of(account, wants["instance_types"])
         except ClientError as error:
-            yield f"vCPUs were not checked: {error}", False
+            if error.response["Error"]["Code"] == "InvalidInstanceType":
+                yield (
+                    f"{error} (eks_instance_types, in {account.region}). Choose other types.",
+                    True,
+                )
+            else:
+                yield f"vCPUs were not checked: {error}", False
         else:
             quotas.append(
                 Quota(
@@ -363,6 +371,25 @@ def names_taken(account: Account) -> Iterator[str]:
                 )
 
 
+def named_twice(account: Account, wants: Json, arn: str) -> Iterator[str]:
+    """A message if an administrator also creates the cluster. EKS allows one access entry each."""
+    if account.stack("eks") is not None:
+        return
+    session = re.fullmatch(r"(arn:[^:]+):sts::(\d+):assumed-role/([^/]+)/.+", arn)
+    for admin in wants.get("admins", []):
+        is_role = (
+            session is not None
+            and admin.startswith(f"{session[1]}:iam::{session[2]}:role/")
+            and admin.endswith(f"/{session[3]}")
+        )
+        if admin == arn or is_role:
+            yield (
+                f"{admin} (eks_admin_arns) creates the cluster and administers it for that reason "
+                "(eks_creator_is_admin); EKS refuses a second access entry for it. Remove it from "
+                "eks_admin_arns, or set eks_creator_is_admin to false."
+            )
+
+
 def preflight(account: Account, wants: Json) -> tuple[Json, list[str]]:
     """Return the account and the problems.
 
@@ -381,7 +408,11 @@ def preflight(account: Account, wants: Json) -> tuple[Json, list[str]]:
         ]
     if not wants:  # nothing will be created
         return about, []
-    problems = [*versions_missing(account, wants), *names_taken(account)]
+    problems = [
+        *versions_missing(account, wants),
+        *names_taken(account),
+        *named_twice(account, wants, identity["Arn"]),
+    ]
     for text, serious in exceeded(account, wants):
         (problems if serious else about["notes"]).append(text)
     return about, problems
@@ -390,8 +421,13 @@ def preflight(account: Account, wants: Json) -> tuple[Json, list[str]]:
 # --- drift ---
 
 
-def drifted(account: Account, stack: str, poll: float = 2) -> Iterator[str]:
-    """A line for each resource of a stack that is changed or gone."""
+def drifted(
+    account: Account, stack: str, not_compared: list[str], poll: float = 2
+) -> Iterator[str]:
+    """A line for each resource of a stack that is changed or gone.
+
+    If CloudFormation could not compare all resources, its reason is appended to ``not_compared``.
+    """
     name = f"{account.name}-{stack}"
     status = account.stack(stack)
     if status is None:
@@ -407,6 +443,9 @@ def drifted(account: Account, stack: str, poll: float = 2) -> Iterator[str]:
         if state["DetectionStatus"] != "DETECTION_IN_PROGRESS":
             break
         time.sleep(poll)
+    if state["DetectionStatus"] == "DETECTION_FAILED":
+        reason = state.get("DetectionStatusReason", "CloudFormation gives no reason")
+        not_compared.append(f"{name}: not every resource was compared: {reason}")
     differing = {}
     # Not paginated by boto3, although there is a token.
     asked: Json = {"StackName": name}
@@ -585,13 +624,15 @@ def left_in_iam(account: Account) -> Iterator[Left]:
 
 def left_in_kms(account: Account) -> Iterator[Left]:
     for key in account.all("kms", "list_keys", "Keys"):
-        about = account.ask("kms", "describe_key", KeyId=key["KeyId"])["KeyMetadata"]
-        if about.get("KeyManager") == "AWS":
-            continue
         try:
+            about = account.ask("kms", "describe_key", KeyId=key["KeyId"])["KeyMetadata"]
+            if about.get("KeyManager") == "AWS":
+                continue
             tags = account.ask("kms", "list_resource_tags", KeyId=key["KeyId"])["Tags"]
-        except ClientError:  # the key's policy does not let us read it, so it is not ours
-            continue
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "AccessDeniedException":
+                raise
+            continue  # the key's policy does not let us read it, so it is not ours
         if pairs_of(tags).get("Project") == account.name:
             pending = about["KeyState"] == "PendingDeletion"
             until = about.get("DeletionDate", "")
@@ -614,8 +655,39 @@ def tagged(account: Account, key: str, value: str) -> set[str]:
     return {str(one["ResourceARN"]) for one in found}
 
 
+# The API call that returns a resource, by its ARN without partition, region and account. It takes
+# the part in parentheses. What belongs to a cluster is gone if the cluster is.
+BY_ARN: dict[str, Callable[[str], Ask]] = {
+    r"ecr:repository/(.+)": ASK["AWS::ECR::Repository"],
+    r"eks:[a-z-]+/([^/]+).*": ASK["AWS::EKS::Cluster"],
+    r"iot:policy/(.+)": ASK["AWS::IoT::Policy"],
+    r"iot:rule/(.+)": ASK["AWS::IoT::TopicRule"],
+    r"iot:thinggroup/(.+)": ASK["AWS::IoT::ThingGroup"],
+    r"iot:thingtype/(.+)": ASK["AWS::IoT::ThingType"],
+    r"logs:log-group:([^:]+).*": ASK["AWS::Logs::LogGroup"],
+    r"rds:db:(.+)": ASK["AWS::RDS::DBInstance"],
+    r"rds:pg:(.+)": ASK["AWS::RDS::DBParameterGroup"],
+    r"rds:subgrp:(.+)": ASK["AWS::RDS::DBSubnetGroup"],
+    # AWS adds six characters to the name of a secret.
+    r"secretsmanager:secret:(.+)-.{6}": ASK["AWS::SecretsManager::Secret"],
+    r"sqs:(.+)": one_of("sqs", "get_queue_url", "QueueName"),
+}
+
+
+def deleted(account: Account, service: str, rest: str) -> bool:
+    """Whether a resource that the tagging API lists no longer exists; False if nobody can tell."""
+    for pattern, ask in BY_ARN.items():
+        if match := re.fullmatch(pattern, f"{service}:{rest}"):
+            try:
+                return not account.exists(ask(match[1]), match[1])
+            except ClientError as error:
+                if "AccessDenied" not in error.response["Error"]["Code"]:
+                    raise
+    return False
+
+
 def left_by_tag(account: Account) -> Iterator[Left]:
-    """Resources from the tagging API, which still lists deleted ones for a while."""
+    """Resources from the tagging API, which still lists deleted ones for hours."""
     arns = tagged(account, "Project", account.name)
     # Controllers in the cluster use their own tags.
     for key, value in (
@@ -628,9 +700,8 @@ def left_by_tag(account: Account) -> Iterator[Left]:
         service, rest = arn.split(":")[2], arn.split(":", 5)[5]
         if service in ASKED_ELSEWHERE or (service == "rds" and rest.startswith("snapshot:")):
             continue
-        if service == "secretsmanager" and account.has("AWS::SecretsManager::Secret", arn) is False:
-            continue
-        yield Left(service, rest)
+        if not deleted(account, service, rest):
+            yield Left(service, rest)
 
 
 # --- the program ---
@@ -696,10 +767,13 @@ def run(account: Account, arguments: argparse.Namespace) -> None:
         if problems:
             sys.exit("\n".join(problems))
     elif arguments.command == "drift":
-        lines = [line for stack in arguments.stacks for line in drifted(account, stack)]
+        missed: list[str] = []
+        lines = [line for stack in arguments.stacks for line in drifted(account, stack, missed)]
         if lines:
-            sys.exit("\n".join(lines) + WHAT_TO_DO.format(region=account.region))
-        print(f"{', '.join(arguments.stacks)}: every resource is as its stack created it.")
+            sys.exit("\n".join(lines + missed) + WHAT_TO_DO.format(region=account.region))
+        which = "every compared resource" if missed else "every resource"
+        missed.append(f"{', '.join(arguments.stacks)}: {which} is as its stack created it.")
+        print("\n".join(missed))
     else:
         found = list(dict.fromkeys(left(account)))
         for one in found:
