@@ -147,6 +147,41 @@ def test_summaries_wait_for_the_slowest_collector(summaries: Database) -> None:
     assert_equal_to_messages(summaries)
 
 
+def test_late_collector_adds_each_hour_once(summaries: Database) -> None:
+    update_fully(summaries, 9000)
+    for _ in range(5):
+        assert update(summaries, 60, "late") > 0
+    assert summaries.query("SELECT count(*), count(DISTINCT hour) FROM summary_hours") == [(3, 3)]
+
+
+def test_summaries_continue_after_a_clock_was_ahead(database: Database) -> None:
+    now = database.query("SELECT now() - interval '1 minute'")[0][0]
+    ahead = now + timedelta(days=365)
+    for month in (now, ahead):
+        database.query("SELECT ensure_partitions(%s, 1)", month)
+    database.query("UPDATE summary_progress SET processed_until = %s", ahead)
+
+    def update_until(bound: datetime) -> None:
+        for _ in range(4):
+            database.query("SELECT update_summaries('a', %s)", bound)
+
+    database.query(INSERT, ahead, "ahead", '{"x": 5}', False)
+    update_until(ahead + timedelta(seconds=2))
+    assert database.query("SELECT topic FROM readings_by_hour") == [("ahead",)]
+    database.query(INSERT, now, "t", '{"x": 1}', False)
+    update_until(now + timedelta(seconds=2))
+    database.query(INSERT, now + timedelta(seconds=3), "t", '{"x": 2}', False)
+    update_until(now + timedelta(seconds=5))
+    assert database.count("summary_hours") == 0
+    hours = "SELECT topic, sum(count)::integer FROM readings_by_hour GROUP BY topic"
+    assert database.query(hours) == [("t", 2)]
+    assert database.query("SELECT value FROM latest WHERE topic = 't'") == [(2,)]
+    # When the time comes, the message from the wrong clock is added again, once.
+    database.query("UPDATE summary_progress SET processed_until = %s", ahead)
+    update_until(ahead + timedelta(seconds=2))
+    assert sorted(database.query(hours)) == [("ahead", 1), ("t", 2)]
+
+
 def test_retained_messages_do_not_count_as_activity(summaries: Database) -> None:
     store(summaries, 1, "t", '{"x": 1}')
     store(summaries, 2, "t", '{"x": 1}', True)
