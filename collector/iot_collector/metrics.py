@@ -1,5 +1,6 @@
 """Prometheus metrics of the collector, in prometheus_client's default registry."""
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import accumulate
@@ -70,7 +71,8 @@ class Metrics:
         )
         Info("build", "Version of the collector").info({"version": __version__})
         self.partition_times: PartitionTimes | None = None  # not known yet
-        self.summaries_behind: float | None = None  # seconds
+        # Seconds by the monotonic clock until which the summaries have all messages; None: no updates.
+        self.summarized_until: float | None = None
         self.silent_topics: int | None = None
         REGISTRY.register(self)
 
@@ -95,9 +97,11 @@ class Metrics:
             yield gauge("db_partitions_until_timestamp_seconds", text, times.until)
             text = "Unix time when the next partition is due for archiving; +Inf: never"
             yield gauge("db_partition_due_timestamp_seconds", text, times.due)
-        if self.summaries_behind is not None:
+        if self.summarized_until is not None:
+            # Computed here, so that it grows while updates fail or hang.
             text = "Seconds that the summaries are behind the messages"
-            yield gauge("db_summaries_behind_seconds", text, self.summaries_behind)
+            behind = time.monotonic() - self.summarized_until
+            yield gauge("db_summaries_behind_seconds", text, behind)
         if self.silent_topics is not None:
             text = "Topics that have sent nothing for ten times their usual interval"
             yield gauge("silent_topics", text, self.silent_topics)

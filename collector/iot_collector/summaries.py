@@ -63,6 +63,7 @@ class SummariesThread(threading.Thread):
     def run(self) -> None:
         """Update until stopped; after an error, connect again a minute later."""
         pause = self._settings.summary_seconds
+        self._metrics.summarized_until = time.monotonic()
         while not self._stop.wait(pause):
             try:
                 with closing(connect(self._settings)) as connection, connection.cursor() as cursor:
@@ -99,7 +100,7 @@ class SummariesThread(threading.Thread):
             "SELECT update_summaries(%s, to_timestamp(%s))", (self._settings.mqtt_client_id, bound)
         )
         behind: float = max(0.0, *(cursor.fetchone() or ()))
-        self._metrics.summaries_behind = behind
+        self._metrics.summarized_until = time.monotonic() - behind
         if time.monotonic() > self._next_count:
             cursor.execute("SELECT count_silent_topics(%s)", (SILENT_INTERVALS,))
             self._metrics.silent_topics = (cursor.fetchone() or (None,))[0]
