@@ -71,7 +71,7 @@ class Metrics:
         )
         Info("build", "Version of the collector").info({"version": __version__})
         self.partition_times: PartitionTimes | None = None  # not known yet
-        # Seconds by the monotonic clock until which the summaries have all messages; None: no updates.
+        # Monotonic time until which all messages are in the summaries; None: no updates.
         self.summarized_until: float | None = None
         self.silent_topics: int | None = None
         REGISTRY.register(self)

@@ -1,5 +1,6 @@
 """HTTP: /metrics, /health, /livez, /readyz and the live page."""
 
+import errno
 import socket
 import threading
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ _JSON = "application/json"
 def serve(settings: Settings, health: Health) -> None:
     """Bind the port, and serve in a thread until the process ends, so that a drain can be watched.
 
-    :raises SettingsError: the port cannot be bound.
+    :raises SettingsError: the address or the port cannot be bound.
     """
     host, port = settings.http_host, settings.http_port
     options: dict[str, Any] = {
@@ -44,7 +45,12 @@ def serve(settings: Settings, health: Health) -> None:
         server = waitress.server.create_server(
             _application(settings, health), host=host, port=port, **options
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        # waitress raises ValueError if the name cannot be resolved.
+        if isinstance(error, ValueError) or error.errno == errno.EADDRNOTAVAIL:
+            raise SettingsError(
+                f"IOT_HTTP_HOST: this machine has no address {host}; for example 0.0.0.0"
+            ) from error
         raise SettingsError(
             f"IOT_HTTP_PORT: cannot listen on {host}:{port} ({error.strerror}); "
             "stop the program that uses it or choose another port, for example 3100"

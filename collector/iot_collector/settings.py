@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import psycopg2.extensions
 import pydantic
+from paho.mqtt.client import topic_matches_sub
 from pydantic import AfterValidator, BeforeValidator, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -82,6 +83,18 @@ def valid_filter(topic_filter: str) -> str:
             "form $share/<group>/<filter>"
         )
     return topic_filter
+
+
+def _covered(topic_filters: list[str]) -> tuple[str, str] | None:
+    """Return a filter and another one that matches all its topics; None if there are none."""
+    plain = [(f, re.sub(r"^\$share/[^/]+/", "", f)) for f in topic_filters]
+    for narrow, narrow_plain in plain:
+        # The levels + and # stand for themselves here, and # for more than one level.
+        topic = narrow_plain.replace("#", "#/#")
+        for wide, wide_plain in plain:
+            if wide != narrow and topic_matches_sub(wide_plain, topic):
+                return narrow, wide
+    return None
 
 
 def _valid_conninfo(conninfo: str) -> str:
@@ -193,7 +206,8 @@ class Settings(BaseSettings):
         None, "Private key of the client certificate", "/run/secrets/client.key")
     mqtt_topics: Topics = _setting(
         ["iot/data"], "Topic filters to subscribe to, separated by commas; with "
-        "$share/<group>/<filter>, several collectors share the messages",
+        "$share/<group>/<filter>, several collectors share the messages. With MQTT 5, a message "
+        "whose topic matches two filters is sent twice and stored twice",
         "iot/data,plant/+/telemetry", min_length=1)
     # Not 0, because QoS 0 loses messages.
     mqtt_qos: int = _setting(
@@ -343,6 +357,12 @@ class Settings(BaseSettings):
             raise ValueError("IOT_MQTT_CERT_FILE: a client certificate needs IOT_MQTT_KEY_FILE too")
         if self.mqtt_ca_file and not self.broker.tls:
             raise ValueError("IOT_MQTT_CA_FILE: needs TLS; set mqtts:// or wss:// in IOT_MQTT_URL")
+        if self.mqtt_version == "5" and (covered := _covered(self.mqtt_topics)):
+            narrow, wide = covered
+            raise ValueError(
+                f"IOT_MQTT_TOPICS: {wide!r} matches all topics of {narrow!r}, and the broker would "
+                f"send their messages twice; remove {narrow!r}"
+            )
         if self.session_on_stop == "ordinal" and not _ORDINAL.fullmatch(self.mqtt_client_id):
             raise ValueError(
                 f"IOT_MQTT_CLIENT_ID: {self.mqtt_client_id!r} does not end in an ordinal, but "

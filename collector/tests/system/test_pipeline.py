@@ -1097,6 +1097,17 @@ def test_port_in_use_stops_the_start(
     assert f"{HOST}:{port}" in collector.log()
 
 
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+def test_address_of_another_machine_stops_the_start(
+    make_collector: MakeCollector, broker: Mosquitto, database: Database, host: str
+) -> None:
+    collector = make_collector(broker, database, IOT_HTTP_HOST=host).launch()
+    assert collector.wait() == 2
+    assert collector.log().startswith(
+        f"wrong setting: IOT_HTTP_HOST: this machine has no address {host}"
+    )
+
+
 def test_all_wrong_settings_are_named(make_collector: MakeCollector) -> None:
     collector = make_collector(IOT_MQTT_QOS="7", IOT_BATCHROWS="5").launch()
     assert collector.wait() == 2

@@ -205,6 +205,38 @@ def test_each_wrong_topic_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("topics", "narrow", "wide"),
+    [
+        ("iot/#,iot/data", "iot/data", "iot/#"),
+        ("a,a/#", "a", "a/#"),
+        ("a/+,$share/g/a/b", "$share/g/a/b", "a/+"),
+        ("a,$share/g/a", "a", "$share/g/a"),
+        ("+/#,a/+", "a/+", "+/#"),
+        ("a/+/#,a/b/#", "a/b/#", "a/+/#"),
+    ],
+)
+def test_filter_that_another_one_includes_is_refused(
+    topics: str, narrow: str, wide: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With MQTT 5, Mosquitto sends a message once for each filter that matches it."""
+    (line,) = load_errors(monkeypatch, {"IOT_MQTT_TOPICS": topics})
+    assert line.startswith(f"IOT_MQTT_TOPICS: {wide!r} matches all topics of {narrow!r}")
+    assert line.endswith(f"remove {narrow!r}")
+    monkeypatch.setenv("IOT_MQTT_VERSION", "3.1.1")  # there, it sends each message once
+    load()
+
+
+@pytest.mark.parametrize(
+    "topics", ["a,a", "a/+,+/b", "a/#,b/#", "a/+,a/+/b", "a/+,a/b/c/#", "#,$SYS/#", "a/b,a/+/c"]
+)
+def test_filters_that_do_not_include_another_are_accepted(
+    topics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MQTT_TOPICS", topics)
+    assert load().mqtt_topics == topics.split(",")
+
+
+@pytest.mark.parametrize(
     ("name", "meant"),
     [
         ("IOT_MQTT_TOPIC", "IOT_MQTT_TOPICS"),
