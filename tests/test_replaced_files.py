@@ -180,3 +180,19 @@ def test_role_restarts_programs_with_replaced_files(machine: Machine) -> None:
     assert machine.pid("sleeper") not in (0, program)
 
     assert not machine.run()[1], "a run after that changes nothing"
+
+    # Its configuration is from an earlier version. `supervisorctl reload` would return before the
+    # programs have stopped, and the supervisor accepts no command until then.
+    slow = machine.play.with_name("slow")
+    slow.write_text("#!/bin/sh\ntrap 'sleep 4; exit' TERM\nsleep 1000 & wait\n")
+    slow.chmod(0o755)
+    machine.variables["program"] = str(slow)
+    machine.run()
+    configuration = machine.state / "etc/supervisord.conf"
+    expected = configuration.read_text()
+    configuration.write_text(f"{expected}; old\n")
+    program = machine.pid("sleeper")
+    assert machine.run()[1]
+    assert configuration.read_text() == expected
+    assert machine.pid("sleeper") not in (0, program)
+    assert not machine.run()[1]
