@@ -237,10 +237,21 @@ def test_a_change_restarts_what_reads_it_and_nothing_else(cluster: Cluster) -> N
         "collector_log_level": "debug",
         "collector_max_replicas": 3,
         "collector_live_page": "full",
+        "collector_archive_target": "",
         "mosquitto_max_queued_messages": 2000,
     }
+    # As after a restore with an autoscaler: no pods, and no number of pods in the manifest.
+    sets = cluster.client.resources.get(kind="StatefulSet")
+    applied = cluster.object("StatefulSet", "collector")
+    del applied["spec"]["replicas"]
+    note = {"kubectl.kubernetes.io/last-applied-configuration": json.dumps(applied)}
+    stopped = {"metadata": {"name": "collector", "annotations": note}, "spec": {"replicas": 0}}
+    sets.patch(body=stopped, namespace=NAMESPACE, content_type="application/merge-patch+json")
     done = cluster.run("local", **changes)  # without a receiver
     assert done.returncode == 0, done.stdout
+    assert sets.get(name="collector", namespace=NAMESPACE).spec.replicas == 1
+    archive = {o["kind"] for o in cluster.objects() if o["metadata"]["name"] == "archive"}
+    assert archive == {"PersistentVolumeClaim"}  # with the months that were archived
     after = cluster.revisions()
     assert before.keys() - after.keys() == {"alertmanager"}
     changed = {name for name in after if before[name] != after[name]}
