@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_runs import playbook
+from ansible_runs import ROOT, playbook
 
 PLAY = """
 - hosts: host
@@ -21,6 +21,7 @@ PLAY = """
     - ansible.builtin.copy:
         content: >-
           {{ {'extras': __collector_extras, 'settings': __collector_settings,
+              'command': lookup('ansible.builtin.template', command),
               'marker': __collector_wanted | replace(__collector_checksum, 'checksum')} | to_json }}
         dest: "{{ to }}"
         mode: "0644"
@@ -77,12 +78,18 @@ def test_lists_are_joined_with_commas(tmp_path: Path) -> None:
     assert "IOT_MESSAGEPACK_TOPICS" not in found
 
 
+def test_verify_reads_as_the_role_that_may_only_read(tmp_path: Path) -> None:
+    command = settings(tmp_path, {"postgres_reader": "only_reads"})["command"]
+    assert "IOT_DATABASE_URL=postgresql://only_reads@127.0.0.1:5432/iot" in command
+
+
 def settings(folder: Path, variables: dict[str, object]) -> dict[str, Any]:
     play, found = folder / "play.yml", folder / "found"
     play.write_text(PLAY)
     done = playbook(
         str(play),
         f"-e{json.dumps({'collector_archive_target': '', **variables, 'to': str(found)})}",
+        f"-ecommand={ROOT / 'roles/collector/templates/iot-collector.j2'}",
         "--skip-tags=never",
     )
     assert done.returncode == 0, done.stdout

@@ -93,6 +93,12 @@ def test_message_of_another_publisher_is_followed(
     """For accounts that may not publish. The message can be stored before verify starts."""
     publish(broker, [("iot/data", b"of somebody else")])
     eventually(lambda: database.count() == 1)
+    # An older message is not read: the table may be too large.
+    database.query("SELECT ensure_partitions(now() - interval '2 hours', 0)")
+    database.query(
+        "INSERT INTO messages (received_at, topic, payload, qos, retained)"
+        " SELECT now() - interval '2 hours', topic, payload, qos, retained FROM messages"
+    )
     with prometheus(RULE, scraped=1) as where:
         done = run_command(
             "verify",
@@ -105,7 +111,6 @@ def test_message_of_another_publisher_is_followed(
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] == "it is in the table, once"
     assert len(done.stdout.splitlines()) == 4
-    assert database.count() == 1
 
 
 def test_missing_message_of_another_publisher_is_reported(
