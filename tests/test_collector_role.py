@@ -95,3 +95,42 @@ def settings(folder: Path, variables: dict[str, object]) -> dict[str, Any]:
     assert done.returncode == 0, done.stdout
     read: dict[str, Any] = json.loads(found.read_text())
     return read
+
+
+MQTT, DATABASE = "mqtts://broker.example:8883", "postgresql://db.example:5432/iot"
+# Variables, and the setting that preflight names; None if it accepts them.
+PASSWORDS: list[tuple[dict[str, Any], str | None]] = [
+    ({"collector_mqtt_url": MQTT, "collector_database_url": DATABASE}, None),
+    ({"collector_database_url": "host=/run/postgresql dbname=iot user=a@b:c"}, None),
+    (
+        {"collector_environment": {"IOT_MQTT_PASSWORD_FILE": "/etc/p", "IOT_MQTT_PASSWORD": ""}},
+        None,
+    ),
+    ({"collector_environment": {"IOT_MQTT_PASSWORD": "hidden"}}, "IOT_MQTT_PASSWORD"),
+    ({"collector_mqtt_url": "mqtts://me:hidden@broker.example"}, "IOT_MQTT_URL"),
+    ({"collector_mqtt_url": "mqtts://:hid%2Fden@broker.example"}, "IOT_MQTT_URL"),
+    ({"collector_database_url": "host=db password=hidden"}, "IOT_DATABASE_URL"),
+    ({"collector_database_url": f"{DATABASE}?password=hidden"}, "IOT_DATABASE_URL"),
+]
+
+
+def test_preflight_refuses_settings_with_a_password(tmp_path: Path) -> None:
+    """All of them in one run, because a run takes seconds."""
+    preflight = {"name": "iot.platform.collector", "tasks_from": "preflight"}
+    attempt = {
+        "block": [
+            {"ansible.builtin.include_role": preflight},
+            {"ansible.builtin.debug": {"msg": "outcome: accepted"}},
+        ],
+        "rescue": [{"ansible.builtin.debug": {"msg": "outcome: {{ ansible_failed_result.msg }}"}}],
+    }
+    tasks = [attempt | {"vars": variables} for variables, _ in PASSWORDS]
+    play = {"hosts": "host", "gather_facts": True, "gather_subset": ["!all", "min"], "tasks": tasks}
+    file = tmp_path / "attempts.yml"
+    file.write_text(json.dumps([play]))
+    done = playbook(str(file), "-ecollector_http_port=1", "-ecollector_bind_address=127.0.0.9")
+    _, *outcomes = " ".join(done.stdout.split()).split("outcome: ")
+    assert len(outcomes) == len(PASSWORDS), done.stdout
+    for outcome, (_, name) in zip(outcomes, PASSWORDS, strict=True):
+        assert outcome.startswith(f"{name} would show a password" if name else "accepted"), outcome
+    assert "hidden" not in done.stdout
