@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,21 @@ def test_status_waits_for_the_first_message(installation: Installation, broker: 
         device.settle()
         printed, _ = waiting.communicate()
     assert (waiting.returncode, "1 messages stored in all" in printed) == (0, True), printed
+
+
+def test_status_leaves_no_query_when_counting_takes_too_long(
+    installation: Installation, database: Database
+) -> None:
+    with closing(database.connect()) as connection, connection.cursor() as cursor:
+        cursor.execute("BEGIN; LOCK TABLE messages IN ACCESS EXCLUSIVE MODE")
+        _, printed = installation.status()
+        cursor.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%count(*) FROM me%'"
+            " AND pid <> pg_backend_pid() AND state = 'active'"
+        )
+        assert cursor.fetchone() == (0,)
+    assert "messages   " in printed  # what the collector counted
+    assert "stored in all" not in printed
 
 
 def test_status_shows_the_problem_of_the_collector(
