@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,3 +49,35 @@ def playbook(path: str, *arguments: str, **environment: str) -> subprocess.Compl
     """Run a playbook of the project, with Mitogen."""
     settings = MITOGEN | environment
     return run_ansible("ansible-playbook", ROOT / path, *arguments, directory=ROOT, **settings)
+
+
+def preflight_outcomes(
+    role: str, attempts: Sequence[dict[str, Any]], folder: Path, *arguments: str
+) -> tuple[list[str], str]:
+    """Run the preflight tasks of a role on this machine, once with each of these variables.
+
+    All attempts are in one run, because a run takes seconds.
+
+    :return: for each attempt the output that begins with the error, or with "accepted"; and the
+        output of the whole run.
+    """
+    attempt = {
+        "block": [
+            {
+                "ansible.builtin.include_role": {
+                    "name": f"iot.platform.{role}",
+                    "tasks_from": "preflight",
+                }
+            },
+            {"ansible.builtin.debug": {"msg": "outcome: accepted"}},
+        ],
+        "rescue": [{"ansible.builtin.debug": {"msg": "outcome: {{ ansible_failed_result.msg }}"}}],
+    }
+    tasks = [attempt | {"vars": variables} for variables in attempts]
+    play = {"hosts": "host", "gather_facts": True, "gather_subset": ["!all", "min"], "tasks": tasks}
+    file = folder / "attempts.yml"
+    file.write_text(json.dumps([play]))
+    done = playbook(str(file), *arguments)
+    _, *outcomes = " ".join(done.stdout.split()).split("outcome: ")
+    assert len(outcomes) == len(attempts), done.stdout
+    return outcomes, done.stdout

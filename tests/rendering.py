@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from testing.collector import clean_environment
+from testing.collector import clean_environment, run_command
 from testing.postgres import Database, Postgres, postgres_binary
 from testing.service import HOST
 
@@ -83,3 +83,19 @@ class Roles:
     def database(self, role: str) -> Database:
         """The database with one of the roles as user."""
         return Database(self.server, DATABASE, role, self.passwords[role])
+
+    def install(self) -> Database:
+        """Set the server up as the roles do; return the migrated database, with its owner as user.
+
+        The socket is in the directory of the server.
+        """
+        server = self.server
+        server.query(f"ALTER SYSTEM SET unix_socket_directories = '{server.folder}'")
+        server.stop()
+        server.start()
+        done = self.apply()
+        assert done.returncode == 0, done.stderr
+        database = self.database(OWNER)
+        done = run_command("migrate", **database.environment())
+        assert done.returncode == 0, done.stderr
+        return database

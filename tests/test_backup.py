@@ -11,9 +11,9 @@ from pathlib import Path
 import psycopg2
 import pytest
 from ansible_runs import playbook
-from rendering import DATABASE, OWNER, Roles
+from rendering import DATABASE, Roles
 
-from testing.collector import Collector, run_command
+from testing.collector import Collector
 from testing.mosquitto import Mosquitto
 from testing.postgres import Postgres
 from testing.publisher import publish
@@ -30,14 +30,8 @@ def test_destroyed_database_is_restored(
     broker: Mosquitto,
     make_collector: Callable[..., Collector],
 ) -> None:
-    # The socket and the commands are at the places that the roles use.
-    own_postgres.query(f"ALTER SYSTEM SET unix_socket_directories = '{own_postgres.folder}'")
-    own_postgres.stop()
-    own_postgres.start()
-    roles = Roles(own_postgres)
-    assert roles.apply().returncode == 0
-    database = roles.database(OWNER)
-    assert run_command("migrate", **database.environment()).returncode == 0
+    # The socket and the commands are where the roles put them.
+    database = Roles(own_postgres).install()
     collector = make_collector(broker, database).start()
     state = tmp_path / "state"
     script(

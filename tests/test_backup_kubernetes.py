@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 from ansible_runs import playbook
-from rendering import DATABASE, OWNER, Roles
+from rendering import DATABASE, Roles
 
-from testing.collector import run_command
 from testing.postgres import Postgres, postgres_binary
 
 pytestmark = pytest.mark.timeout(600)
@@ -60,13 +59,7 @@ AnsibleModule({n: {} for n in names}).exit_json(changed=True)
 def test_dumps_do_not_stay_on_the_volume_of_the_database(
     tmp_path: Path, own_postgres: Postgres
 ) -> None:
-    own_postgres.query(f"ALTER SYSTEM SET unix_socket_directories = '{own_postgres.folder}'")
-    own_postgres.stop()
-    own_postgres.start()
-    roles = Roles(own_postgres)
-    assert roles.apply().returncode == 0
-    database = roles.database(OWNER)
-    assert run_command("migrate", **database.environment()).returncode == 0
+    database = Roles(own_postgres).install()
     database.query("INSERT INTO dead_letters_fallback (reason) VALUES ('x')")
 
     pod = tmp_path / "pod"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_runs import ROOT, playbook
+from ansible_runs import ROOT, playbook, preflight_outcomes
 
 PLAY = """
 - hosts: host
@@ -115,22 +115,12 @@ PASSWORDS: list[tuple[dict[str, Any], str | None]] = [
 
 
 def test_preflight_refuses_settings_with_a_password(tmp_path: Path) -> None:
-    """All of them in one run, because a run takes seconds."""
-    preflight = {"name": "iot.platform.collector", "tasks_from": "preflight"}
-    attempt = {
-        "block": [
-            {"ansible.builtin.include_role": preflight},
-            {"ansible.builtin.debug": {"msg": "outcome: accepted"}},
-        ],
-        "rescue": [{"ansible.builtin.debug": {"msg": "outcome: {{ ansible_failed_result.msg }}"}}],
-    }
-    tasks = [attempt | {"vars": variables} for variables, _ in PASSWORDS]
-    play = {"hosts": "host", "gather_facts": True, "gather_subset": ["!all", "min"], "tasks": tasks}
-    file = tmp_path / "attempts.yml"
-    file.write_text(json.dumps([play]))
-    done = playbook(str(file), "-ecollector_http_port=1", "-ecollector_bind_address=127.0.0.9")
-    _, *outcomes = " ".join(done.stdout.split()).split("outcome: ")
-    assert len(outcomes) == len(PASSWORDS), done.stdout
+    outcomes, output = preflight_outcomes(
+        "collector",
+        [variables for variables, _ in PASSWORDS],
+        tmp_path,
+        *("-ecollector_http_port=1", "-ecollector_bind_address=127.0.0.9"),
+    )
     for outcome, (_, name) in zip(outcomes, PASSWORDS, strict=True):
         assert outcome.startswith(f"{name} would show a password" if name else "accepted"), outcome
-    assert "hidden" not in done.stdout
+    assert "hidden" not in output

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from ansible_runs import playbook
+from ansible_runs import preflight_outcomes
 
 from testing.mosquitto import Mosquitto
 from testing.service import HOST, binary
@@ -37,25 +36,15 @@ ACCOUNTS: list[tuple[list[dict[str, Any]], str | None]] = [
 
 
 def test_accounts_that_mosquitto_would_change_are_refused(tmp_path: Path) -> None:
-    """All of them in one run, because a run takes seconds."""
-    preflight = {"name": "iot.platform.mosquitto", "tasks_from": "preflight"}
-    attempt = {
-        "block": [
-            {"ansible.builtin.include_role": preflight},
-            {"ansible.builtin.debug": {"msg": "outcome: accepted"}},
-        ],
-        "rescue": [{"ansible.builtin.debug": {"msg": "outcome: {{ ansible_failed_result.msg }}"}}],
-    }
-    tasks = [attempt | {"vars": {"mosquitto_users": users}} for users, _ in ACCOUNTS]
-    file = tmp_path / "attempts.yml"
-    play = {"hosts": "host", "gather_facts": True, "gather_subset": ["!all", "min"], "tasks": tasks}
-    file.write_text(yaml.safe_dump([play]))
-    done = playbook(str(file), "-emosquitto_port=1", "-emosquitto_bind_address=127.0.0.9")
-    _, *outcomes = " ".join(done.stdout.split()).split("outcome: ")
-    assert len(outcomes) == len(ACCOUNTS), done.stdout
+    outcomes, output = preflight_outcomes(
+        "mosquitto",
+        [{"mosquitto_users": users} for users, _ in ACCOUNTS],
+        tmp_path,
+        *("-emosquitto_port=1", "-emosquitto_bind_address=127.0.0.9"),
+    )
     for outcome, (_, error) in zip(outcomes, ACCOUNTS, strict=True):
         assert (error or "accepted") in outcome
-    assert "hidden:1" not in done.stdout
+    assert "hidden:1" not in output
 
 
 @pytest.mark.parametrize(("password", "kept"), [(GOOD, True), ("se:cret", False), (" x", False)])
