@@ -656,7 +656,8 @@ def tagged(account: Account, key: str, value: str) -> set[str]:
 
 
 # The API call that returns a resource, by its ARN without partition, region and account. It takes
-# the part in parentheses. What belongs to a cluster is gone if the cluster is.
+# the part in parentheses. Parts of a cluster, such as node groups, are deleted with it, so the
+# cluster is asked for.
 BY_ARN: dict[str, Callable[[str], Ask]] = {
     r"ecr:repository/(.+)": ASK["AWS::ECR::Repository"],
     r"eks:[a-z-]+/([^/]+).*": ASK["AWS::EKS::Cluster"],
@@ -675,7 +676,7 @@ BY_ARN: dict[str, Callable[[str], Ask]] = {
 
 
 def deleted(account: Account, service: str, rest: str) -> bool:
-    """Whether a resource that the tagging API lists no longer exists; False if nobody can tell."""
+    """Whether a resource that the tagging API lists no longer exists; False if that is unknown."""
     for pattern, ask in BY_ARN.items():
         if match := re.fullmatch(pattern, f"{service}:{rest}"):
             try:
